@@ -1,0 +1,218 @@
+"""Configuration of PeriLlama: a Llama-3-style decoder whose norm placement is one field.
+
+No `from __future__ import annotations` here: string annotations switch the strict type checks off.
+"""
+
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from .placements import StreamPlan, plan_stream
+
+logger = logging.get_logger(__name__)
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_periln.PeriLlamaConfig",
+    "AutoModel": "modeling_periln.PeriLlamaModel",
+    "AutoModelForCausalLM": "modeling_periln.PeriLlamaForCausalLM",
+}
+LAYER_NORM_SLOTS = (
+    "attn_input_norm",
+    "attn_output_norm",
+    "attn_residual_norm",
+    "mlp_input_norm",
+    "mlp_output_norm",
+    "mlp_residual_norm",
+    "q_norm",
+    "k_norm",
+)
+STREAM_NORM_SLOTS = ("embed_norm", "final_norm")
+# Keyword arguments of older or generic configurations that Transformers itself understands.
+_PASSED_THROUGH = {"auto_map", "rope_theta", "rope_scaling", "torch_dtype", "num_labels", "name_or_path"}
+_PASSED_THROUGH |= {"attn_implementation", "output_attentions", "experts_implementation", "model_type"}
+
+
+@strict
+class PeriLlamaConfig(PreTrainedConfig):
+    r"""
+    Args:
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
+        num_key_value_heads (None: as many as heads), head_dim (None: hidden_size / heads), hidden_act,
+        max_position_embeddings, initializer_range, use_cache, tie_word_embeddings, rope_parameters,
+        attention_bias, attention_dropout, mlp_bias: as in Llama. The default RoPE theta is 500,000 (Llama 3).
+        norm_placement: a row of `placements.PLACEMENTS`, `mix`, or a mapping with a row of your own.
+        layer_placements: a list with one placement name a layer; overrides `norm_placement`.
+        embedding_norm, final_norm: override the placement's two norms at the ends of the stream.
+        norm_type: `rmsnorm` or `layernorm`.
+        norm_eps: a number, or a mapping from slot (`attn_input_norm`, ..., `embed_norm`, `final_norm`, `q_norm`,
+            `k_norm`) to a number or a list of one number a layer; slots left out have 1e-6.
+        qk_norm: None, `full` (over all heads, OLMo 2) or `head` (over one head, Qwen 3).
+        output_norm_learnable: False freezes the output norms' gamma at 1 (Peri-LN, section 4.4.1).
+        residual_scale: multiplies each branch before it is added; a number or a rule such as `1/sqrt(L)`.
+        residual_dtype: dtype of the residual stream: None (the module's dtype), `float32`, `float16`, `bfloat16`.
+            It belongs to a run: training sets it, saved checkpoints have None.
+        depth_scaled_init: initialize o_proj and down_proj with a standard deviation smaller by sqrt(2 L).
+
+    Raises:
+        ValueError: a field, or two that do not fit each other; the message names field and value.
+        StrictDataclassFieldValidationError: a value of the wrong type.
+    """
+
+    model_type = "peri_llama"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"rms_norm_eps": "norm_eps"}
+    default_theta = 500_000.0
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 100_352
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: float | int = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    mlp_bias: bool = False
+
+    norm_placement: str | dict = "peri"
+    layer_placements: list[str] | None = None
+    embedding_norm: bool | None = None
+    final_norm: bool | None = None
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float | int | dict = 1e-6
+    qk_norm: Literal["full", "head"] | None = None
+    output_norm_learnable: bool = True
+    residual_scale: float | int | str = 1.0
+    residual_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    depth_scaled_init: bool = False
+
+    def __post_init__(self, **kwargs):
+        self._refuse_misspelt(kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self.validate_sizes()
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
+                    f"{self.num_attention_heads}; give head_dim or sizes that divide"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        # The auto classes by their place beside config.json: a prefix (`org/name--`) left by an earlier load
+        # would tie a re-saved checkpoint to the repository that it came from.
+        given = kwargs.pop("auto_map", None) or {}
+        self.auto_map = AUTO_MAP | {k: v.split("--")[-1] for k, v in given.items() if isinstance(v, str)}
+        self.validate_norms()
+        super().__post_init__(**kwargs)
+        # The norms at the ends are module names for pipeline parallelism only where they exist.
+        plan = self.stream_plan()
+        ends = {"embed_norm": plan.embedding_norm, "final_norm": plan.final_norm}
+        stage = (["hidden_states"], ["hidden_states"])
+        self.base_model_pp_plan = {
+            "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+            **({"embed_norm": stage} if ends["embed_norm"] else {}),
+            "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+            **({"final_norm": stage} if ends["final_norm"] else {}),
+        }
+        if self.qk_norm == "head":
+            style = "replicated_with_grad_allreduce"
+            norms = {f"layers.*.self_attn.{name}": style for name in ("q_norm", "k_norm")}
+            self.base_model_tp_plan = {**type(self).base_model_tp_plan, **norms}
+
+    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
+        known = [f.name for f in fields(type(self))]
+        for key in kwargs:
+            if key.startswith("_") or key in _PASSED_THROUGH or key in self.attribute_map:
+                continue
+            close = get_close_matches(key, known, n=1, cutoff=0.8)
+            if close:
+                raise ValueError(f"unknown field {key!r} (value {kwargs[key]!r}): did you mean {close[0]!r}?")
+            logger.warning(f"PeriLlamaConfig keeps the unknown field {key!r}, which changes nothing in the model")
+
+    def validate_sizes(self) -> None:
+        """Sizes are positive and divide."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
+            raise ValueError(f"head_dim={self.head_dim} must be even and at least 2 (rotary pairs)")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if not 0 < self.initializer_range <= 1:
+            raise ValueError(f"initializer_range={self.initializer_range} must be above 0 and at most 1")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1")
+
+    def validate_norms(self) -> None:
+        """The placement exists, every list has the right length, and every switch has something to switch."""
+        plan = self.stream_plan()
+        if not self.output_norm_learnable and not any(layer.output_norm for layer in plan.layers):
+            raise ValueError(
+                f"output_norm_learnable=False freezes the output norms, but norm_placement="
+                f"{self.norm_placement!r} has none"
+            )
+        slots = (*LAYER_NORM_SLOTS, *STREAM_NORM_SLOTS)
+        eps = self.norm_eps if isinstance(self.norm_eps, dict) else {"": self.norm_eps}
+        for slot, value in eps.items():
+            name = f"norm_eps[{slot!r}]" if slot else "norm_eps"
+            if slot and slot not in slots:
+                close = get_close_matches(str(slot), slots, n=1, cutoff=0.5)
+                raise ValueError(f"{name} is no norm: use one of {close or list(slots)}")
+            per_layer = isinstance(value, list) and slot in LAYER_NORM_SLOTS
+            if per_layer and len(value) != self.num_hidden_layers:
+                raise ValueError(f"{name} has {len(value)} entries for num_hidden_layers={self.num_hidden_layers}")
+            for number in value if per_layer else [value]:
+                if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
+                    raise ValueError(f"{name}={value!r} must be a number of at least 0 (a list of them per layer)")
+
+    def stream_plan(self) -> StreamPlan:
+        """The placement with its rules evaluated for every layer."""
+        return plan_stream(
+            self.norm_placement,
+            self.num_hidden_layers,
+            self.layer_placements,
+            self.residual_scale,
+            self.embedding_norm,
+            self.final_norm,
+        )
+
+    def eps_of(self, slot: str, layer_idx: int | None = None) -> float:
+        """The epsilon of the norm in `slot`, in layer `layer_idx` (0 to L - 1) if it is a layer's."""
+        eps = self.norm_eps.get(slot, 1e-6) if isinstance(self.norm_eps, dict) else self.norm_eps
+        return float(eps[layer_idx] if isinstance(eps, list) else eps)
+
+
+__all__ = ["PeriLlamaConfig"]

@@ -1,0 +1,434 @@
+"""PeriLlama: Llama 3, except that the norms stand where `norm_placement` puts them.
+
+Every sublayer `f` (attention, then MLP) does
+
+    x  <-  C( alpha * x  +  s * B( f( c * A(x) ) ) )
+
+with norms or nothing in the places A (`*_input_norm`), B (`*_output_norm`) and C (`*_residual_norm`); see
+`placements.py`. An empty place is an `nn.Identity`: it has no parameters, and `forward` has no branches.
+
+Shapes: B batch, S sequence, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_periln import PeriLlamaConfig
+from .loss import chunked_cross_entropy, shift_labels
+from .placements import LayerPlan
+
+
+class PeriLlamaRMSNorm(nn.Module):
+    """x / rms(x) * gamma over the last dimension (Zhang & Sennrich 2019).
+
+    The statistics and the product with gamma are in FP32 at least (in FP16 a square overflows at |x| = 256);
+    only the result is cast to the input's dtype. `learnable=False` keeps gamma at 1, as a buffer that no
+    optimizer sees.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, learnable: bool = True):
+        super().__init__()
+        weight = torch.ones(hidden_size)
+        if learnable:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight * x).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class PeriLlamaLayerNorm(nn.LayerNorm):
+    """LayerNorm with gamma and beta (Ba et al. 2016), computed in FP32 at least."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, learnable: bool = True):
+        super().__init__(hidden_size, eps=eps)
+        if not learnable:
+            for name in ("weight", "bias"):
+                value = getattr(self, name).detach()
+                delattr(self, name)
+                self.register_buffer(name, value)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        x = F.layer_norm(hidden_states.to(dtype), self.normalized_shape, weight, bias, self.eps)
+        return x.to(hidden_states.dtype)
+
+
+NORMS = {"rmsnorm": PeriLlamaRMSNorm, "layernorm": PeriLlamaLayerNorm}
+
+
+def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x if factor == 1.0 else x * factor
+
+
+class PeriLlamaResidual(nn.Module):
+    """The residual add, alpha * stream + s * branch; a module, so that hooks can see stream and branch.
+
+    The sum has the stream's dtype, whatever the branch's is: the stream is cast once, after the embedding.
+    """
+
+    def __init__(self, alpha: float, s: float):
+        super().__init__()
+        self.alpha, self.s = alpha, s
+
+    def forward(self, stream: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        return _scaled(stream, self.alpha) + _scaled(branch.to(stream.dtype), self.s)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, s={self.s}"
+
+
+class PeriLlamaMLP(nn.Module):
+    def __init__(self, config: PeriLlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class PeriLlamaAttention(nn.Module):
+    def __init__(self, config: PeriLlamaConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        q_size = config.num_attention_heads * self.head_dim
+        kv_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
+
+        # QK-norm: `full` before the split into heads, `head` after it; the other pair is empty.
+        norm = NORMS[config.norm_type]
+        sizes = {"full": (q_size, kv_size), "head": (self.head_dim, self.head_dim)}.get(config.qk_norm)
+        self.qk_norm = config.qk_norm
+        if sizes is not None:
+            self.q_norm = norm(sizes[0], eps=config.eps_of("q_norm", layer_idx))
+            self.k_norm = norm(sizes[1], eps=config.eps_of("k_norm", layer_idx))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.qk_norm == "full":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.view(hidden_shape), key.view(hidden_shape), value.view(hidden_shape)  # B S H|K E
+        if self.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # B H|K S E
+
+        cos, sin = position_embeddings
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
+        return attn_output, attn_weights
+
+
+class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: PeriLlamaConfig, layer_idx: int, plan: LayerPlan):
+        super().__init__()
+
+        def norm(slot: str, present: bool, learnable: bool = True) -> nn.Module:
+            if not present:
+                return nn.Identity()
+            return NORMS[config.norm_type](config.hidden_size, config.eps_of(slot, layer_idx), learnable)
+
+        gamma = config.output_norm_learnable
+        self.branch_scale = plan.c
+
+        self.attn_input_norm = norm("attn_input_norm", plan.input_norm)
+        self.self_attn = PeriLlamaAttention(config, layer_idx)
+        self.attn_output_norm = norm("attn_output_norm", plan.output_norm, gamma)
+        self.attn_residual = PeriLlamaResidual(plan.alpha, plan.s)
+        self.attn_residual_norm = norm("attn_residual_norm", plan.residual_norm)
+
+        self.mlp_input_norm = norm("mlp_input_norm", plan.input_norm)
+        self.mlp = PeriLlamaMLP(config)
+        self.mlp_output_norm = norm("mlp_output_norm", plan.output_norm, gamma)
+        self.mlp_residual = PeriLlamaResidual(plan.alpha, plan.s)
+        self.mlp_residual_norm = norm("mlp_residual_norm", plan.residual_norm)
+
+        # Read by `_init_weights`, leaf by leaf: outside Transformers' own tree a rule for a container never runs.
+        depth = (2 * config.num_hidden_layers) ** -0.5 if config.depth_scaled_init else 1.0
+        for linear in (self.self_attn.v_proj, self.mlp.gate_proj, self.mlp.up_proj):
+            linear.init_gain = plan.init_gain
+        for linear in (self.self_attn.o_proj, self.mlp.down_proj):
+            linear.init_gain = plan.init_gain * depth
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        module_dtype: torch.dtype | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        # Attention
+        branch = _scaled(self.attn_input_norm(hidden_states), self.branch_scale).to(dtype=module_dtype)
+        branch, _ = self.self_attn(
+            branch,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        branch = self.attn_output_norm(branch)
+        hidden_states = self.attn_residual_norm(self.attn_residual(hidden_states, branch))
+
+        # MLP
+        branch = _scaled(self.mlp_input_norm(hidden_states), self.branch_scale).to(dtype=module_dtype)
+        branch = self.mlp_output_norm(self.mlp(branch))
+        hidden_states = self.mlp_residual_norm(self.mlp_residual(hidden_states, branch))
+        return hidden_states
+
+
+class PeriLlamaPreTrainedModel(PreTrainedModel):
+    config: PeriLlamaConfig
+    config_class = PeriLlamaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PeriLlamaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": PeriLlamaDecoderLayer,
+        "attentions": PeriLlamaAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            std = self.config.initializer_range * getattr(module, "init_gain", 1.0)
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+
+class PeriLlamaModel(PeriLlamaPreTrainedModel):
+    """Everything up to the head: embedding, its norm, the layers, the final norm."""
+
+    def __init__(self, config: PeriLlamaConfig):
+        super().__init__(config)
+        plan = config.stream_plan()
+        norm = NORMS[config.norm_type]
+        # No padding_idx: with pad = eos it would keep the document separator's row at zero.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = (
+            norm(config.hidden_size, config.eps_of("embed_norm")) if plan.embedding_norm else nn.Identity()
+        )
+        self.layers = nn.ModuleList(PeriLlamaDecoderLayer(config, i, row) for i, row in enumerate(plan.layers))
+        self.final_norm = norm(config.hidden_size, config.eps_of("final_norm")) if plan.final_norm else nn.Identity()
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Token ids (B, S), or embeddings (B, S, D), to the last hidden state (B, S, D).
+
+        Raises:
+            ValueError: neither or both of `input_ids` and `inputs_embeds`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            offset = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + offset
+
+        # The one cast of the stream. Where it differs from the weights' dtype and no autocast mends that, each
+        # sublayer's input is cast back (`module_dtype`).
+        hidden_states, module_dtype = self.embed_norm(inputs_embeds), None
+        if self.config.residual_dtype is not None:
+            if not torch.is_autocast_enabled(inputs_embeds.device.type):
+                module_dtype = inputs_embeds.dtype
+            hidden_states = hidden_states.to(getattr(torch, self.config.residual_dtype))
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds if module_dtype is not None else hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                module_dtype=module_dtype,
+                **kwargs,
+            )
+        hidden_states = self.final_norm(hidden_states).to(dtype=module_dtype)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions (B, S, D) that get logits: the last n, a 1-D index or a 2-D index or mask (flattened)."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
+
+
+class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: PeriLlamaConfig):
+        super().__init__(config)
+        self.model = PeriLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, S, V), and with `labels` (B, S; -100 does not count) the mean next-token cross entropy.
+
+        `skip_logits=True` computes the loss chunk by chunk and returns `logits=None`: no logits of the whole
+        batch ever exist. `shift_labels` (already shifted) and `num_items_in_batch` travel in `kwargs`, as in
+        every Transformers model.
+
+        Raises:
+            ValueError: `skip_logits=True` without labels.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+
+        logits, loss = None, None
+        if skip_logits:
+            targets = kwargs.get("shift_labels")
+            if targets is None and labels is None:
+                raise ValueError("skip_logits=True needs labels: without them there is nothing to return")
+            targets = shift_labels(labels) if targets is None else targets
+            loss = chunked_cross_entropy(hidden_states, self.lm_head, targets, kwargs.get("num_items_in_batch"))
+        else:
+            logits = self.lm_head(_slice_logits_to_keep(hidden_states, logits_to_keep))
+            if labels is not None or kwargs.get("shift_labels") is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["PeriLlamaForCausalLM", "PeriLlamaModel", "PeriLlamaPreTrainedModel"]

@@ -1,0 +1,3 @@
+"""The version of the model family."""
+
+__version__ = "0.1.0"
