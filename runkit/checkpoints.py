@@ -1,0 +1,74 @@
+"""Checkpoint folders: a Transformers model folder, whole or not there, with a manifest of sizes and hashes."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from .errors import UserError
+from .folder import RunFolder, read_json, sha256_of, write_folder, write_json
+
+
+@contextmanager
+def write_checkpoint(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[Path]:
+    """Write a checkpoint: model with its code, tokenizer, what the block adds, and the manifest last.
+
+    The residual dtype is taken out of the saved configuration: it belongs to the run, not to the checkpoint.
+    """
+    with write_folder(path) as folder:
+        residual_dtype, model.config.residual_dtype = model.config.residual_dtype, None
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            model.config.residual_dtype = residual_dtype
+            if bars:
+                transformers_logging.enable_progress_bar()
+        tokenizer.save_pretrained(folder)
+        yield folder
+        write_json(folder / "manifest.json", _manifest(folder))
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+    return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint so that a kill on the way leaves none that looks whole."""
+    hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words, or None."""
+    try:
+        manifest = read_json(path / "manifest.json")
+    except UserError as error:
+        return str(error)
+    for name, entry in manifest.items():
+        file = path / name
+        if not file.exists():
+            return f"{file} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{file} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+        if sha256_of(file) != entry["sha256"]:
+            return f"{file} is damaged (its hash is not the manifest's)"
+    return None
+
+
+def latest_whole(run: RunFolder, tell: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint without damage; damaged ones are named and passed over."""
+    for path in reversed(run.checkpoints()):
+        damage = damage_of(path)
+        if damage is None:
+            return path
+        tell(f"passing over a checkpoint: {damage}")
+    return None

@@ -1,0 +1,82 @@
+"""Errors for people, and the frame of every command line of the project."""
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+
+USAGE, FAILURE = 2, 1
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one sentence that names the field or the path."""
+
+    exit_code = FAILURE
+
+
+class UsageError(UserError):
+    """A mistake in what was asked for: an argument or a recipe."""
+
+    exit_code = USAGE
+
+
+class StoppedBySignal(Exception):
+    """The run was asked to stop, and has saved what it had."""
+
+    def __init__(self, exit_code: int, message: str):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """` (did you mean 'x'?)` or nothing."""
+    close = get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(USAGE, f"error: {message}\n")
+
+
+def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """An argument parser whose `--help` shows defaults, whose errors are one line, with `--debug`."""
+    parser = _Parser(prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--stop-with-parent", type=int, metavar="PID", help="stop once no longer this process's child")
+    return parser
+
+
+def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+    """Run a command's main function and turn what it raises into one sentence and an exit code.
+
+    2 for usage, 1 for any other failure, 130 and 143 after SIGINT and SIGTERM. With `args.debug` the
+    traceback is shown as well.
+    """
+    try:
+        return main(args) or 0
+    except StoppedBySignal as stop:
+        print(f"{stop}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        # A full disk or an unreadable file may show itself anywhere; other system errors are ours to debug.
+        if args.debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror.lower()}{where}", file=sys.stderr)
+        return FAILURE
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"error: {type(error).__name__}: {error} (--debug shows the traceback)", file=sys.stderr)
+        return FAILURE

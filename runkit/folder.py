@@ -1,0 +1,231 @@
+"""The run folder: the interface between the stages.
+
+    recipe.yaml, environment.json, metrics.jsonl, layers/step_*.parquet, checkpoints/step_*/, eval/*.json,
+    summary.json
+
+Tables, figures and cards are pure functions of it. Every file is written whole or not at all: into a
+temporary file (or folder) beside its place, synced, then renamed.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .recipes import differing_fields, dump_yaml, read_yaml
+
+STATUSES = ("running", "completed", "diverged", "interrupted", "failed")
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically: what stood there before stays until the new one is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` for text."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` for JSON. NaN and infinity are no JSON: give None."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        UserError: missing or damaged; names the path.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder under a temporary name; it appears at `path` only when the block ends without an error.
+
+    A folder that already stands at `path` is replaced, and removed after the rename.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+            else:
+                _sync_folder(file)
+        _sync_folder(temporary)
+        if path.exists():
+            old = path.with_name(f".{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+            os.rename(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256_of(*paths: Path) -> str:
+    """SHA-256 over the bytes of files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_hash(checkpoint: Path) -> str:
+    """SHA-256 over a checkpoint's safetensors files, in the order of their names."""
+    return sha256_of(*sorted(checkpoint.glob("*.safetensors")))
+
+
+class RunFolder:
+    """One run on disk. Reading needs nothing but the folder; writing wants the lock."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.checkpoints_path = self.path / "checkpoints"
+
+    # --- recipe and summary ------------------------------------------------------------------------------
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return read_yaml(self.path / "recipe.yaml")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        path = self.path / "summary.json"
+        return read_json(path) if path.exists() else {}
+
+    @property
+    def status(self) -> str | None:
+        return self.summary.get("status")
+
+    @property
+    def finished(self) -> bool:
+        return self.status in ("completed", "diverged")
+
+    def claim(self, recipe: dict[str, Any]) -> None:
+        """Write the recipe, or check that the folder belongs to this very recipe.
+
+        Raises:
+            UserError: the folder belongs to another recipe (the differing fields are named), or holds
+                files but no recipe.
+        """
+        file = self.path / "recipe.yaml"
+        if file.exists():
+            different = differing_fields(self.recipe, recipe)
+            if different:
+                raise UserError(
+                    f"{self.path} belongs to another recipe ({'; '.join(different)}); "
+                    "give another folder, or remove this one"
+                )
+            return
+        if self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
+            raise UserError(f"{self.path} holds files but no recipe.yaml; it is left alone: give another folder")
+        write_text(file, dump_yaml(recipe))
+
+    def set_status(self, status: str, **more: Any) -> None:
+        """Write summary.json: the status, and whatever else is to be known at once about the run."""
+        if status not in STATUSES:
+            raise ValueError(f"status={status!r} is none of {STATUSES}")
+        who = {"host": socket.gethostname(), "pid": os.getpid()} if status == "running" else {}
+        write_json(self.path / "summary.json", {"status": status, **who, **more})
+
+    @contextmanager
+    def locked(self, wait_seconds: float = 0.0, tell: Callable[[str], None] = print) -> Iterator[None]:
+        """Hold the folder for writing. The lock dies with the process that holds it, however that ends.
+
+        Raises:
+            UserError: another live process holds it (after waiting `wait_seconds` for it to go).
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a+") as file:
+            deadline, told = time.monotonic() + wait_seconds, False
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    file.seek(0)
+                    holder = file.read().strip() or "another process"
+                    if time.monotonic() >= deadline:
+                        raise UserError(f"{self.path} is in use by {holder}; wait for it or stop it") from None
+                    if not told:
+                        tell(f"waiting for {holder} to let go of {self.path}")
+                        told = True
+                    time.sleep(0.2)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    # --- metrics -----------------------------------------------------------------------------------------
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl; a last line cut by a crash is left out."""
+        if not self.metrics_path.exists():
+            return []
+        records = []
+        for line in self.metrics_path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def truncate_metrics(self, steps: int) -> None:
+        """Drop the records from step `steps` on, so that after a resume no step appears twice."""
+        kept = [r for r in self.metrics() if r["step"] < steps]
+        write_text(self.metrics_path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in kept))
+
+    # --- checkpoints -------------------------------------------------------------------------------------
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints_path / f"step_{step:08d}"
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first (a folder under its final name is whole)."""
+        return sorted(self.checkpoints_path.glob("step_*"))
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What the evaluators wrote to eval/*.json."""
+        return [read_json(p) | {"file": p.name} for p in sorted((self.path / "eval").glob("*.json"))]

@@ -1,0 +1,43 @@
+"""Signals: a stage that is asked to stop finishes what it does, saves, and says so by its exit code."""
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+from .errors import INTERRUPTED, TERMINATED
+
+
+class StopRequest:
+    """Set by SIGINT or SIGTERM; asked for between two steps. A second signal interrupts at once.
+
+    `exit_code` is None until then, 130 after SIGINT, 143 after SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+
+    def install(self) -> "StopRequest":
+        """Handle SIGINT and SIGTERM from here on (main thread only)."""
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.exit_code is not None:
+            raise KeyboardInterrupt
+        self.exit_code = INTERRUPTED if number == signal.SIGINT else TERMINATED
+
+
+def stop_with_parent(parent: int | None, poll_seconds: float = 0.5) -> None:
+    """Send this process SIGTERM once it is no longer `parent`'s child (the parent was killed, say); None: never."""
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(poll_seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()

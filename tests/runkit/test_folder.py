@@ -1,0 +1,94 @@
+"""The run folder: written whole or not at all, claimed by one recipe, held by one process."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from runkit.errors import UserError
+from runkit.folder import RunFolder, read_json, write_folder, write_json, write_text
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, {"x": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(file, {"x": float("nan")})
+    assert read_json(file) == {"x": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_folder_appears_only_when_it_is_whole(tmp_path):
+    target = tmp_path / "checkpoint"
+    with pytest.raises(ZeroDivisionError), write_folder(target) as folder:
+        (folder / str(1 // 0)).write_text("x")
+    assert os.listdir(tmp_path) == []
+    with write_folder(target) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("x")
+        assert not target.exists()
+    assert (target / "sub" / "file").read_text() == "x"
+
+
+def test_damaged_json_is_named(tmp_path):
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json is not valid JSON"):
+        read_json(tmp_path / "summary.json")
+
+
+def test_a_folder_belongs_to_one_recipe_and_the_differing_fields_are_named(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.claim({"steps": 5, "optimizer": {"learning_rate": 0.002}})
+    run.claim({"steps": 5, "optimizer": {"learning_rate": 0.002}})
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate: 0\.002 -> 0\.1"):
+        run.claim({"steps": 5, "optimizer": {"learning_rate": 0.1}})
+    assert run.recipe["optimizer"]["learning_rate"] == 0.002
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match=r"holds files but no recipe\.yaml"):
+        RunFolder(tmp_path).claim({"steps": 1})
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_records_after_the_checkpoint_and_a_cut_last_line_are_dropped(tmp_path):
+    run = RunFolder(tmp_path)
+    write_text(run.metrics_path, "".join(json.dumps({"step": s}) + "\n" for s in range(5)) + '{"step": 5, "lo')
+    assert [r["step"] for r in run.metrics()] == [0, 1, 2, 3, 4]
+    run.truncate_metrics(3)
+    assert run.metrics_path.read_text().count("\n") == 3
+
+
+def test_an_unknown_status_is_our_own_mistake(tmp_path):
+    with pytest.raises(ValueError, match="status='done'"):
+        RunFolder(tmp_path).set_status("done")
+
+
+HOLD = """
+import sys, time
+from runkit.folder import RunFolder
+with RunFolder(sys.argv[1]).locked():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"in use by process {holder.pid}"), RunFolder(tmp_path).locked():
+            pass
+        holder.kill()
+        holder.wait()
+        start = time.monotonic()
+        with RunFolder(tmp_path).locked(wait_seconds=5):
+            assert time.monotonic() - start < 5
+    finally:
+        holder.kill()
+        holder.wait()
