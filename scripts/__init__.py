@@ -1,0 +1,1 @@
+"""Pretraining: text -> tokens -> checkpoints, and the demo that runs the whole path."""
