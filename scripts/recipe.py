@@ -1,0 +1,120 @@
+"""The pretraining recipe: everything that decides a run.
+
+Where the Peri-LN paper (arXiv 2502.02732) names a value, it is the default here; where it is silent (betas,
+eps, clipping, final learning rate, divergence), the default is ours.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from modeling_periln import PeriLlamaConfig
+from runkit.errors import UsageError
+
+
+@dataclass
+class Optimizer:
+    """AdamW, decoupled as Megatron's `adam` is. Paper: weight decay 0.033, cosine, 10 % warm-up."""
+
+    learning_rate: float = 2e-3
+    final_learning_rate: float = 0.1  # a share of learning_rate; ours
+    warmup: float = 0.1  # a share of the steps
+    weight_decay: float = 0.033
+    decay_norms_and_biases: bool = False
+    beta1: float = 0.9  # ours
+    beta2: float = 0.95  # ours
+    eps: float = 1e-8  # ours
+    gradient_clip: float | None = 1.0  # ours; null: none
+
+
+@dataclass
+class Precision:
+    """`fp16` and `bf16` are autocast with FP32 master weights; `residual_dtype` is the stream's own."""
+
+    mode: Literal["fp16", "bf16", "fp32"] = "fp16"
+    residual_dtype: Literal["float16", "bfloat16", "float32"] | None = "float16"
+    initial_loss_scale: float = 65536.0
+    loss_scale_growth_interval: int = 2000
+
+
+@dataclass
+class Divergence:
+    """When a run counts as diverged, and ends. All ours: the paper names no rule."""
+
+    nonfinite_losses: int = 10  # in a row
+    consecutive_skips: int = 50
+    loss_rise: float = 1.0  # nats by which the window's mean loss exceeds the lowest such mean so far
+    window: int = 16  # steps
+
+
+@dataclass
+class Recipe:
+    """One pretraining run."""
+
+    name: str
+    data: str
+    model: dict[str, Any]
+    steps: int
+    batch_size: int  # sequences a step, over all processes
+    sequence_length: int
+    stage: Literal["pretrain"] = "pretrain"
+    seed: int = 1
+    micro_batch_size: int | None = None  # sequences a forward pass and process; null: as many as there are
+    device: Literal["cpu", "cuda"] = "cpu"
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    precision: Precision = field(default_factory=Precision)
+    divergence: Divergence = field(default_factory=Divergence)
+    layer_stats_every: int = 50  # steps
+    checkpoint_every: int = 50  # steps
+    keep_last: int = 1  # checkpoints
+    data_fingerprint: str | None = None  # filled in from the data
+
+    def check(self, processes: int = 1) -> None:
+        """Every mistake that can be seen without the data.
+
+        Raises:
+            UsageError: names field and value.
+        """
+        positive = ("steps", "batch_size", "sequence_length", "layer_stats_every", "checkpoint_every", "keep_last")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.optimizer.warmup <= 1:
+            raise UsageError(f"optimizer.warmup is a share of the steps, 0 to 1, not {self.optimizer.warmup}")
+        if not 0 <= self.optimizer.final_learning_rate <= 1:
+            value = self.optimizer.final_learning_rate
+            raise UsageError(f"optimizer.final_learning_rate is a share of learning_rate, 0 to 1, not {value}")
+        if self.optimizer.learning_rate <= 0:
+            raise UsageError(f"optimizer.learning_rate must be above 0, not {self.optimizer.learning_rate}")
+        if self.optimizer.gradient_clip is not None and self.optimizer.gradient_clip <= 0:
+            raise UsageError(
+                f"optimizer.gradient_clip must be above 0, or null for none, not {self.optimizer.gradient_clip}"
+            )
+        if self.precision.mode == "fp16" and self.precision.initial_loss_scale <= 0:
+            raise UsageError(f"precision.initial_loss_scale must be above 0, not {self.precision.initial_loss_scale}")
+        if self.precision.loss_scale_growth_interval < 1:
+            value = self.precision.loss_scale_growth_interval
+            raise UsageError(f"precision.loss_scale_growth_interval must be at least 1, not {value}")
+        micro = self.micro_batch_size or max(1, self.batch_size // processes)
+        if self.batch_size % (micro * processes):
+            raise UsageError(
+                f"batch_size {self.batch_size} is not a multiple of {micro} x {processes} (micro batch x processes)"
+            )
+        if "residual_dtype" in self.model:
+            raise UsageError("model.residual_dtype belongs to the run: set precision.residual_dtype")
+        config = self.model_config()
+        if self.sequence_length > config.max_position_embeddings:
+            raise UsageError(
+                f"sequence_length {self.sequence_length} exceeds model.max_position_embeddings "
+                f"{config.max_position_embeddings}"
+            )
+
+    def model_config(self, **more: Any) -> PeriLlamaConfig:
+        """The model's configuration, with the run's residual dtype.
+
+        Raises:
+            UsageError: what the configuration refuses.
+        """
+        try:
+            return PeriLlamaConfig(**(self.model | more), residual_dtype=self.precision.residual_dtype)
+        except Exception as error:  # the strict dataclass raises several kinds, all about one field
+            raise UsageError(f"model: {' '.join(str(error).split())}") from error

@@ -1,0 +1,324 @@
+"""Pretraining: FP16 that is FP16, runs that repeat, runs that are killed, runs that diverge."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from tiny import CLOCK_KEYS, MODEL, ROOT, command, make_data, run, timeless, write_recipe
+
+from modeling_periln import PeriLlamaForCausalLM
+from runkit.checkpoints import latest_whole
+from runkit.errors import UsageError, UserError, run_command
+from runkit.folder import RunFolder, weights_hash
+from scripts import pretrain
+from scripts.pretrain import Trainer, load_recipe
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def train(tmp_path, data, **fields) -> RunFolder:
+    """A whole run in this process."""
+    file = write_recipe(tmp_path, data, **fields)
+    assert run_command(pretrain.main, pretrain.parse(["--config", str(file), "--runs", str(tmp_path / "runs")])) == 0
+    return RunFolder(tmp_path / "runs" / fields.get("name", "run"))
+
+
+@pytest.fixture(scope="module")
+def untouched(data, tmp_path_factory):
+    """One run that nobody interrupted, in a process of its own."""
+    folder = tmp_path_factory.mktemp("untouched")
+    done = run("scripts.pretrain", "--config", write_recipe(folder, data), "--runs", folder / "runs")
+    assert done.returncode == 0, done.stderr
+    return RunFolder(folder / "runs" / "run")
+
+
+def test_everything_that_should_be_fp16_is(untouched):
+    seen = json.loads((untouched.path / "environment.json").read_text())
+    assert set(seen["residual_adds"]) == {f"model.layers.{i}.{s}_residual" for i in (0, 1) for s in ("attn", "mlp")}
+    for add in seen["residual_adds"].values():
+        assert set(add.values()) == {"float16"}
+    assert seen["linear_outputs"] == {"float16": 2 * 7 + 1}
+    assert seen["loss_scaler"] is True
+
+
+def test_what_should_be_fp32_is(untouched):
+    seen = json.loads((untouched.path / "environment.json").read_text())
+    assert seen["parameters"] == seen["gradients"] == ["float32"]
+    tensors = load_file(untouched.checkpoints()[-1] / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert any((t != t.half().float()).any() for t in tensors.values())  # masters hold more than FP16 can
+
+
+@pytest.mark.parametrize("placement", ["post", "pre", "peri"])
+def test_hooks_see_no_fp32_in_any_sublayer(tmp_path, data, placement):
+    recipe, tokens = load_recipe(write_recipe(tmp_path, data, placement=placement))
+    trainer = Trainer(recipe, RunFolder(tmp_path / "run"), tokens)
+    wide = {}
+
+    def look(name):
+        def hook(module, args, output):
+            tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, torch.Tensor)]
+            wide[name] = {t.dtype for t in tensors}
+
+        return hook
+
+    for name, module in trainer.model.named_modules():
+        if ".layers." in name or "final_norm" in name or "lm_head" in name:
+            module.register_forward_hook(look(name))
+    with trainer.arithmetic:
+        trainer._gradients(0)
+    assert len(wide) > 20
+    assert {n: d for n, d in wide.items() if d != {torch.float16}} == {}
+
+
+def test_an_fp32_run_would_be_seen(tmp_path, data):
+    run_folder = train(tmp_path, data, steps=1, precision={"mode": "fp32", "residual_dtype": None})
+    seen = json.loads((run_folder.path / "environment.json").read_text())
+    assert seen["linear_outputs"] == {"float32": 15}
+    assert {d for add in seen["residual_adds"].values() for d in add.values()} == {"float32"}
+    assert seen["loss_scaler"] is False
+
+
+def test_the_same_recipe_gives_the_same_run(untouched, tmp_path, data):
+    again = train(tmp_path, data)
+    assert timeless(again.path) == timeless(untouched.path)
+    assert weights_hash(again.checkpoints()[-1]) == weights_hash(untouched.checkpoints()[-1])
+    other = train(tmp_path / "..", data, name=f"other{tmp_path.name}", seed=2)
+    assert timeless(other.path) != timeless(untouched.path)
+
+
+def test_metrics_have_the_keys_of_the_design(untouched):
+    keys = {"step", "loss", "learning_rate", "grad_norm", "loss_scale", "found_inf", "skip_kind", "skips_consecutive"}
+    keys |= {"skips_total", "tokens"} | CLOCK_KEYS
+    records = untouched.metrics()
+    assert [r["step"] for r in records] == list(range(12))
+    assert all(set(r) == keys for r in records)
+    assert records[-1]["tokens"] == 12 * 4 * 32
+    assert records[-1]["loss"] < records[0]["loss"] - 0.3
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path, data):
+    gradients = []
+    for micro in (4, 2, 1):
+        precision = {"mode": "fp32", "residual_dtype": None}
+        recipe, tokens = load_recipe(write_recipe(tmp_path, data, micro_batch_size=micro, precision=precision))
+        trainer = Trainer(recipe, RunFolder(tmp_path / "run"), tokens)
+        loss, _ = trainer._gradients(0)
+        gradients.append((loss, torch.cat([p.grad.flatten() for p in trainer.model.parameters()])))
+    for loss, gradient in gradients[1:]:
+        assert loss == pytest.approx(gradients[0][0], rel=1e-6)
+        assert (gradient - gradients[0][1]).norm() <= 1e-6 * gradients[0][1].norm()
+
+
+def test_layer_statistics_are_those_of_the_hidden_states(tmp_path, data):
+    precision = {"mode": "fp32", "residual_dtype": None}
+    recipe, tokens = load_recipe(write_recipe(tmp_path, data, placement="post", precision=precision))
+    trainer = Trainer(recipe, RunFolder(tmp_path / "run"), tokens)
+    inputs = torch.from_numpy(trainer.order.batch(0)[0])
+    states = trainer.model.model(inputs, output_hidden_states=True, use_cache=False).hidden_states
+    trainer._train_step(witness=False)
+    rows = pd.read_parquet(tmp_path / "run" / "layers" / "step_00000000.parquet")
+    rows = rows.set_index(["tensor", "layer", "sublayer", "stat"]).value
+    for layer, sublayer in ((0, "embedding"), (1, "mlp"), (2, "mlp")):
+        x = states[layer].double()
+        assert rows["stream", layer, sublayer, "mean_abs"] == pytest.approx(x.abs().mean().item(), rel=1e-5)
+        assert rows["stream", layer, sublayer, "variance"] == pytest.approx(x.var(correction=0).item(), rel=1e-4)
+        assert rows["stream", layer, sublayer, "max_abs"] == pytest.approx(x.abs().max().item(), rel=1e-6)
+    assert rows["residual_add", 1, "attn", "max_abs"] != rows["stream", 1, "attn", "max_abs"]  # before C and after
+
+
+def test_gradient_statistics_are_unscaled(tmp_path, data):
+    values = []
+    for scale in (65536.0, 1024.0):
+        recipe, tokens = load_recipe(write_recipe(tmp_path, data, precision={"initial_loss_scale": scale}))
+        trainer = Trainer(recipe, RunFolder(tmp_path / f"run{scale}"), tokens)
+        record = trainer._train_step(witness=False)
+        rows = pd.read_parquet(tmp_path / f"run{scale}" / "layers" / "step_00000000.parquet")
+        layers = rows[(rows.tensor == "gradient") & (rows.stat == "norm") & (rows.sublayer == "layer")]
+        values.append((layers.value.iloc[0], record["grad_norm"]))
+        assert 0 < layers.value.max() < record["grad_norm"] * 1.001
+    assert values[0] == pytest.approx(values[1], rel=1e-2)
+
+
+def test_output_norm_gamma_is_recorded_where_there_is_one(untouched, tmp_path, data):
+    rows = pd.read_parquet(untouched.path / "layers" / "step_00000012.parquet")
+    gamma = rows[rows.tensor == "output_norm_gamma"]
+    assert set(zip(gamma.layer, gamma.sublayer, strict=True)) == {(i, s) for i in (1, 2) for s in ("attn", "mlp")}
+    assert (gamma.value != 1).any()
+
+
+SIGNATURE = """
+import sys, torch, modeling_periln
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = torch.arange(20)[None]
+torch.save(model(ids).logits, sys.argv[2])
+print(model.generate(ids, max_new_tokens=5, do_sample=False)[0].tolist())
+"""
+
+
+def test_a_new_process_gets_the_same_logits_to_the_last_bit(tmp_path, data):
+    recipe, tokens = load_recipe(write_recipe(tmp_path, data, steps=2))
+    trainer = Trainer(recipe, RunFolder(tmp_path / "run"), tokens)
+    for _ in range(2):
+        trainer._train_step(witness=False)
+        trainer.step += 1
+    trainer.save()
+    checkpoint = RunFolder(tmp_path / "run").checkpoints()[-1]
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNATURE, checkpoint, tmp_path / "logits"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    # The weights of the model that was saved, without the wrapping of the training run around its forward.
+    saved = PeriLlamaForCausalLM(pretrain.resolved_config(recipe, tokens, trainer.tokenizer))
+    saved.load_state_dict(trainer.model.state_dict())
+    saved.config.residual_dtype = None
+    ids = torch.arange(20)[None]
+    assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), saved.eval()(ids).logits)
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["residual_dtype"] is None
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def wait_for(condition, process, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_killed_at_arbitrary_moments_it_ends_as_if_untouched(untouched, tmp_path, data):
+    file, folder = write_recipe(tmp_path, data), RunFolder(tmp_path / "runs" / "run")
+    draw = random.Random(5)
+    for target in (1, 4, 7, 9):
+        process = subprocess.Popen(
+            command("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs"),
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for(lambda target=target: len(folder.metrics()) >= target, process)
+        time.sleep(draw.random() * 0.2)
+        process.kill()
+        process.wait()
+        assert folder.status == "running"
+    done = run("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    assert folder.status == "completed"
+    assert timeless(folder.path) == timeless(untouched.path)
+    assert weights_hash(folder.checkpoints()[-1]) == weights_hash(untouched.checkpoints()[-1])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on_exactly(untouched, tmp_path, data, number, code):
+    file, folder = write_recipe(tmp_path, data, checkpoint_every=100), RunFolder(tmp_path / "runs" / "run")
+    words = command("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(folder.metrics()) >= 2, process)
+    process.send_signal(number)
+    assert process.wait() == code
+    assert folder.status == "interrupted"
+    assert 2 <= folder.summary["step"] < 12
+    assert len(folder.checkpoints()) == 1
+    done = run("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    assert timeless(folder.path) == timeless(untouched.path)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(untouched, tmp_path, data):
+    file = write_recipe(tmp_path, data, keep_last=3)
+    recipe, tokens = load_recipe(file)
+    folder = RunFolder(tmp_path / "runs" / "run")
+    trainer = Trainer(recipe, folder, tokens)
+    folder.path.mkdir(parents=True)
+    with open(folder.metrics_path, "a") as metrics:
+        for step in range(6):
+            metrics.write(json.dumps(trainer._train_step(witness=False)) + "\n")
+            trainer.step += 1
+            if step % 3 == 2:
+                trainer.save()
+    weights = folder.checkpoint_path(6) / "model.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[-5] ^= 1
+    weights.write_bytes(flipped)
+    said = []
+    assert latest_whole(folder, said.append) == folder.checkpoint_path(3)
+    assert "step_00000006/model.safetensors is damaged" in said[0]
+    done = run("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
+    # The recipe of an unclaimed folder is not assumed to be this one.
+    assert done.returncode == 1
+    assert "holds files but no recipe.yaml" in done.stderr
+
+
+def test_a_forward_overflow_is_seen_named_and_ends_the_run_as_diverged(tmp_path, data):
+    run_folder = train(
+        tmp_path,
+        data,
+        placement="pre",
+        steps=60,
+        optimizer={"learning_rate": 30.0, "warmup": 0.0},
+        divergence={"nonfinite_losses": 4},
+    )
+    assert run_folder.status == "diverged"
+    assert "the loss was not finite for 4 steps in a row" in run_folder.summary["reason"]
+    last = run_folder.metrics()[-1]
+    assert (last["loss"], last["found_inf"], last["skip_kind"]) == (None, True, "forward")
+    assert last["step"] < 59
+    assert run_folder.finished
+
+
+def test_a_backward_overflow_skips_and_halves_the_scale(tmp_path, data):
+    run_folder = train(tmp_path, data, steps=6, precision={"initial_loss_scale": 2.0**40})
+    records = run_folder.metrics()
+    assert records[0]["found_inf"]
+    assert records[0]["loss"] is not None
+    assert records[0]["skip_kind"] == "probe"
+    assert records[1]["loss_scale"] == records[0]["loss_scale"] / 2
+    assert records[-1]["skips_total"] == sum(r["found_inf"] for r in records)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"model": {**MODEL, "norm_placement": "perri"}}, UsageError, "norm_placement='perri'.*did you mean 'peri'"),
+        ({"batch_size": 4, "micro_batch_size": 3}, UsageError, r"batch_size 4 is not a multiple of 3 x 1"),
+        ({"sequence_length": 200}, UsageError, "sequence_length 200 exceeds model.max_position_embeddings 128"),
+        ({"model": {**MODEL, "vocab_size": 299}}, UsageError, "model.vocab_size 299 is not the data's.* 300 tokens"),
+        ({"optimizer": {"warmup": 1.5}}, UsageError, "optimizer.warmup is a share of the steps, 0 to 1, not 1.5"),
+        ({"optimizer": {"lerning_rate": 1}}, UsageError, r"optimizer\.lerning_rate \(did you mean 'learning_rate'"),
+        ({"data": "/nowhere"}, UserError, "data: /nowhere holds no prepared tokens"),
+        ({"data_fingerprint": "other"}, UserError, "another fingerprint"),
+        ({"device": "tpu"}, UsageError, "device must be one of 'cpu', 'cuda', not 'tpu'"),
+        ({"steps": 0}, UsageError, "steps must be at least 1, not 0"),
+    ],
+)
+def test_recipe_mistakes_are_found_before_any_work(tmp_path, data, fields, error, message):
+    with pytest.raises(error, match=message):
+        load_recipe(write_recipe(tmp_path, data, **fields))
+
+
+def test_another_recipe_on_the_same_folder_is_refused_with_the_fields(untouched, data, tmp_path):
+    file = write_recipe(tmp_path, data, steps=13)
+    done = run("scripts.pretrain", "--config", file, "--runs", untouched.path.parent)
+    assert done.returncode == 1
+    assert "belongs to another recipe (steps: 12 -> 13)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert untouched.status == "completed"

@@ -1,0 +1,62 @@
+"""A run small enough to be repeated, and the commands as a user would start them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from runkit.recipes import dump_yaml
+from scripts.prepare_data import prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+CLOCK_KEYS = {"tokens_per_second", "step_seconds", "data_wait", "mfu", "peak_memory_bytes"}
+MODEL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def make_data(folder: Path) -> Path:
+    """A prepared data folder with a vocabulary of 300."""
+    text = folder / "text"
+    text.mkdir()
+    for i in range(60):
+        (text / f"{i}.txt").write_text(" ".join(f"the {n} of {n * i % 89}" for n in range(150)))
+    prepare(str(text), folder / "data", vocab_size=300, max_bytes=10**6, heldout_share=0.05, context=128)
+    return folder / "data"
+
+
+def write_recipe(folder: Path, data_folder: Path, name: str = "run", placement: str = "peri", **more) -> Path:
+    """A recipe file; `more` replaces fields."""
+    recipe = {
+        "name": name,
+        "data": str(data_folder),
+        "model": {**MODEL, "norm_placement": placement},
+        "steps": 12,
+        "batch_size": 4,
+        "sequence_length": 32,
+        "layer_stats_every": 5,
+        "checkpoint_every": 3,
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(dump_yaml(recipe | more))
+    return file
+
+
+def command(module: str, *args: object) -> list[str]:
+    return [sys.executable, "-m", module, *map(str, args)]
+
+
+def run(module: str, *args: object, env: list[str] | None = None) -> subprocess.CompletedProcess:
+    """Run a command of the project to its end."""
+    words = [*(["env", *env] if env else []), *command(module, *args)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def timeless(run_folder: Path) -> list[dict]:
+    """metrics.jsonl without what a clock or an allocator measured."""
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK_KEYS} for line in lines]
