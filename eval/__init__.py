@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks through lm-eval, held-out loss, samples, tables, figures, the report."""

@@ -1,0 +1,110 @@
+"""Evaluate checkpoints in one process: benchmarks, held-out loss, samples, into each run's `eval/`.
+
+python -m eval.evaluate RUN_OR_CHECKPOINT... --suite mini --heldout data/heldout.jsonl
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from runkit.errors import UsageError, make_parser, run_command
+from runkit.folder import read_json, weights_hash, write_json
+from runkit.process import stop_with_parent
+
+from .benchmarks import Benchmarks
+from .checkpoints import Target, find_target
+from .heldout import heldout_loss, read_texts
+from .samples import generate_samples
+
+PROMPTS = ("The function returns", "import os\n")
+CHAT_PROMPTS = ("How do I boil an egg?", "Write a Python function that adds two numbers.")
+
+
+def _once(file: Path, options: dict[str, Any], weights: str, compute: Callable[[], dict[str, Any]]) -> None:
+    """Compute and write `file`, unless it already holds the result for these weights and options."""
+    if file.exists():
+        old = read_json(file)
+        same = old["evaluated"]["weights_sha256"] == weights and all(old.get(k) == v for k, v in options.items())
+        if same:
+            return
+    write_json(file, compute())
+
+
+def evaluate_target(
+    target: Target, benchmarks: Benchmarks, texts: list[str] | None, args: argparse.Namespace, bar: tqdm
+) -> None:
+    """All that is asked of one checkpoint; what is there already is not computed again."""
+    weights = weights_hash(target.checkpoint)
+    asked = {"suite": args.suite, "limit": args.limit, "num_fewshot": args.num_fewshot}
+    more = {"batch_size": args.batch_size, "dtype": "float32"}
+
+    def scores() -> dict[str, Any]:
+        return benchmarks.evaluate(target, args.device, args.batch_size)
+
+    def loss() -> dict[str, Any]:
+        model, tokenizer = target.load(args.device)
+        dtype = str(model.dtype).removeprefix("torch.")
+        measured = heldout_loss(model, tokenizer, texts, args.context, args.batch_size)
+        head = {"evaluated": target.evaluated(), "harness": None, "suite": None, "limit": None}
+        return head | {"batch_size": args.batch_size, "dtype": dtype} | measured
+
+    def samples() -> dict[str, Any]:
+        model, tokenizer = target.load(args.device)
+        chat = tokenizer.chat_template is not None
+        prompts = list(CHAT_PROMPTS if chat else PROMPTS)
+        return {"evaluated": target.evaluated(), "samples": generate_samples(model, tokenizer, prompts, chat)}
+
+    _once(target.results / f"benchmarks-{args.suite}.json", asked | more, weights, scores)
+    bar.update(1)
+    if texts is not None:
+        _once(target.results / "heldout.json", {"context": args.context} | more, weights, loss)
+    bar.update(1)
+    _once(target.results / "sample.json", {}, weights, samples)
+    bar.update(1)
+
+
+def main(args: argparse.Namespace) -> None:
+    stop_with_parent(args.stop_with_parent)
+    if args.batch_size < 1 or args.context < 1:
+        raise UsageError(f"batch size and context must be at least 1, not {args.batch_size} and {args.context}")
+    if not args.targets and not args.check_data:
+        raise UsageError("name at least one run or checkpoint folder")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    targets = [(path, find_target(path)) for path in args.targets]
+    texts = read_texts(args.heldout) if args.heldout else None
+    benchmarks = Benchmarks(args.suite, args.limit, args.num_fewshot)
+    if args.check_data:
+        return
+    with tqdm(total=3 * len(targets), desc="evaluation", unit="part", dynamic_ncols=True) as bar:
+        for path, target in targets:
+            if target is None:
+                tqdm.write(f"{path.name}: diverged, not evaluated")
+                bar.update(3)
+                continue
+            bar.set_postfix_str(target.name)
+            evaluate_target(target, benchmarks, texts, args, bar)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("python -m eval.evaluate", "Benchmarks, held-out loss and samples of checkpoints.")
+    parser.add_argument("targets", type=Path, nargs="*", metavar="RUN_OR_CHECKPOINT", help="run or checkpoint folders")
+    parser.add_argument("--check-data", action="store_true", help="only load the tasks' data, and stop")
+    parser.add_argument("--suite", default="mini", help="'mini' (our own items) or 'hub' (the real tasks)")
+    parser.add_argument("--limit", type=int, default=None, help="items a task; all of them when left out")
+    parser.add_argument("--num-fewshot", type=int, default=0, help="examples before each item")
+    parser.add_argument("--batch-size", type=int, default=16, help="requests a batch")
+    parser.add_argument("--heldout", type=Path, default=None, help="a .jsonl with texts for the held-out loss")
+    parser.add_argument("--context", type=int, default=256, help="tokens a window of the held-out loss")
+    parser.add_argument("--device", default="cpu", help="'cpu' or 'cuda'")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    sys.exit(run_command(main, arguments))

@@ -1,0 +1,338 @@
+"""All run folders under a path as tidy frames: what tables, figures and the report are drawn from.
+
+Nothing is measured here and nothing is filled in: what a run did not record is missing in the frames.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from runkit.errors import UserError
+from runkit.folder import RunFolder, read_json
+from runkit.recipes import flatten
+
+FP16_MAX = 65504.0
+PLACEMENTS = ("post", "pre", "peri", "output", "pre_post", "deepnorm", "lns", "mix")  # their order everywhere
+
+_RUNS = [
+    *("run", "stage", "parent", "placement", "learning_rate", "seed", "status", "reason", "step", "steps"),
+    *("num_layers", "hidden_size", "parameters", "parameters_non_embedding", "mode"),
+    *("batch_size", "sequence_length"),
+]
+_METRICS = ["run", "step", "loss", "grad_norm", "loss_scale", "skip_kind"]
+_LAYERS = ["run", "step", "layer", "sublayer", "tensor", "stat", "value"]
+_SCORES = ["run", "suite", "limit", "harness", "task", "metric", "value", "stderr", "n", "file"]
+_SAMPLES = ["run", "prompt", "text"]
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The records of all runs under one folder. A run is named by its path below that folder.
+
+    `runs` has a row a run; a fine-tuning run (stage `sft`) names the pretraining run it belongs to as `parent`
+    and has that run's placement, learning rate and seed. `metrics`, `layers`, `scores` and `samples` are long.
+    """
+
+    name: str
+    recipe: dict[str, Any]
+    runs: pd.DataFrame
+    metrics: pd.DataFrame
+    layers: pd.DataFrame
+    scores: pd.DataFrame
+    samples: pd.DataFrame
+    recipes: dict[str, dict[str, Any]]
+    environments: dict[str, dict[str, Any]]
+
+    @property
+    def pretrained(self) -> pd.DataFrame:
+        """The pretraining runs, in the order in which everything shows them."""
+        return self.runs[self.runs.stage == "pretrain"]
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """Peak learning rates, ascending."""
+        return sorted(self.pretrained.learning_rate.unique())
+
+    @property
+    def placements(self) -> list[str]:
+        """The placements there are, in their order."""
+        return sorted(self.pretrained.placement.unique(), key=placement_order)
+
+    def cell(self, learning_rate: float, placement: str) -> pd.DataFrame:
+        """The pretraining runs of one placement at one learning rate: its seeds."""
+        runs = self.pretrained
+        return runs[(runs.learning_rate == learning_rate) & (runs.placement == placement)]
+
+    def fine_tuned(self, runs: Iterable[str]) -> pd.DataFrame:
+        """One fine-tuning run for each pretraining run that has any: `sft`, else the first by name."""
+        found = self.runs[(self.runs.stage == "sft") & self.runs.parent.isin(list(runs))]
+        first = sorted(found.run, key=lambda run: (PurePosixPath(run).name != "sft", run))
+        return found.set_index("run", drop=False).loc[first].drop_duplicates("parent")
+
+
+def placement_order(placement: str) -> tuple[int, str]:
+    """A sort key: the known placements in their order, then the user's own by name."""
+    return (PLACEMENTS.index(placement) if placement in PLACEMENTS else len(PLACEMENTS), placement)
+
+
+def placement_name(model: dict[str, Any]) -> str:
+    """What a model section calls its placement; for a list of layers or a row of the user's own, what it holds."""
+    if model.get("layer_placements"):
+        return " + ".join(f"{len(list(same))} {name}" for name, same in groupby(model["layer_placements"]))
+    placement = model.get("norm_placement", "placement not recorded")
+    if isinstance(placement, dict):
+        return "own: " + ", ".join(key if value is True else f"{key}={value}" for key, value in placement.items())
+    return str(placement)
+
+
+def printable(text: str) -> str:
+    """Text that UTF-8 and HTML can hold: a model may generate halves of characters and control codes."""
+    text = text.replace("\r\n", "\n").encode("utf-8", "replace").decode()
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def precision_mode(recipe: dict[str, Any]) -> str | None:
+    """`fp16`, `bf16` or `fp32`: a section of the recipe, or one field of it."""
+    precision = recipe.get("precision")
+    return precision.get("mode") if isinstance(precision, dict) else precision
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def _find(root: Path) -> dict[str, dict[str, Any]]:
+    """Recipes by run name, the folder itself as `.`; what stands in checkpoints or hidden folders is no run."""
+    recipes = {}
+    for file in sorted(root.rglob("recipe.yaml")):
+        name = file.parent.relative_to(root)
+        if not any(part.startswith(".") or part == "checkpoints" for part in name.parts):
+            recipes[name.as_posix()] = RunFolder(file.parent).recipe
+    return recipes
+
+
+def _describe(root: Path, run: str, recipes: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of `runs`; None for a fine-tuning run outside any pretraining run."""
+    cell = run
+    if recipes[run]["stage"] == "sft":
+        above = [str(p) for p in PurePosixPath(run).parents]
+        cell = next((p for p in above if recipes.get(p, {}).get("stage") == "pretrain"), None)
+        if cell is None:
+            return None
+    recipe, summary = recipes[cell], RunFolder(root / run).summary
+    model = recipe.get("model") or {}
+    rate = _number((recipe.get("optimizer") or {}).get("learning_rate"))
+    if math.isnan(rate):
+        raise UserError(f"{root / cell / 'recipe.yaml'} names no optimizer.learning_rate")
+    return {
+        "run": run,
+        "stage": recipes[run]["stage"],
+        "parent": None if cell == run else cell,
+        "placement": placement_name(model),
+        "learning_rate": rate,
+        "seed": recipe.get("seed"),
+        "status": summary.get("status", "not recorded"),
+        "reason": printable(summary.get("reason") or ""),
+        "step": summary.get("step"),
+        "steps": recipes[run].get("steps"),
+        "num_layers": model.get("num_hidden_layers"),
+        "hidden_size": model.get("hidden_size"),
+        "parameters": summary.get("parameters"),
+        "parameters_non_embedding": summary.get("parameters_non_embedding"),
+        "mode": precision_mode(recipes[run]),
+        "batch_size": recipe.get("batch_size"),
+        "sequence_length": recipe.get("sequence_length"),
+    }
+
+
+def _read_layers(run: str, folder: Path) -> Iterable[pd.DataFrame]:
+    for file in sorted(folder.glob("step_*.parquet")):
+        try:
+            frame = pd.read_parquet(file)
+        except Exception as error:
+            raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from error
+        if missing := [column for column in _LAYERS[1:] if column not in frame]:
+            raise UserError(f"{file} has no column {missing[0]!r}")
+        yield frame.assign(run=run)[_LAYERS]
+
+
+def _read_eval(run: str, folder: RunFolder) -> tuple[list[dict], list[dict]]:
+    scores, samples = [], []
+    for record in folder.evaluations():
+        harness = record.get("harness") or {}
+        common = {
+            "run": run,
+            "suite": record.get("suite"),
+            "limit": _number(record.get("limit")),
+            "harness": " ".join(str(harness[k]) for k in ("name", "version") if harness.get(k)) or None,
+            "file": record["file"],
+        }
+        for result in record.get("results") or []:
+            numbers = {key: _number(result.get(key)) for key in ("value", "stderr", "n")}
+            scores.append(common | {"task": result["task"], "metric": result["metric"]} | numbers)
+        for sample in record.get("samples") or []:
+            samples.append(
+                {"run": run, "prompt": printable(sample.get("prompt", "")), "text": printable(sample.get("text", ""))}
+            )
+    return scores, samples
+
+
+def load(root: str | Path) -> Frames:
+    """Read every pretraining run under `root` and the fine-tuning runs inside them.
+
+    Runs that are unfinished, or lack files, are read as far as they go. Where two files of a run's eval folder
+    give the same task and metric, the one whose name sorts last counts.
+
+    Raises:
+        UserError: no such folder, no runs in it, or a damaged file; the message names the path.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root} is {'not a folder' if root.exists() else 'missing'}: give a folder of runs")
+    recipes = _find(root)
+    own = recipes["."] if recipes.get(".", {}).get("stage") == "demo" else {}
+    recipes = {run: recipe for run, recipe in recipes.items() if recipe.get("stage") in ("pretrain", "sft")}
+    rows = [row for run in recipes if (row := _describe(root, run, recipes))]
+    if not any(row["stage"] == "pretrain" for row in rows):
+        raise UserError(f"{root} holds no run folders (a recipe.yaml with stage: pretrain)")
+    rows.sort(key=lambda r: (r["learning_rate"], placement_order(r["placement"]), str(r["seed"]).zfill(9), r["run"]))
+
+    metrics, layers, scores, samples, environments = [], [], [], [], {}
+    for run in (row["run"] for row in rows):
+        folder = RunFolder(root / run)
+        metrics += [{"run": run} | {key: record.get(key) for key in _METRICS[1:]} for record in folder.metrics()]
+        layers += _read_layers(run, root / run / "layers")
+        found = _read_eval(run, folder)
+        scores += found[0]
+        samples += found[1]
+        environments[run] = _environment(root / run)
+    frame = pd.DataFrame(metrics, columns=_METRICS)
+    numbers = ["step", "loss", "grad_norm", "loss_scale"]
+    frame[numbers] = frame[numbers].apply(pd.to_numeric).astype(float)
+    return Frames(
+        name=root.resolve().name,
+        recipe=own,
+        runs=pd.DataFrame(rows, columns=_RUNS),
+        metrics=frame,
+        layers=pd.concat(layers, ignore_index=True) if layers else pd.DataFrame(columns=_LAYERS),
+        scores=pd.DataFrame(scores, columns=_SCORES).drop_duplicates(["run", "task", "metric"], keep="last"),
+        samples=pd.DataFrame(samples, columns=_SAMPLES),
+        recipes={row["run"]: recipes[row["run"]] for row in rows},
+        environments=environments,
+    )
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    file = path / "environment.json"
+    return read_json(file) if file.exists() else {}
+
+
+# --- what is derived from the frames -------------------------------------------------------------------------
+
+
+def differing(frames: Frames) -> list[str]:
+    """Recipe fields in which the pretraining runs differ although only placement, rate and seed should."""
+    meant = ("name", "seed", "optimizer.learning_rate")
+    flat = [flatten(frames.recipes[run]) for run in frames.pretrained.run]
+    keys = sorted({key for recipe in flat for key in recipe})
+    other = [k for k in keys if k not in meant and not k.startswith(("model.norm_placement", "model.layer_placements"))]
+    return [key for key in other if len({repr(recipe.get(key)) for recipe in flat}) > 1]
+
+
+def spikes(metrics: pd.DataFrame, window: int = 128, least: int = 16, deviations: float = 6.0) -> list[int]:
+    """Steps of one run at which the gradient norm spiked.
+
+    A spike exceeds the mean of the `window` steps before it by `deviations` (population) standard deviations
+    of theirs. Steps without a finite norm are no spikes and enter no window; a window needs `least` norms.
+    """
+    norms, steps = metrics.grad_norm.to_numpy(float), metrics.step.to_numpy(float)
+    found = []
+    for i in range(least, len(norms)):
+        before = norms[max(0, i - window) : i]
+        before = before[np.isfinite(before)]
+        if len(before) >= least and norms[i] > before.mean() + deviations * before.std():
+            found.append(int(steps[i]))
+    return found
+
+
+def final_loss(metrics: pd.DataFrame) -> float:
+    """Mean of the finite losses in the last tenth of a run's steps; NaN where there is none."""
+    losses = metrics.loss.to_numpy(float)[-max(1, math.ceil(len(metrics) / 10)) :]
+    losses = losses[np.isfinite(losses)]
+    return float(losses.mean()) if len(losses) else math.nan
+
+
+def largest(layers: pd.DataFrame, tensors: Sequence[str]) -> pd.Series | None:
+    """The row with the largest max |x| among `tensors`; a value that is not finite is the largest of all."""
+    rows = layers[(layers.stat == "max_abs") & layers.tensor.isin(tensors)]
+    if rows.empty:
+        return None
+    return rows.loc[rows.value.astype(float).fillna(math.inf).idxmax()]
+
+
+def headroom(value: float) -> float:
+    """Bits between `value` and FP16's largest number: log2(65504 / value); -inf where it is not finite."""
+    if not math.isfinite(value):
+        return -math.inf
+    return math.log2(FP16_MAX / value) if value > 0 else math.inf
+
+
+def by_depth(layers: pd.DataFrame, tensor: str, stat: str) -> pd.DataFrame:
+    """(run, step, x, y): attention stands at half numbers, the MLP of layer l at l, the embedding at 0."""
+    rows = layers[(layers.tensor == tensor) & (layers.stat == stat)]
+    x = rows.layer.astype(float) - 0.5 * (rows.sublayer == "attn")
+    tidy = pd.DataFrame({"run": rows.run, "step": rows.step, "x": x, "y": rows.value.astype(float)})
+    return tidy.sort_values("x", kind="stable")
+
+
+def at_edge(data: pd.DataFrame, last: bool) -> pd.DataFrame:
+    """The rows of every run's first, or last, recorded step."""
+    steps = data.groupby("run").step
+    return data[data.step == (steps.transform("max") if last else steps.transform("min"))]
+
+
+# --- words for captions ---------------------------------------------------------------------------------------
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate as it is called everywhere."""
+    return f"learning rate {rate:g}"
+
+
+def drawn_from(frames: Frames, found: pd.DataFrame) -> str:
+    """Which seeds a figure was drawn from."""
+    runs = frames.pretrained[frames.pretrained.run.isin(found.run.unique())]
+    parts = []
+    for rate, same in runs.groupby("learning_rate"):
+        counts = same.groupby("placement", sort=False).size()
+        parts.append(f"{rate_text(rate)}: " + ", ".join(f"{p} {n}" for p, n in counts.items()))
+    return f"Seeds drawn, by placement: {'; '.join(parts)}."
+
+
+def recorded_steps(data: pd.DataFrame) -> str:
+    """The steps that were recorded: `step 0`, `steps 0 to 200, 5 recorded`."""
+    steps = sorted({int(step) for step in data.step})
+    return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}, {len(steps)} recorded"
+
+
+def first_and_last(data: pd.DataFrame) -> str:
+    """Which steps `at_edge` means."""
+    first, last = at_edge(data, False).step, at_edge(data, True).step
+    return (
+        f"Initialization is step {listed(first)}; the end is each run's last recorded step ({listed(last)}), for a run "
+        "that diverged the one at which it was stopped."
+    )
+
+
+def listed(steps: pd.Series) -> str:
+    """Steps by number; by their range where there are many."""
+    values = sorted({int(step) for step in steps})
+    return ", ".join(map(str, values)) if len(values) < 6 else f"{values[0]} to {values[-1]}"
