@@ -1,0 +1,208 @@
+"""The Peri-LN study in miniature: text, pretraining, evaluation, fine-tuning, evaluation again, report.
+
+    python -m scripts.demo            (what `make demo` runs)
+
+Each stage is a process of its own; what one hands to the next is run folders on disk. Interrupted at any
+moment, it goes on where it was when it is started again.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
+from runkit.folder import RunFolder, write_text
+from runkit.process import StopRequest
+from runkit.recipes import differing_fields, dump_yaml, from_mapping, read_yaml, to_mapping
+
+from .demo_recipe import HUB_LIMIT, DemoRecipe
+
+DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
+
+
+@dataclass
+class Stage:
+    """One child process: its title, its command, and about how long it takes (only for the estimate)."""
+
+    title: str
+    command: list[str]
+    seconds: float
+
+
+def resolve_recipe(args: argparse.Namespace) -> DemoRecipe:
+    """The recipe of this demo: that of the folder if it has one, else the file's, with what the flags say.
+
+    Raises:
+        UserError: the folder belongs to another recipe than was asked for.
+        UsageError: see `DemoRecipe.check`.
+    """
+    kept = args.out / "recipe.yaml"
+    fresh = not kept.exists()
+    mapping = read_yaml((args.recipe or DEFAULT_RECIPE) if fresh or args.recipe else kept)
+    recipe = from_mapping(DemoRecipe, mapping)
+    if args.device is not None:
+        recipe.device = args.device
+    if args.text is not None:
+        recipe.text.source = args.text
+    if args.placements is not None:
+        recipe.placements = [name.strip() for name in args.placements.split(",")]
+    if args.hub:
+        newly = recipe.evaluation.suite != "hub"
+        recipe.evaluation.suite = recipe.sft.data = "hub"
+        if newly:
+            recipe.evaluation.limit = HUB_LIMIT
+    if args.limit is not None:
+        recipe.evaluation.limit = args.limit or None
+    recipe.check()
+    if not fresh:
+        different = differing_fields(read_yaml(kept), to_mapping(recipe))
+        if different:
+            raise UserError(
+                f"{args.out} belongs to another recipe ({'; '.join(different)}): give another folder (--out, or "
+                f"OUT= with make), or remove {args.out}"
+            )
+    return recipe
+
+
+def check_disk(out: Path, recipe: DemoRecipe) -> None:
+    """Raise UserError where the disk clearly cannot hold the demo (weights and moments in FP32, twice a run)."""
+    config = recipe.cells(out)[0].model_config(vocab_size=recipe.tokenizer.vocab_size)
+    layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
+    parameters = config.num_hidden_layers * layer + 2 * config.vocab_size * config.hidden_size
+    needed = (
+        20_000_000 + 3 * recipe.text.max_bytes + len(recipe.cells(out)) * parameters * 4 * (3 + 1) + parameters * 16
+    )
+    place = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed and not (out / "report.html").exists():
+        raise UserError(
+            f"no space on the disk: {place} has {free / 1e6:.0f} MB free, the demo needs about {needed / 1e6:.0f} MB"
+        )
+
+
+def plan_stages(recipe: DemoRecipe, out: Path) -> list[Stage]:
+    """The commands of the demo, in order. Their seconds are what they took on two cores, for the estimate."""
+    cells = recipe.cells(out / "data")
+    runs = [str(out / cell.name) for cell in cells]
+    hub = recipe.evaluation.suite == "hub"
+    # The bundled sets need no network, and are kept from looking for one.
+    python = [sys.executable] if hub else ["env", "HF_HUB_OFFLINE=1", "HF_DATASETS_OFFLINE=1", sys.executable]
+    text, evaluation = recipe.text, recipe.evaluation
+    evaluate = ["eval.evaluate", "--suite", evaluation.suite, "--batch-size", str(evaluation.batch_size)]
+    evaluate += ["--limit", str(evaluation.limit)] if evaluation.limit else []
+    evaluate += ["--heldout", str(out / "data" / "heldout.jsonl"), "--context", str(recipe.pretraining.sequence_length)]
+    evaluate += ["--device", recipe.device]
+    prepare = ["scripts.prepare_data", "--source", text.source, "--out", str(out / "data")]
+    prepare += ["--vocab-size", str(recipe.tokenizer.vocab_size), "--max-bytes", str(text.max_bytes)]
+    prepare += ["--heldout-share", str(text.heldout_share)]
+    prepare += ["--context", str(recipe.model.get("max_position_embeddings", recipe.sft.max_length))]
+    recipes = [str(out / "recipes" / f"{cell.name}.yaml") for cell in cells]
+    pretrain = ["scripts.pretrain", "--runs", str(out), "--config", *recipes]
+    tune = ["sft.train", "--config", str(out / "recipes" / "sft.yaml"), "--model", *runs]
+    tuned = [f"{run}/sft" for run in runs]
+    step = recipe.pretraining.batch_size * recipe.pretraining.sequence_length / 5000
+    one = 600.0 if hub else 5.0
+    # Gated, missing or unreachable: better known before an hour of training than after it.
+    check = [
+        Stage("benchmarks from the Hub", [*python, "-m", "eval.evaluate", "--suite", "hub", "--check-data"], 60),
+        Stage("conversations from the Hub", [*python, "-m", *tune[:3], "--check-data"], 20),
+    ]
+    return [
+        *(check if hub else []),
+        Stage("text and tokenizer", [*python, "-m", *prepare], 20),
+        Stage("pretraining in FP16", [*python, "-m", *pretrain], 8 + len(cells) * recipe.pretraining.steps * step),
+        Stage("evaluation", [*python, "-m", *evaluate, *runs], 10 + one * len(cells)),
+        Stage("fine-tuning in FP16", [*python, "-m", *tune], 10 + (2000 if hub else 9) * len(cells)),
+        Stage("evaluation after fine-tuning", [*python, "-m", *evaluate, *tuned], 10 + one * len(cells)),
+        Stage("report", [*python, "-m", "eval.report", str(out)], 15),
+    ]
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def run_stage(stage: Stage, stop: StopRequest, debug: bool, pid: int) -> None:
+    """Run one stage to its end; a signal that reaches the demo is handed on to it, once.
+
+    Raises:
+        StoppedBySignal: the demo was asked to stop, and the stage has stopped.
+        UserError: the stage failed; it has said why itself.
+    """
+    command = [*stage.command, "--stop-with-parent", str(pid), *(["--debug"] if debug else [])]
+    child = subprocess.Popen(command, start_new_session=True)
+    told = False
+    while child.poll() is None:
+        if stop.exit_code and not told:
+            child.send_signal(signal.SIGINT if stop.exit_code == 130 else signal.SIGTERM)
+            told = True
+        time.sleep(0.1)
+    if stop.exit_code:
+        raise StoppedBySignal(stop.exit_code, "stopped; start the demo again and it goes on from here")
+    if child.returncode:
+        failed = UserError(f"the stage '{stage.title}' failed (exit code {child.returncode}); see above")
+        failed.exit_code = child.returncode if child.returncode in (1, 2) else 1
+        raise failed
+
+
+def main(args: argparse.Namespace) -> None:
+    recipe = resolve_recipe(args)
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device: cuda was asked for, but torch sees no CUDA device")
+    check_disk(args.out, recipe)
+    run = RunFolder(args.out)
+    stop = StopRequest().install()
+    with run.locked():
+        run.claim(to_mapping(recipe))
+        for cell in recipe.cells(args.out / "data"):
+            write_text(args.out / "recipes" / f"{cell.name}.yaml", dump_yaml(to_mapping(cell)))
+        write_text(args.out / "recipes" / "sft.yaml", dump_yaml(recipe.sft_recipe()))
+        _run_stages(plan_stages(recipe, args.out), stop, args, run)
+
+
+def _run_stages(stages: list[Stage], stop: StopRequest, args: argparse.Namespace, run: RunFolder) -> None:
+    start, planned_done = time.monotonic(), 0.0
+    for number, stage in enumerate(stages, start=1):
+        elapsed = time.monotonic() - start
+        pace = min(3.0, max(0.2, elapsed / planned_done)) if planned_done else 1.0
+        left = pace * sum(s.seconds for s in stages[number - 1 :])
+        print(
+            f"\n[{number}/{len(stages)}] {stage.title} · {_minutes(elapsed)} so far, about {_minutes(left)} left",
+            flush=True,
+        )
+        run.set_status("running", stage=stage.title)
+        try:
+            run_stage(stage, stop, args.debug, pid=os.getpid())
+        except StoppedBySignal:
+            run.set_status("interrupted", stage=stage.title)
+            raise
+        except UserError:
+            run.set_status("failed", stage=stage.title)
+            raise
+        planned_done += stage.seconds
+    run.set_status("completed", seconds_since_last_start=round(time.monotonic() - start, 1))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("python -m scripts.demo", "Post-LN, Pre-LN and Peri-LN side by side, in FP16, to a report.")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo")
+    parser.add_argument("--recipe", type=Path, help="demo recipe; scripts/recipes/demo.yaml, or the folder's own")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the recipe's")
+    parser.add_argument("--text", metavar="PATH", help="folder of .txt/.jsonl/.parquet in place of the recipe's text")
+    parser.add_argument("--placements", metavar="A,B,...", help="placements to compare; default: the recipe's")
+    parser.add_argument("--hub", action="store_true", help="the real lm-eval tasks and the real GAIR/lima")
+    parser.add_argument("--limit", type=int, metavar="N", help=f"items a task, 0 for all; {HUB_LIMIT} with --hub")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    sys.exit(run_command(main, arguments))

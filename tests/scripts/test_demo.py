@@ -1,0 +1,318 @@
+"""The demo: its recipe, its refusals, and the whole path with a kill in the middle."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hub_store import write_store
+from local_hub import LocalHub
+from tiny import ROOT, command, run, timeless
+
+from runkit.errors import UsageError, UserError
+from runkit.folder import RunFolder, weights_hash
+from runkit.recipes import dump_yaml, read_yaml
+from scripts import demo
+from scripts.demo_recipe import DemoRecipe
+
+
+def tiny_recipe(folder, **more):
+    """A demo that takes seconds, on text of its own."""
+    text = folder / "text"
+    if not text.exists():
+        text.mkdir()
+        for i in range(60):
+            (text / f"{i}.txt").write_text(" ".join(f"the {n} of {n * i % 89}" for n in range(150)))
+    recipe = read_yaml(demo.DEFAULT_RECIPE) | {
+        "placements": ["post", "peri"],
+        "seeds": [1],
+        "high_learning_rate": 100.0,
+        "text": {"source": str(text), "max_bytes": 10**6, "heldout_share": 0.05},
+        "tokenizer": {"vocab_size": 300},
+        "model": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 512,
+        },
+        "evaluation": {"suite": "mini", "limit": 6, "batch_size": 16},
+        "sft": {"data": "mini", "epochs": 1, "batch_size": 36, "learning_rate": 1e-3, "max_length": 96},
+    }
+    recipe["pretraining"] = recipe["pretraining"] | {
+        "steps": 40,
+        "batch_size": 4,
+        "sequence_length": 32,
+        "checkpoint_every": 5,
+    }
+    file = folder / "demo.yaml"
+    file.write_text(dump_yaml(recipe | more))
+    return file
+
+
+def resolve(tmp_path, *flags):
+    return demo.resolve_recipe(demo.parse(["--out", str(tmp_path / "out"), *map(str, flags)]))
+
+
+def keep(tmp_path, recipe):
+    from runkit.recipes import to_mapping
+
+    RunFolder(tmp_path / "out").claim(to_mapping(recipe))
+
+
+def test_the_embedded_recipe_has_three_placements_two_seeds_and_one_high_rate(tmp_path):
+    cells = resolve(tmp_path).cells(tmp_path)
+    table = {(c.model["norm_placement"], c.optimizer.learning_rate, c.seed) for c in cells}
+    base = {(p, 2e-3, s) for p in ("post", "pre", "peri") for s in (1, 2)}
+    assert table == base | {(p, 0.1, 1) for p in ("post", "pre", "peri")}
+    assert {c.precision.mode for c in cells} == {"fp16"}
+    assert {c.precision.residual_dtype for c in cells} == {"float16"}
+    assert {(c.optimizer.weight_decay, c.optimizer.warmup) for c in cells} == {(0.033, 0.1)}
+
+
+def test_hub_and_limit_are_kept_by_a_resumed_demo(tmp_path):
+    recipe = resolve(tmp_path, "--hub")
+    assert (recipe.evaluation.suite, recipe.evaluation.limit, recipe.sft.data) == ("hub", 100, "hub")
+    keep(tmp_path, recipe)
+    assert resolve(tmp_path) == recipe
+    assert resolve(tmp_path, "--hub") == recipe
+    with pytest.raises(UserError, match=r"evaluation\.limit: 100 -> 7"):
+        resolve(tmp_path, "--hub", "--limit", 7)
+
+
+def test_another_recipe_on_the_same_folder_is_refused_with_the_fields(tmp_path):
+    keep(tmp_path, resolve(tmp_path))
+    with pytest.raises(UserError, match=r"belongs to another recipe \(.*sft\.data: 'mini' -> 'hub'"):
+        resolve(tmp_path, "--hub")
+    with pytest.raises(UserError, match=r"placements: .* -> \['pre'\]"):
+        resolve(tmp_path, "--placements", "pre")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"placements": ["post", "perri"]}, r"placements: 'perri' is unknown \(did you mean 'peri'\?\)"),
+        ({"placements": ["pre", "pre"]}, "placements must name at least one, and none twice"),
+        ({"tokenizer": {"vocab_size": 200}}, "vocab_size 200 is smaller than the 256 bytes"),
+        ({"high_learning_rate": 2e-3}, "high_learning_rate must differ"),
+        ({"device": "tpu"}, "device must be one of"),
+        ({"placments": ["pre"]}, r"unknown field placments \(did you mean 'placements'"),
+    ],
+)
+def test_recipe_mistakes_are_usage_errors(tmp_path, more, message):
+    with pytest.raises(UsageError, match=message):
+        resolve(tmp_path, "--recipe", tiny_recipe(tmp_path, **more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_text_and_a_full_disk_end_at_once(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="no text found: text.source /nowhere does not exist"):
+        resolve(tmp_path, "--text", "/nowhere")
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"no space on the disk: .* has 1 MB free, the demo needs about \d+ MB"):
+        demo.check_disk(tmp_path / "out", resolve(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--placements", "perri"], 2, "error: placements: 'perri' is unknown (did you mean 'peri'?)"),
+        (["--text", "/nowhere"], 2, "error: no text found: text.source /nowhere does not exist"),
+        (["--limit", "many"], 2, "error: argument --limit: invalid int value: 'many'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_an_exit_code(tmp_path, flags, code, message):
+    done = run("scripts.demo", "--out", tmp_path / "out", *flags)
+    assert done.returncode == code
+    assert done.stderr.strip().splitlines() == [message] or done.stderr.startswith(message)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(p) for p in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return open(f"/proc/{pid}/stat").read().split(") ")[1][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole demo, its process killed during pretraining, its stage left alone, and started again."""
+    folder = tmp_path_factory.mktemp("demo")
+    words = command("scripts.demo", "--out", folder / "out", "--recipe", tiny_recipe(folder))
+    first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cell = RunFolder(folder / "out" / "post_lr0.002_seed1")
+    deadline = time.monotonic() + 120
+    while len(cell.metrics()) < 8:
+        assert time.monotonic() < deadline
+        assert first.poll() is None
+        time.sleep(0.05)
+    stage = children_of(first.pid)
+    first.kill()
+    first.wait()
+    second = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert stage
+    assert not any(alive(pid) for pid in stage)
+    return folder, second
+
+
+@pytest.mark.slow
+def test_a_killed_demo_goes_on_to_its_report(finished):
+    folder, second = finished
+    out = folder / "out"
+    assert (out / "report.html").stat().st_size > 50_000
+    assert str(out / "report.html") in second.stdout.strip().splitlines()[-1]
+    assert RunFolder(out).status == "completed"
+    for name in ("post_lr0.002_seed1", "peri_lr0.002_seed1"):
+        cell = RunFolder(out / name)
+        assert cell.status == "completed"
+        assert [r["step"] for r in cell.metrics()] == list(range(40))
+        assert {e["file"] for e in cell.evaluations()} == {"benchmarks-mini.json", "heldout.json", "sample.json"}
+        assert RunFolder(out / name / "sft").status == "completed"
+        assert len(RunFolder(out / name / "sft").evaluations()) == 3
+
+
+@pytest.mark.slow
+def test_a_diverged_run_is_recorded_and_neither_evaluated_nor_tuned(finished):
+    out = finished[0] / "out"
+    diverged = [r for r in map(RunFolder, out.glob("*_lr100_seed1")) if r.status == "diverged"]
+    assert diverged
+    for cell in diverged:
+        assert cell.summary["reason"]
+        assert cell.evaluations() == []
+        assert not (cell.path / "sft").exists()
+
+
+@pytest.mark.slow
+def test_fine_tuning_was_fp16_too_and_saved_its_chat_template(finished):
+    tuned = finished[0] / "out" / "peri_lr0.002_seed1" / "sft"
+    seen = json.loads((tuned / "environment.json").read_text())
+    assert {d for add in seen["residual_adds"].values() for d in add.values()} == {"float16"}
+    assert set(seen["linear_outputs"]) == {"float16"}
+    assert seen["parameters"] == ["float32"]
+    assert seen["loss_scaler"] is True
+    assert "generation" in (RunFolder(tuned).checkpoints()[-1] / "chat_template.jinja").read_text()
+
+
+@pytest.mark.slow
+def test_a_finished_demo_started_again_computes_nothing(finished):
+    folder, _ = finished
+    out = folder / "out"
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.json*") if p.name != "summary.json"}
+    done = run("scripts.demo", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+@pytest.mark.slow
+def test_a_cell_trained_alone_and_uninterrupted_has_the_same_metrics(finished, tmp_path):
+    """Two demo runs with one seed are equal, and the kill left no trace."""
+    out = finished[0] / "out"
+    done = run(
+        "scripts.pretrain", "--config", out / "recipes" / "post_lr0.002_seed1.yaml", "--runs", tmp_path / "alone"
+    )
+    assert done.returncode == 0, done.stderr
+    alone, killed = RunFolder(tmp_path / "alone" / "post_lr0.002_seed1"), RunFolder(out / "post_lr0.002_seed1")
+    assert timeless(alone.path) == timeless(killed.path)
+    assert weights_hash(alone.checkpoints()[-1]) == weights_hash(killed.checkpoints()[-1])
+
+
+@pytest.mark.slow
+def test_the_lm_eval_command_line_gives_the_reports_scores_from_any_folder(finished, tmp_path):
+    cell = RunFolder(finished[0] / "out" / "peri_lr0.002_seed1")
+    words = [
+        "env", "HF_HUB_OFFLINE=1", f"HF_MODULES_CACHE={tmp_path / 'modules'}", "PYTHONSAFEPATH=1",
+        os.path.join(os.path.dirname(sys.executable), "lm_eval"), "run", "--model", "hf",
+        "--model_args", f"pretrained={cell.checkpoints()[-1]},trust_remote_code=True", "--device", "cpu",
+        "--include_path", str(ROOT / "eval" / "tasks"), "--tasks", "mini_arc_easy,mini_piqa",
+        "--batch_size", "16", "--limit", "6", "--output_path", str(tmp_path / "results"),
+    ]  # fmt: skip
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = json.loads(next((tmp_path / "results").rglob("results_*.json")).read_text())["results"]
+    ours = json.loads((cell.path / "eval" / "benchmarks-mini.json").read_text())["results"]
+    compared = 0
+    for row in ours:
+        if row["task"] in scores:
+            assert scores[row["task"]][f"{row['metric']},none"] == row["value"]
+            assert scores[row["task"]][f"{row['metric']}_stderr,none"] == row["stderr"]
+            compared += 1
+    assert compared == 4
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_130_and_hands_the_signal_on_once(tmp_path):
+    words = command("scripts.demo", "--out", tmp_path / "out", "--recipe", tiny_recipe(tmp_path))
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    cell = RunFolder(tmp_path / "out" / "post_lr0.002_seed1")
+    while len(cell.metrics()) < 3 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "start the demo again" in errors
+    assert cell.status == "interrupted"
+    assert len(cell.checkpoints()) == 1
+
+
+@pytest.mark.slow
+def test_hub_mode_runs_the_unmodified_tasks_and_lima_from_a_hub(tmp_path):
+    with LocalHub(write_store(tmp_path / "store")) as hub:
+        env = [f"HF_ENDPOINT={hub.url}", f"HF_HOME={tmp_path / 'hf'}", "HF_HUB_DISABLE_XET=1"]
+        recipe = tiny_recipe(tmp_path, placements=["peri"], high_learning_rate_seeds=[])
+        done = run(
+            "scripts.demo", "--out", tmp_path / "out", "--recipe", recipe, "--hub", "--limit", 5, "--debug", env=env
+        )
+        asked = "\n".join(hub.requests)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cell = RunFolder(tmp_path / "out" / "peri_lr0.002_seed1")
+    scores = json.loads((cell.path / "eval" / "benchmarks-hub.json").read_text())
+    assert {r["task"] for r in scores["results"]} == {"arc_easy", "hellaswag", "piqa", "social_iqa", "winogrande"}
+    assert {r["n"] for r in scores["results"]} == {scores["limit"]} == {5}
+    assert "GAIR/lima" in asked
+    assert RunFolder(cell.path / "sft").summary["conversations"] == 10  # 12 rows, of which 2 are multi-turn
+    assert "limit 5" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_cuda_without_a_device_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match="device: cuda was asked for"):
+        demo.main(demo.parse(["--out", str(tmp_path / "out"), "--device", "cuda"]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_missing_data_set_is_one_sentence_before_any_training(tmp_path):
+    with LocalHub(tmp_path / "empty") as hub:
+        env = [f"HF_ENDPOINT={hub.url}", f"HF_HOME={tmp_path / 'hf'}", "HF_HUB_DISABLE_XET=1"]
+        done = run("scripts.demo", "--out", tmp_path / "out", "--hub", env=env)
+    assert done.returncode == 1
+    assert not list((tmp_path / "out").glob("*/metrics.jsonl"))
+    first, second = [line for line in done.stderr.strip().splitlines() if line.startswith("error: ")]
+    assert "arc_easy" in first
+    assert "'benchmarks from the Hub' failed" in second
+    assert "Traceback" not in done.stderr
+
+
+def test_the_recipe_says_all_that_the_stages_are_told(tmp_path):
+    recipe = resolve(tmp_path, "--hub", "--limit", "3")
+    assert isinstance(recipe, DemoRecipe)
+    commands = [" ".join(stage.command) for stage in demo.plan_stages(recipe, tmp_path / "out")]
+    assert "--check-data" in commands[0]  # before any training
+    assert "--check-data" in commands[1]
+    assert any("--suite hub" in c and "--limit 3" in c for c in commands)
+    assert not any("HF_HUB_OFFLINE" in c for c in commands)
+    mini = [" ".join(s.command) for s in demo.plan_stages(resolve(tmp_path), tmp_path / "out")]
+    assert all("HF_HUB_OFFLINE=1" in c for c in mini)
