@@ -1,0 +1,46 @@
+# Two commands do all the set-up: `make demo` and `make test`. The variables:
+#   PYTHON=python3        the interpreter to build the virtual environment with (3.11 or newer)
+#   TORCH_INDEX=URL       another package index for torch, e.g. https://download.pytorch.org/whl/cpu
+#   DEVICE=cpu|cuda  TEXT=PATH  HUB=1  LIMIT=N  PLACEMENTS=a,b  OUT=runs/demo  DEBUG=1      for `make demo`
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/demo
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt Makefile | cksum | cut -d' ' -f1)
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+DEMO_FLAGS = --out "$(OUT)" $(if $(DEVICE),--device "$(DEVICE)") $(if $(TEXT),--text "$(TEXT)") \
+	$(if $(filter-out 0,$(HUB)),--hub) $(if $(LIMIT),--limit "$(LIMIT)") \
+	$(if $(PLACEMENTS),--placements "$(PLACEMENTS)") $(if $(DEBUG),--debug)
+
+.PHONY: demo test test-fast lint setup clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: $(STAMP) ## the virtual environment, with pinned dependencies
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, PYTHON=$(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+demo: $(STAMP) ## the Peri-LN study in miniature: ends with report.html
+	@$(BIN)/python -m scripts.demo $(DEMO_FLAGS)
+
+test: $(STAMP) ## the whole test suite, the fast tests first
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(STAMP) ## the tests that train nothing and start nothing
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## remove the virtual environment (runs/ stays)
+	rm -rf $(VENV)
