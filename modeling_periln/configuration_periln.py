@@ -31,9 +31,20 @@ LAYER_NORM_SLOTS = (
     "k_norm",
 )
 STREAM_NORM_SLOTS = ("embed_norm", "final_norm")
+TP_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
 # Keyword arguments of older or generic configurations that Transformers itself understands.
 _PASSED_THROUGH = {"auto_map", "rope_theta", "rope_scaling", "torch_dtype", "num_labels", "name_or_path"}
 _PASSED_THROUGH |= {"attn_implementation", "output_attentions", "experts_implementation", "model_type"}
+# Fields that Transformers' caches and masks read from any configuration, and that this family does not have.
+_REFUSED = ("sliding_window", "attention_chunk_size", "layer_types", "is_causal")
 
 
 @strict
@@ -51,10 +62,11 @@ class PeriLlamaConfig(PreTrainedConfig):
         norm_eps: a number, or a mapping from slot (`attn_input_norm`, ..., `embed_norm`, `final_norm`, `q_norm`,
             `k_norm`) to a number or a list of one number a layer; slots left out have 1e-6.
         qk_norm: None, `full` (over all heads, OLMo 2) or `head` (over one head, Qwen 3).
-        output_norm_learnable: False freezes the output norms' gamma at 1 (Peri-LN, section 4.4.1).
+        output_norm_learnable: False freezes the output norms at the identity gain, gamma = 1 and with LayerNorm
+            beta = 0 (Peri-LN, section 4.4.1).
         residual_scale: multiplies each branch before it is added; a number or a rule such as `1/sqrt(L)`.
         residual_dtype: dtype of the residual stream: None (the module's dtype), `float32`, `float16`, `bfloat16`.
-            It belongs to a run: training sets it, saved checkpoints have None.
+            It belongs to a run: our trainers set it while they train and write None into the checkpoint.
         depth_scaled_init: initialize o_proj and down_proj with a standard deviation smaller by sqrt(2 L).
 
     Raises:
@@ -66,15 +78,6 @@ class PeriLlamaConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"rms_norm_eps": "norm_eps"}
     default_theta = 500_000.0
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
 
     vocab_size: int = 100_352
     hidden_size: int = 1024
@@ -110,6 +113,8 @@ class PeriLlamaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
+        if "rms_norm_eps" in kwargs:  # the alias, before the checks below
+            self.norm_eps = kwargs.pop("rms_norm_eps")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.validate_sizes()
@@ -126,30 +131,44 @@ class PeriLlamaConfig(PreTrainedConfig):
         self.auto_map = AUTO_MAP | {k: v.split("--")[-1] for k, v in given.items() if isinstance(v, str)}
         self.validate_norms()
         super().__post_init__(**kwargs)
-        # The norms at the ends are module names for pipeline parallelism only where they exist.
+
+    # Plans name modules by what is there now: properties, since `from_pretrained` sets fields after `__post_init__`.
+    def _ends(self) -> dict[str, bool]:
         plan = self.stream_plan()
-        ends = {"embed_norm": plan.embedding_norm, "final_norm": plan.final_norm}
-        stage = (["hidden_states"], ["hidden_states"])
-        self.base_model_pp_plan = {
+        return {"embed_norm": plan.embedding_norm, "final_norm": plan.final_norm}
+
+    @property
+    def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]]:
+        ends, stage = self._ends(), (["hidden_states"], ["hidden_states"])
+        return {
             "embed_tokens": (["input_ids"], ["inputs_embeds"]),
             **({"embed_norm": stage} if ends["embed_norm"] else {}),
             "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
             **({"final_norm": stage} if ends["final_norm"] else {}),
         }
-        if self.qk_norm == "head":
-            style = "replicated_with_grad_allreduce"
-            norms = {f"layers.*.self_attn.{name}": style for name in ("q_norm", "k_norm")}
-            self.base_model_tp_plan = {**type(self).base_model_tp_plan, **norms}
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:
+        final = {"final_norm": "keep_full_weight"} if self._ends()["final_norm"] else {}
+        return {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight", **final}
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        style = "replicated_with_grad_allreduce"
+        norms = {f"layers.*.self_attn.{name}": style for name in ("q_norm", "k_norm")}
+        return {**TP_PLAN, **(norms if self.qk_norm == "head" else {})}
 
     def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
         known = [f.name for f in fields(type(self))]
         for key in kwargs:
-            if key.startswith("_") or key in _PASSED_THROUGH or key in self.attribute_map:
+            if key in _REFUSED:
+                raise ValueError(f"{key}={kwargs[key]!r}: attention is causal and full in every layer of this family")
+            if key.startswith("_") or key in _PASSED_THROUGH or key in self.attribute_map or key.endswith("_token_id"):
                 continue
             close = get_close_matches(key, known, n=1, cutoff=0.8)
             if close:
                 raise ValueError(f"unknown field {key!r} (value {kwargs[key]!r}): did you mean {close[0]!r}?")
-            logger.warning(f"PeriLlamaConfig keeps the unknown field {key!r}, which changes nothing in the model")
+            logger.warning(f"PeriLlamaConfig keeps the unknown field {key!r}, which it does not read")
 
     def validate_sizes(self) -> None:
         """Sizes are positive and divide."""
@@ -180,15 +199,15 @@ class PeriLlamaConfig(PreTrainedConfig):
         """The placement exists, every list has the right length, and every switch has something to switch."""
         plan = self.stream_plan()
         if not self.output_norm_learnable and not any(layer.output_norm for layer in plan.layers):
+            field = "norm_placement" if self.layer_placements is None else "layer_placements"
             raise ValueError(
-                f"output_norm_learnable=False freezes the output norms, but norm_placement="
-                f"{self.norm_placement!r} has none"
+                f"output_norm_learnable=False freezes the output norms, but {field}={getattr(self, field)!r} has none"
             )
         slots = (*LAYER_NORM_SLOTS, *STREAM_NORM_SLOTS)
-        eps = self.norm_eps if isinstance(self.norm_eps, dict) else {"": self.norm_eps}
+        eps = self.norm_eps if isinstance(self.norm_eps, dict) else {None: self.norm_eps}
         for slot, value in eps.items():
-            name = f"norm_eps[{slot!r}]" if slot else "norm_eps"
-            if slot and slot not in slots:
+            name = "norm_eps" if slot is None else f"norm_eps[{slot!r}]"
+            if slot is not None and slot not in slots:
                 close = get_close_matches(str(slot), slots, n=1, cutoff=0.5)
                 raise ValueError(f"{name} is no norm: use one of {close or list(slots)}")
             per_layer = isinstance(value, list) and slot in LAYER_NORM_SLOTS

@@ -5,7 +5,7 @@ Every sublayer `f` (attention, then MLP) does
     x  <-  C( alpha * x  +  s * B( f( c * A(x) ) ) )
 
 with norms or nothing in the places A (`*_input_norm`), B (`*_output_norm`) and C (`*_residual_norm`); see
-`placements.py`. An empty place is an `nn.Identity`: it has no parameters, and `forward` has no branches.
+`placements.py`. An empty place is an `nn.Identity`: it has no parameters, and no layer branches on its placement.
 
 Shapes: B batch, S sequence, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
 """
@@ -136,7 +136,7 @@ class PeriLlamaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
 
-        # QK-norm: `full` before the split into heads, `head` after it; the other pair is empty.
+        # QK-norm: over all heads before they are split, or over each head after it.
         norm = NORMS[config.norm_type]
         sizes = {"full": (q_size, kv_size), "head": (self.head_dim, self.head_dim)}.get(config.qk_norm)
         self.qk_norm = config.qk_norm
@@ -280,6 +280,7 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
     """Everything up to the head: embedding, its norm, the layers, the final norm."""
 
     def __init__(self, config: PeriLlamaConfig):
+        config.validate_norms()  # a field may have been set since the configuration was made
         super().__init__(config)
         plan = config.stream_plan()
         norm = NORMS[config.norm_type]
@@ -325,7 +326,8 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
         # sublayer's input is cast back (`module_dtype`).
         hidden_states, module_dtype = self.embed_norm(inputs_embeds), None
         if self.config.residual_dtype is not None:
-            if not torch.is_autocast_enabled(inputs_embeds.device.type):
+            device = inputs_embeds.device.type
+            if device == "meta" or not torch.is_autocast_enabled(device):
                 module_dtype = inputs_embeds.dtype
             hidden_states = hidden_states.to(getattr(torch, self.config.residual_dtype))
 

@@ -102,6 +102,10 @@ def get_placement(name: str | Mapping[str, Any], field: str = "norm_placement") 
         ValueError: unknown name, key, rule, or a value of the wrong type; the message names the field.
     """
     if isinstance(name, str):
+        if name in MIXTURES:
+            raise ValueError(
+                f"{field}={name!r} is a placement of whole models: a layer takes one of {list(PLACEMENTS)}"
+            )
         if name not in PLACEMENTS:
             raise ValueError(
                 f"{field}={name!r} is no known placement: {_nearest(name, PLACEMENT_NAMES)}"
@@ -160,6 +164,8 @@ def plan_stream(
     Raises:
         ValueError: as `get_placement` and `evaluate_rule`, or a list of the wrong length.
     """
+    if not (isinstance(norm_placement, str) and norm_placement in MIXTURES):
+        get_placement(norm_placement)  # a list overrides it; it is checked all the same
     names = layer_placements
     if names is None and isinstance(norm_placement, str) and norm_placement in MIXTURES:
         names = MIXTURES[norm_placement](num_layers)
