@@ -7,6 +7,7 @@ Tables, figures and cards are pure functions of it. Every file is written whole 
 temporary file (or folder) beside its place, synced, then renamed.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,6 +26,19 @@ from .recipes import differing_fields, dump_yaml, read_yaml
 STATUSES = ("running", "completed", "diverged", "interrupted", "failed")
 
 
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Turn a full disk, in whichever library it shows itself, into one sentence that names the path."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise UserError(f"no space on the disk: {path} could not be written; what stood there is kept") from error
+        raise
+
+
 def _sync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -35,17 +49,18 @@ def _sync_folder(path: Path) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: what stood there before stays until the new one is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,30 +93,35 @@ def write_folder(path: Path) -> Iterator[Path]:
 
     A folder that already stands at `path` is replaced, and removed after the rename.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb+") as opened:
-                    os.fsync(opened.fileno())
-            else:
-                _sync_folder(file)
-        _sync_folder(temporary)
-        if path.exists():
-            old = path.with_name(f".{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(path, old)
-            os.rename(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, path)
-        _sync_folder(path.parent)
+        with room_for(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            _move_into_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    """Sync every file of a finished folder, then rename it."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+        else:
+            _sync_folder(file)
+    _sync_folder(temporary)
+    if path.exists():
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+        os.rename(temporary, path)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, path)
+    _sync_folder(path.parent)
 
 
 def sha256_of(*paths: Path) -> str:

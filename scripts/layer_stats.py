@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from modeling_periln import PeriLlamaForCausalLM
+from runkit.folder import write_bytes
 
 COLUMNS = ["step", "layer", "sublayer", "tensor", "stat", "value"]
 
@@ -92,8 +93,6 @@ class LayerStats:
     def write(self, folder: Path, loss_scale: float) -> None:
         """Write layers/step_*.parquet. Call after backward, before gradients are unscaled or cleared."""
         rows = [*self._activation_rows(), *self._parameter_rows(loss_scale)]
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"step_{self.step:08d}.parquet"
-        temporary = file.with_name(f".{file.name}.tmp")
-        pd.DataFrame(rows, columns=COLUMNS).to_parquet(temporary, index=False)
-        temporary.replace(file)
+        write_bytes(
+            folder / f"step_{self.step:08d}.parquet", pd.DataFrame(rows, columns=COLUMNS).to_parquet(index=False)
+        )

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from modeling_periln import PeriLlamaForCausalLM
 from runkit.checkpoints import latest_whole
 from runkit.environment import DtypeWitness, describe_environment
 from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
-from runkit.folder import RunFolder, write_json
+from runkit.folder import RunFolder, room_for, write_json
 from runkit.fp16 import make_fp16_real
 from runkit.process import StopRequest, stop_with_parent
 from runkit.recipes import from_mapping, read_yaml, to_mapping
@@ -167,6 +168,8 @@ class Trainer:
     # --- the run -----------------------------------------------------------------------------------------
     def resume(self) -> None:
         """Go back to the newest whole checkpoint; later records are dropped."""
+        for left_over in self.run.checkpoints_path.glob(".step_*"):
+            shutil.rmtree(left_over)  # of a save or a removal that was killed
         path = latest_whole(self.run, tqdm.write)
         if path is not None:
             self.step = load_trainer_state(path, self.model, self.optimizer, self.accelerator.scaler)
@@ -301,13 +304,14 @@ def main(args: argparse.Namespace) -> None:
 
 def _train_one(trainer: Trainer, stop: StopRequest, bar: tqdm) -> None:
     try:
-        trainer.train(stop, bar)
+        with room_for(trainer.run.path):
+            trainer.train(stop, bar)
     except StoppedBySignal:
         raise
     except BaseException as error:
         try:
             trainer.run.set_status("failed", step=trainer.step, reason=f"{type(error).__name__}: {error}")
-        except OSError:
+        except (OSError, UserError):
             pass  # a full disk, say: the error itself is what counts
         raise
 

@@ -27,7 +27,7 @@ import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
 from runkit.checkpoints import damage_of, latest_whole, write_checkpoint
 from runkit.environment import DtypeWitness, describe_environment
 from runkit.errors import UsageError, UserError, make_parser, run_command
-from runkit.folder import RunFolder, weights_hash, write_json, write_text
+from runkit.folder import RunFolder, room_for, weights_hash, write_json, write_text
 from runkit.fp16 import make_fp16_real
 from runkit.process import stop_with_parent
 from runkit.recipes import from_mapping, read_yaml, to_mapping
@@ -218,7 +218,8 @@ def main(args: argparse.Namespace) -> None:
                     continue
                 bar.set_postfix_str(path.name)
                 run.set_status("running")
-                fine_tune(recipe, checkpoint, run, messages, bar)
+                with room_for(run.path):
+                    fine_tune(recipe, checkpoint, run, messages, bar)
 
 
 def _placement(checkpoint: Path) -> Any:

@@ -33,6 +33,26 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path):
     assert (target / "sub" / "file").read_text() == "x"
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("I/O: No space left on device")])
+def test_a_full_disk_is_one_sentence_with_the_path_and_loses_nothing(tmp_path, monkeypatch, error):
+    file = tmp_path / "a.json"
+    write_json(file, {"x": 1})
+
+    def full(fd):
+        raise error
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"no space on the disk: .*a\.json could not be written"):
+        write_json(file, {"x": 2})
+    with (
+        pytest.raises(UserError, match=r"no space on the disk: .*checkpoint could"),
+        write_folder(tmp_path / "checkpoint"),
+    ):
+        pass
+    assert read_json(file) == {"x": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
 def test_damaged_json_is_named(tmp_path):
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"summary\.json is not valid JSON"):
