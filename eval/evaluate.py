@@ -14,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from runkit.errors import UsageError, make_parser, run_command
 from runkit.folder import read_json, weights_hash, write_json
-from runkit.process import stop_with_parent
+from runkit.process import start_stage
+from runkit.progress import progress_bar
 
 from .benchmarks import Benchmarks
 from .checkpoints import Target, find_target
@@ -69,7 +70,7 @@ def evaluate_target(
 
 
 def main(args: argparse.Namespace) -> None:
-    stop_with_parent(args.stop_with_parent)
+    start_stage(args)
     if args.batch_size < 1 or args.context < 1:
         raise UsageError(f"batch size and context must be at least 1, not {args.batch_size} and {args.context}")
     if not args.targets and not args.check_data:
@@ -81,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
     benchmarks = Benchmarks(args.suite, args.limit, args.num_fewshot)
     if args.check_data:
         return
-    with tqdm(total=3 * len(targets), desc="evaluation", unit="part", dynamic_ncols=True) as bar:
+    with progress_bar(args, 3 * len(targets), "evaluation", "part") as bar:
         for path, target in targets:
             if target is None:
                 tqdm.write(f"{path.name}: diverged, not evaluated")

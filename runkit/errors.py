@@ -46,6 +46,8 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--stop-with-parent", type=int, metavar="PID", help="stop once no longer this process's child")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; as many as torch takes when left out")
+    parser.add_argument("--bar", type=int, default=0, metavar="LINE", help="line of the progress bar, from 0")
     return parser
 
 

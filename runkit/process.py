@@ -1,10 +1,13 @@
-"""Signals: a stage that is asked to stop finishes what it does, saves, and says so by its exit code."""
+"""Stages as processes: when they stop, and how many threads they use."""
 
+import argparse
 import os
 import signal
 import threading
 import time
 from types import FrameType
+
+import torch
 
 from .errors import INTERRUPTED, TERMINATED
 
@@ -28,6 +31,13 @@ class StopRequest:
         if self.exit_code is not None:
             raise KeyboardInterrupt
         self.exit_code = INTERRUPTED if number == signal.SIGINT else TERMINATED
+
+
+def start_stage(args: argparse.Namespace) -> None:
+    """What every stage does first: heed `--threads` and `--stop-with-parent`."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    stop_with_parent(args.stop_with_parent)
 
 
 def stop_with_parent(parent: int | None, poll_seconds: float = 0.5) -> None:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,16 +25,17 @@ from runkit.process import StopRequest
 from runkit.recipes import differing_fields, dump_yaml, from_mapping, read_yaml, to_mapping
 
 from .demo_recipe import HUB_LIMIT, DemoRecipe
+from .recipe import Recipe
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
 
 @dataclass
 class Stage:
-    """One child process: its title, its command, and about how long it takes (only for the estimate)."""
+    """Child processes that run side by side, and about how long they take (only for the estimate)."""
 
     title: str
-    command: list[str]
+    commands: list[list[str]]
     seconds: float
 
 
@@ -91,38 +93,66 @@ def check_disk(out: Path, recipe: DemoRecipe) -> None:
 def plan_stages(recipe: DemoRecipe, out: Path) -> list[Stage]:
     """The commands of the demo, in order. Their seconds are what they took on two cores, for the estimate."""
     cells = recipe.cells(out / "data")
-    runs = [str(out / cell.name) for cell in cells]
     hub = recipe.evaluation.suite == "hub"
     # The bundled sets need no network, and are kept from looking for one.
-    python = [sys.executable] if hub else ["env", "HF_HUB_OFFLINE=1", "HF_DATASETS_OFFLINE=1", sys.executable]
-    text, evaluation = recipe.text, recipe.evaluation
-    evaluate = ["eval.evaluate", "--suite", evaluation.suite, "--batch-size", str(evaluation.batch_size)]
-    evaluate += ["--limit", str(evaluation.limit)] if evaluation.limit else []
-    evaluate += ["--heldout", str(out / "data" / "heldout.jsonl"), "--context", str(recipe.pretraining.sequence_length)]
-    evaluate += ["--device", recipe.device]
-    prepare = ["scripts.prepare_data", "--source", text.source, "--out", str(out / "data")]
-    prepare += ["--vocab-size", str(recipe.tokenizer.vocab_size), "--max-bytes", str(text.max_bytes)]
-    prepare += ["--heldout-share", str(text.heldout_share)]
-    prepare += ["--context", str(recipe.model.get("max_position_embeddings", recipe.sft.max_length))]
-    recipes = [str(out / "recipes" / f"{cell.name}.yaml") for cell in cells]
-    pretrain = ["scripts.pretrain", "--runs", str(out), "--config", *recipes]
-    tune = ["sft.train", "--config", str(out / "recipes" / "sft.yaml"), "--model", *runs]
-    tuned = [f"{run}/sft" for run in runs]
-    step = recipe.pretraining.batch_size * recipe.pretraining.sequence_length / 5000
-    one = 600.0 if hub else 5.0
+    offline = [] if hub else ["env", "HF_HUB_OFFLINE=1", "HF_DATASETS_OFFLINE=1"]
+
+    def python(*words: object) -> list[str]:
+        return [*offline, sys.executable, "-m", *map(str, words)]
+
+    # On a CPU, runs go side by side with one thread each: more steps a second than one run with all threads, and
+    # a second busy process on the machine slows them by its share instead of stalling every parallel region.
+    # A run's numbers do not depend on how many stand beside it.
+    workers = max(1, min(2, os.cpu_count() or 1, len(cells))) if recipe.device == "cpu" else 1
+    threads = ["--threads", 1] if recipe.device == "cpu" else []
+    shards = [cells[i::workers] for i in range(workers)]
+
+    def side_by_side(module: str, *words: object, of: Callable[[Recipe], list[str]]) -> list[list[str]]:
+        named = [[word for cell in shard for word in of(cell)] for shard in shards]
+        return [python(module, *names, *words, *threads, "--bar", i) for i, names in enumerate(named)]
+
+    text, pretraining, suite = recipe.text, recipe.pretraining, recipe.evaluation
+    prepare = ["--source", text.source, "--max-bytes", text.max_bytes, "--heldout-share", text.heldout_share]
+    prepare += ["--vocab-size", recipe.tokenizer.vocab_size, "--out", out / "data"]
+    prepare += ["--context", recipe.model.get("max_position_embeddings", recipe.sft.max_length)]
+    evaluate = ["--suite", suite.suite, "--batch-size", suite.batch_size, "--device", recipe.device]
+    evaluate += ["--limit", suite.limit] if suite.limit else []
+    evaluate += ["--heldout", out / "data" / "heldout.jsonl", "--context", pretraining.sequence_length]
+    tune = ["--config", out / "recipes" / "sft.yaml"]
+
+    step = pretraining.batch_size * pretraining.sequence_length / 5000
+    one = 600.0 if hub else 4.0
     # Gated, missing or unreachable: better known before an hour of training than after it.
     check = [
-        Stage("benchmarks from the Hub", [*python, "-m", "eval.evaluate", "--suite", "hub", "--check-data"], 60),
-        Stage("conversations from the Hub", [*python, "-m", *tune[:3], "--check-data"], 20),
+        Stage("benchmarks from the Hub", [python("eval.evaluate", "--suite", "hub", "--check-data")], 60),
+        Stage("conversations from the Hub", [python("sft.train", *tune, "--check-data")], 20),
     ]
     return [
         *(check if hub else []),
-        Stage("text and tokenizer", [*python, "-m", *prepare], 20),
-        Stage("pretraining in FP16", [*python, "-m", *pretrain], 8 + len(cells) * recipe.pretraining.steps * step),
-        Stage("evaluation", [*python, "-m", *evaluate, *runs], 10 + one * len(cells)),
-        Stage("fine-tuning in FP16", [*python, "-m", *tune], 10 + (2000 if hub else 9) * len(cells)),
-        Stage("evaluation after fine-tuning", [*python, "-m", *evaluate, *tuned], 10 + one * len(cells)),
-        Stage("report", [*python, "-m", "eval.report", str(out)], 15),
+        Stage("text and tokenizer", [python("scripts.prepare_data", *prepare)], 20),
+        Stage(
+            "pretraining in FP16",
+            side_by_side(
+                "scripts.pretrain", "--runs", out, of=lambda c: ["--config", str(out / "recipes" / f"{c.name}.yaml")]
+            ),
+            10 + len(cells) * pretraining.steps * step,
+        ),
+        Stage(
+            "evaluation",
+            side_by_side("eval.evaluate", *evaluate, of=lambda c: [str(out / c.name)]),
+            12 + one * len(cells),
+        ),
+        Stage(
+            "fine-tuning in FP16",
+            side_by_side("sft.train", *tune, of=lambda c: ["--model", str(out / c.name)]),
+            12 + (2000 if hub else 7) * len(cells),
+        ),
+        Stage(
+            "evaluation after fine-tuning",
+            side_by_side("eval.evaluate", *evaluate, of=lambda c: [str(out / c.name / "sft")]),
+            12 + one * len(cells),
+        ),
+        Stage("report", [python("eval.report", out)], 15),
     ]
 
 
@@ -130,27 +160,31 @@ def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def run_stage(stage: Stage, stop: StopRequest, debug: bool, pid: int) -> None:
-    """Run one stage to its end; a signal that reaches the demo is handed on to it, once.
+def run_stage(stage: Stage, stop: StopRequest, debug: bool) -> None:
+    """Run a stage's processes to their end; a signal that reaches the demo is handed on to each, once.
 
     Raises:
         StoppedBySignal: the demo was asked to stop, and the stage has stopped.
-        UserError: the stage failed; it has said why itself.
+        UserError: a process failed; it has said why itself, and the others were stopped.
     """
-    command = [*stage.command, "--stop-with-parent", str(pid), *(["--debug"] if debug else [])]
-    child = subprocess.Popen(command, start_new_session=True)
+    common = ["--stop-with-parent", str(os.getpid()), *(["--debug"] if debug else [])]
+    children = [subprocess.Popen([*command, *common], start_new_session=True) for command in stage.commands]
     told = False
-    while child.poll() is None:
-        if stop.exit_code and not told:
-            child.send_signal(signal.SIGINT if stop.exit_code == 130 else signal.SIGTERM)
+    while any(child.poll() is None for child in children):
+        failed = any(child.returncode for child in children)
+        if (stop.exit_code or failed) and not told:
+            for child in children:
+                if child.poll() is None:
+                    child.send_signal(signal.SIGINT if stop.exit_code == 130 else signal.SIGTERM)
             told = True
         time.sleep(0.1)
     if stop.exit_code:
         raise StoppedBySignal(stop.exit_code, "stopped; start the demo again and it goes on from here")
-    if child.returncode:
-        failed = UserError(f"the stage '{stage.title}' failed (exit code {child.returncode}); see above")
-        failed.exit_code = child.returncode if child.returncode in (1, 2) else 1
-        raise failed
+    codes = [child.returncode for child in children if child.returncode]
+    if codes:
+        error = UserError(f"the stage '{stage.title}' failed (exit code {codes[0]}); see above")
+        error.exit_code = codes[0] if codes[0] in (1, 2) else 1
+        raise error
 
 
 def main(args: argparse.Namespace) -> None:
@@ -180,7 +214,7 @@ def _run_stages(stages: list[Stage], stop: StopRequest, args: argparse.Namespace
         )
         run.set_status("running", stage=stage.title)
         try:
-            run_stage(stage, stop, args.debug, pid=os.getpid())
+            run_stage(stage, stop, args.debug)
         except StoppedBySignal:
             run.set_status("interrupted", stage=stage.title)
             raise

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from runkit.errors import UsageError, UserError, make_parser, run_command
 from runkit.folder import read_json, write_folder, write_json
-from runkit.process import stop_with_parent
+from runkit.process import start_stage
 
 from .corpus import INSTALLED, Corpus, read_corpus
 
@@ -139,7 +139,7 @@ def prepare(source: str, out: Path, vocab_size: int, max_bytes: int, heldout_sha
 
 
 def main(args: argparse.Namespace) -> None:
-    stop_with_parent(args.stop_with_parent)
+    start_stage(args)
     index = prepare(args.source, args.out, args.vocab_size, args.max_bytes, args.heldout_share, args.context)
     skipped = ", ".join(f"{v['count']} {k}" for k, v in index["skipped"].items()) or "none"
     print(

@@ -27,7 +27,8 @@ from runkit.environment import DtypeWitness, describe_environment
 from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
 from runkit.folder import RunFolder, room_for, write_json
 from runkit.fp16 import make_fp16_real
-from runkit.process import StopRequest, stop_with_parent
+from runkit.process import StopRequest, start_stage
+from runkit.progress import progress_bar
 from runkit.recipes import from_mapping, read_yaml, to_mapping
 
 from .checkpoint import load_trainer_state, save_checkpoint
@@ -277,7 +278,7 @@ def load_recipe(path: Path) -> tuple[Recipe, TokenData]:
 
 
 def main(args: argparse.Namespace) -> None:
-    stop_with_parent(args.stop_with_parent)
+    start_stage(args)
     stop = StopRequest().install()
     planned = [(*load_recipe(path), path) for path in args.config]
     names = [recipe.name for recipe, _, _ in planned]
@@ -288,7 +289,7 @@ def main(args: argparse.Namespace) -> None:
     for recipe, _, _ in planned:
         RunFolder(args.runs / recipe.name).claim(to_mapping(recipe))
     total = sum(recipe.steps for recipe, _, _ in planned)
-    with tqdm(total=total, desc="pretraining", unit="step", smoothing=0.05, dynamic_ncols=True) as bar:
+    with progress_bar(args, total, "pretraining", "step") as bar:
         for recipe, data, _ in planned:
             run = RunFolder(args.runs / recipe.name)
             with run.locked(wait_seconds=30, tell=tqdm.write):
@@ -318,7 +319,7 @@ def _train_one(trainer: Trainer, stop: StopRequest, bar: tqdm) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("python -m scripts.pretrain", "Pretrain the runs that recipes describe, one after another.")
-    parser.add_argument("--config", type=Path, nargs="+", required=True, help="recipes (YAML)")
+    parser.add_argument("--config", type=Path, nargs="+", action="extend", required=True, help="recipes (YAML)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder in which the run folders stand")
     return parser.parse_args(argv)
 

@@ -29,7 +29,8 @@ from runkit.environment import DtypeWitness, describe_environment
 from runkit.errors import UsageError, UserError, make_parser, run_command
 from runkit.folder import RunFolder, room_for, weights_hash, write_json, write_text
 from runkit.fp16 import make_fp16_real
-from runkit.process import stop_with_parent
+from runkit.process import start_stage
+from runkit.progress import progress_bar
 from runkit.recipes import from_mapping, read_yaml, to_mapping
 
 from .conversations import CHAT_TEMPLATE, END_OF_TURN, load_conversations
@@ -187,7 +188,7 @@ def _source_of(path: Path) -> tuple[Path, Path] | None:
 
 
 def main(args: argparse.Namespace) -> None:
-    stop_with_parent(args.stop_with_parent)
+    start_stage(args)
     recipe = from_mapping(Recipe, read_yaml(args.config))
     recipe.check()
     if recipe.device == "cuda" and not torch.cuda.is_available():
@@ -202,7 +203,7 @@ def main(args: argparse.Namespace) -> None:
     if not sources:
         raise UsageError("--model: name at least one run or checkpoint folder")
     steps = recipe.epochs * math.ceil(len(messages) / recipe.batch_size)
-    with tqdm(total=steps * len(sources), desc="fine-tuning", unit="step", dynamic_ncols=True) as bar:
+    with progress_bar(args, steps * len(sources), "fine-tuning", "step") as bar:
         for path, source in sources:
             if source is None:
                 tqdm.write(f"{path.name}: diverged, not fine-tuned")
@@ -229,7 +230,7 @@ def _placement(checkpoint: Path) -> Any:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("python -m sft.train", "Supervised fine-tuning on LIMA-format conversations.")
     parser.add_argument("--config", type=Path, default=Path("sft/recipes/lima.yaml"), help="recipe (YAML)")
-    parser.add_argument("--model", type=Path, nargs="+", default=[], help="run or checkpoint folders")
+    parser.add_argument("--model", type=Path, nargs="+", action="extend", default=[], help="run or checkpoint folders")
     parser.add_argument("--check-data", action="store_true", help="only load the conversations, and stop")
     return parser.parse_args(argv)
 
