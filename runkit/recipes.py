@@ -1,6 +1,7 @@
 """Recipes: YAML files read into dataclasses, with every mistake found before any work starts."""
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -67,7 +68,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is None or hint is type(None):
         return value is None
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -94,6 +94,21 @@ class Recipe:
         if self.precision.loss_scale_growth_interval < 1:
             value = self.precision.loss_scale_growth_interval
             raise UsageError(f"precision.loss_scale_growth_interval must be at least 1, not {value}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self.optimizer, name) < 1:
+                raise UsageError(
+                    f"optimizer.{name} must be at least 0 and below 1, not {getattr(self.optimizer, name)}"
+                )
+        if self.optimizer.weight_decay < 0 or self.optimizer.eps <= 0:
+            values = f"{self.optimizer.weight_decay} and {self.optimizer.eps}"
+            raise UsageError(f"optimizer.weight_decay must be at least 0 and optimizer.eps above 0, not {values}")
+        for name in ("nonfinite_losses", "consecutive_skips", "window"):
+            if getattr(self.divergence, name) < 1:
+                raise UsageError(f"divergence.{name} must be at least 1, not {getattr(self.divergence, name)}")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise UsageError(f"micro_batch_size must be at least 1, or null, not {self.micro_batch_size}")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise UsageError(f"name {self.name!r} must be a plain folder name")
         micro = self.micro_batch_size or max(1, self.batch_size // processes)
         if self.batch_size % (micro * processes):
             raise UsageError(

@@ -308,6 +308,11 @@ def test_a_backward_overflow_skips_and_halves_the_scale(tmp_path, data):
         ({"data_fingerprint": "other"}, UserError, "another fingerprint"),
         ({"device": "tpu"}, UsageError, "device must be one of 'cpu', 'cuda', not 'tpu'"),
         ({"steps": 0}, UsageError, "steps must be at least 1, not 0"),
+        ({"name": "../up"}, UsageError, "name '../up' must be a plain folder name"),
+        ({"micro_batch_size": 0}, UsageError, "micro_batch_size must be at least 1"),
+        ({"optimizer": {"learning_rate": float("nan")}}, UsageError, "optimizer.learning_rate must be float, not nan"),
+        ({"optimizer": {"beta2": 1.0}}, UsageError, "optimizer.beta2 must be at least 0 and below 1, not 1.0"),
+        ({"divergence": {"window": 0}}, UsageError, "divergence.window must be at least 1, not 0"),
     ],
 )
 def test_recipe_mistakes_are_found_before_any_work(tmp_path, data, fields, error, message):

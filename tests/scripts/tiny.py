@@ -41,7 +41,7 @@ def write_recipe(folder: Path, data_folder: Path, name: str = "run", placement: 
         "layer_stats_every": 5,
         "checkpoint_every": 3,
     }
-    file = folder / f"{name}.yaml"
+    file = folder / f"{Path(name).name}.yaml"
     file.write_text(dump_yaml(recipe | more))
     return file
 
