@@ -30,7 +30,7 @@ $(STAMP):
 	@touch $@
 
 demo: $(STAMP) ## the Peri-LN study in miniature: ends with report.html
-	@$(BIN)/python -m scripts.demo $(DEMO_FLAGS)
+	@exec $(BIN)/python -m scripts.demo $(DEMO_FLAGS) --stop-with-parent $$PPID
 
 test: $(STAMP) ## the whole test suite, the fast tests first
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

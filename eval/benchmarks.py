@@ -6,6 +6,7 @@ five schemas, which are never called by the benchmarks' names.
 
 import io
 import logging
+import re
 from contextlib import nullcontext, redirect_stderr
 from importlib import metadata
 from pathlib import Path
@@ -96,7 +97,7 @@ def _why_missing(task: str, error: Exception) -> str:
         chain.append(f"{type(seen).__name__}: {seen}")
         seen = seen.__cause__ or seen.__context__
     text = " ".join(chain)
-    if "GatedRepo" in text or "gated" in text.lower():
+    if "GatedRepo" in text or re.search(r"\bgated\b", text, re.IGNORECASE):
         return f"the data set of {task} is gated: accept its terms on its Hub page and log in (hf auth login)"
     if "OfflineMode" in text or "offline mode" in text.lower():
         return f"the data set of {task} is not on this machine and the Hub is switched off (HF_HUB_OFFLINE)"

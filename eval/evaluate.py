@@ -4,6 +4,7 @@ python -m eval.evaluate RUN_OR_CHECKPOINT... --suite mini --heldout data/heldout
 """
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,8 @@ def evaluate_target(
     """All that is asked of one checkpoint; what is there already is not computed again."""
     weights = weights_hash(target.checkpoint)
     asked = {"suite": args.suite, "limit": args.limit, "num_fewshot": args.num_fewshot}
-    more = {"batch_size": args.batch_size, "dtype": "float32"}
+    more = {"batch_size": args.batch_size}
+    which = {"text_sha256": hashlib.sha256("\0".join(texts or []).encode()).hexdigest(), "context": args.context}
 
     def scores() -> dict[str, Any]:
         return benchmarks.evaluate(target, args.device, args.batch_size)
@@ -51,7 +53,7 @@ def evaluate_target(
         model, tokenizer = target.load(args.device)
         dtype = str(model.dtype).removeprefix("torch.")
         measured = heldout_loss(model, tokenizer, texts, args.context, args.batch_size)
-        head = {"evaluated": target.evaluated(), "harness": None, "suite": None, "limit": None}
+        head = {"evaluated": target.evaluated(), "harness": None, "suite": None, "limit": None} | which
         return head | {"batch_size": args.batch_size, "dtype": dtype} | measured
 
     def samples() -> dict[str, Any]:
@@ -63,7 +65,7 @@ def evaluate_target(
     _once(target.results / f"benchmarks-{args.suite}.json", asked | more, weights, scores)
     bar.update(1)
     if texts is not None:
-        _once(target.results / "heldout.json", {"context": args.context} | more, weights, loss)
+        _once(target.results / "heldout.json", which | more, weights, loss)
     bar.update(1)
     _once(target.results / "sample.json", {}, weights, samples)
     bar.update(1)
@@ -102,7 +104,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="requests a batch")
     parser.add_argument("--heldout", type=Path, default=None, help="a .jsonl with texts for the held-out loss")
     parser.add_argument("--context", type=int, default=256, help="tokens a window of the held-out loss")
-    parser.add_argument("--device", default="cpu", help="'cpu' or 'cuda'")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to evaluate")
     return parser.parse_args(argv)
 
 

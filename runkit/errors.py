@@ -1,7 +1,6 @@
 """Errors for people, and the frame of every command line of the project."""
 
 import argparse
-import errno
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -71,14 +70,17 @@ def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        # A full disk or an unreadable file may show itself anywhere; other system errors are ours to debug.
-        if args.debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if args.debug:
             raise
         where = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror.lower()}{where}", file=sys.stderr)
+        text = f"{error.strerror.lower()}{where}" if error.strerror else " ".join(str(error).split())
+        print(f"error: {text}", file=sys.stderr)
         return FAILURE
     except Exception as error:
         if args.debug:
             raise
-        print(f"error: {type(error).__name__}: {error} (--debug shows the traceback)", file=sys.stderr)
+        print(
+            f"error: {type(error).__name__}: {' '.join(str(error).split())} (--debug shows the traceback)",
+            file=sys.stderr,
+        )
         return FAILURE

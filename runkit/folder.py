@@ -93,6 +93,8 @@ def write_folder(path: Path) -> Iterator[Path]:
 
     A folder that already stands at `path` is replaced, and removed after the rename.
     """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, not a folder; it is left alone")
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -200,7 +202,7 @@ class RunFolder:
             UserError: another live process holds it (after waiting `wait_seconds` for it to go).
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "a+") as file:
+        with open(self.path / ".periln.lock", "a+") as file:
             deadline, told = time.monotonic() + wait_seconds, False
             while True:
                 try:
@@ -244,7 +246,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first (a folder under its final name is whole)."""
-        return sorted(self.checkpoints_path.glob("step_*"))
+        return sorted(p for p in self.checkpoints_path.glob("step_*") if p.name.removeprefix("step_").isdigit())
 
     def evaluations(self) -> list[dict[str, Any]]:
         """What the evaluators wrote to eval/*.json."""

@@ -64,8 +64,11 @@ def make_fp16_real(accelerator: Any, scaler_options: dict[str, Any] | None = Non
     """Make an `accelerate.Accelerator` with `mixed_precision="fp16"` train in FP16 on a CPU as on a GPU.
 
     Call it before `prepare`, and do forward and backward inside the context manager that it returns (on a GPU
-    that is an empty one, and nothing is changed). `scaler_options` go to `torch.amp.GradScaler`.
+    that is an empty one; FP16 products are kept from being summed in FP16). `scaler_options` go to the CPU's
+    `torch.amp.GradScaler`.
     """
+    if accelerator.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # accumulate in FP32 there too
     if accelerator.mixed_precision != "fp16" or accelerator.device.type != "cpu":
         return nullcontext()
     accelerator.native_amp = True

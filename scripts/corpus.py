@@ -10,6 +10,8 @@ import gzip
 import hashlib
 import json
 import sysconfig
+import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +40,10 @@ def _digest(text: str) -> int:
 def _docstrings(source: str) -> str:
     """All docstrings of a Python file, module first."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bad escapes in somebody else's file
+        tree = ast.parse(source)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
     return "\n\n".join(d for d in found if d)
 
 
@@ -94,6 +99,8 @@ def _file_documents(path: Path, name: str) -> Iterator[tuple[str, str]]:
             row = 0
             for batch in file.iter_batches(columns=["text"]):
                 for value in batch.column(0).to_pylist():
+                    if value is not None and not isinstance(value, str):
+                        raise UserError(f"{path}: the column 'text' holds {type(value).__name__}, not text")
                     yield f"{name}:{row}", value or ""
                     row += 1
         else:
@@ -107,7 +114,7 @@ def _file_documents(path: Path, name: str) -> Iterator[tuple[str, str]]:
         raise
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path}: not UTF-8 text") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 

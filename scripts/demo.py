@@ -9,7 +9,6 @@ moment, it goes on where it was when it is started again.
 import argparse
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ import torch
 
 from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
 from runkit.folder import RunFolder, write_text
-from runkit.process import StopRequest
+from runkit.process import StopRequest, stop_with_parent
 from runkit.recipes import differing_fields, dump_yaml, from_mapping, read_yaml, to_mapping
 
 from .demo_recipe import HUB_LIMIT, DemoRecipe
@@ -39,6 +38,11 @@ class Stage:
     seconds: float
 
 
+def _started(out: Path) -> bool:
+    """Whether a demo in this folder got as far as its data; before that, another recipe takes nothing away."""
+    return (out / "data" / "index.json").exists()
+
+
 def resolve_recipe(args: argparse.Namespace) -> DemoRecipe:
     """The recipe of this demo: that of the folder if it has one, else the file's, with what the flags say.
 
@@ -47,6 +51,10 @@ def resolve_recipe(args: argparse.Namespace) -> DemoRecipe:
         UsageError: see `DemoRecipe.check`.
     """
     kept = args.out / "recipe.yaml"
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"{args.out} is a file, not a folder; it is left alone: give another folder")
+    if kept.exists() and read_yaml(kept).get("stage") != "demo":
+        raise UserError(f"{args.out} is not a demo's folder (its recipe.yaml has another stage): give another folder")
     fresh = not kept.exists()
     mapping = read_yaml((args.recipe or DEFAULT_RECIPE) if fresh or args.recipe else kept)
     recipe = from_mapping(DemoRecipe, mapping)
@@ -64,7 +72,7 @@ def resolve_recipe(args: argparse.Namespace) -> DemoRecipe:
     if args.limit is not None:
         recipe.evaluation.limit = args.limit or None
     recipe.check()
-    if not fresh:
+    if _started(args.out):
         different = differing_fields(read_yaml(kept), to_mapping(recipe))
         if different:
             raise UserError(
@@ -161,7 +169,8 @@ def _minutes(seconds: float) -> str:
 
 
 def run_stage(stage: Stage, stop: StopRequest, debug: bool) -> None:
-    """Run a stage's processes to their end; a signal that reaches the demo is handed on to each, once.
+    """Run a stage's processes to their end; a signal that reaches the demo is handed on to each, once, as SIGTERM:
+    pretraining saves, the others end at once and begin their current run again.
 
     Raises:
         StoppedBySignal: the demo was asked to stop, and the stage has stopped.
@@ -169,21 +178,23 @@ def run_stage(stage: Stage, stop: StopRequest, debug: bool) -> None:
     """
     common = ["--stop-with-parent", str(os.getpid()), *(["--debug"] if debug else [])]
     children = [subprocess.Popen([*command, *common], start_new_session=True) for command in stage.commands]
-    told = False
-    while any(child.poll() is None for child in children):
-        failed = any(child.returncode for child in children)
+    told, failed = False, 0
+    while True:
+        codes = [child.poll() for child in children]
+        failed = failed or next((code for code in codes if code), 0)
         if (stop.exit_code or failed) and not told:
-            for child in children:
-                if child.poll() is None:
-                    child.send_signal(signal.SIGINT if stop.exit_code == 130 else signal.SIGTERM)
+            for child, code in zip(children, codes, strict=True):
+                if code is None:
+                    child.terminate()
             told = True
+        if None not in codes:
+            break
         time.sleep(0.1)
     if stop.exit_code:
         raise StoppedBySignal(stop.exit_code, "stopped; start the demo again and it goes on from here")
-    codes = [child.returncode for child in children if child.returncode]
-    if codes:
-        error = UserError(f"the stage '{stage.title}' failed (exit code {codes[0]}); see above")
-        error.exit_code = codes[0] if codes[0] in (1, 2) else 1
+    if failed:
+        error = UserError(f"the stage '{stage.title}' failed (exit code {failed}); see above")
+        error.exit_code = failed if failed in (1, 2) else 1
         raise error
 
 
@@ -194,12 +205,21 @@ def main(args: argparse.Namespace) -> None:
     check_disk(args.out, recipe)
     run = RunFolder(args.out)
     stop = StopRequest().install()
-    with run.locked():
+    stop_with_parent(args.stop_with_parent)
+    # A demo or a stage whose parent was killed needs some seconds to save and to let go.
+    with run.locked(wait_seconds=60):
+        if not _started(args.out):
+            (args.out / "recipe.yaml").unlink(missing_ok=True)  # nothing was prepared by it yet
         run.claim(to_mapping(recipe))
         for cell in recipe.cells(args.out / "data"):
             write_text(args.out / "recipes" / f"{cell.name}.yaml", dump_yaml(to_mapping(cell)))
         write_text(args.out / "recipes" / "sft.yaml", dump_yaml(recipe.sft_recipe()))
-        _run_stages(plan_stages(recipe, args.out), stop, args, run)
+        try:
+            _run_stages(plan_stages(recipe, args.out), stop, args, run)
+        except UserError:
+            if not _started(args.out):
+                (args.out / "recipe.yaml").unlink()  # bad text, say: the next demo need not repeat the mistake
+            raise
 
 
 def _run_stages(stages: list[Stage], stop: StopRequest, args: argparse.Namespace, run: RunFolder) -> None:

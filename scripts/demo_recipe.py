@@ -101,6 +101,18 @@ class DemoRecipe:
             raise UsageError(f"no text found: text.source {self.text.source} does not exist")
         if self.evaluation.limit is not None and self.evaluation.limit < 1:
             raise UsageError(f"evaluation.limit must be at least 1, or null for all, not {self.evaluation.limit}")
+        if self.evaluation.batch_size < 1:
+            raise UsageError(f"evaluation.batch_size must be at least 1, not {self.evaluation.batch_size}")
+        for field in ("epochs", "batch_size", "max_length"):
+            if getattr(self.sft, field) < 1:
+                raise UsageError(f"sft.{field} must be at least 1, not {getattr(self.sft, field)}")
+        if self.sft.learning_rate <= 0:
+            raise UsageError(f"sft.learning_rate must be above 0, not {self.sft.learning_rate}")
+        if len(set(self.high_learning_rate_seeds)) != len(self.high_learning_rate_seeds):
+            raise UsageError(f"high_learning_rate_seeds names one twice: {self.high_learning_rate_seeds}")
+        if not 0 < self.text.heldout_share < 1 or self.text.max_bytes < 1:
+            values = f"{self.text.heldout_share} and {self.text.max_bytes}"
+            raise UsageError(f"text.heldout_share lies between 0 and 1 and text.max_bytes is at least 1, not {values}")
         if self.sft.max_length > self.model.get("max_position_embeddings", self.sft.max_length):
             raise UsageError(f"sft.max_length {self.sft.max_length} exceeds model.max_position_embeddings")
         for cell in self.cells(Path("data")):

@@ -174,12 +174,12 @@ class Trainer:
         path = latest_whole(self.run, tqdm.write)
         if path is not None:
             self.step = load_trainer_state(path, self.model, self.optimizer, self.accelerator.scaler)
-        self.run.truncate_metrics(self.step)
-        records = self.run.metrics()
+        records = [r for r in self.run.metrics() if r["step"] < self.step]
         if len(records) != self.step:
             raise UserError(
                 f"{self.run.metrics_path} has {len(records)} records before step {self.step}, not {self.step}"
             )
+        self.run.truncate_metrics(self.step)
         self.book.replay(records)
 
     def save(self) -> None:

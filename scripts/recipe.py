@@ -89,6 +89,13 @@ class Recipe:
             raise UsageError(
                 f"optimizer.gradient_clip must be above 0, or null for none, not {self.optimizer.gradient_clip}"
             )
+        if self.precision.mode != "fp16" and self.precision.residual_dtype == "float16":
+            raise UsageError(
+                f"precision.residual_dtype float16 in a {self.precision.mode} run would be FP16 in disguise: "
+                "give null, float32 or bfloat16"
+            )
+        if self.seed < 0:
+            raise UsageError(f"seed must be at least 0, not {self.seed}")
         if self.precision.mode == "fp16" and self.precision.initial_loss_scale <= 0:
             raise UsageError(f"precision.initial_loss_scale must be above 0, not {self.precision.initial_loss_scale}")
         if self.precision.loss_scale_growth_interval < 1:

@@ -37,6 +37,8 @@ class Recipe:
             raise UsageError(f"learning_rate must be above 0, not {self.learning_rate}")
         if not 0 <= self.warmup <= 1:
             raise UsageError(f"warmup is a share of the steps, 0 to 1, not {self.warmup}")
+        if self.precision != "fp16" and self.residual_dtype == "float16":
+            raise UsageError(f"residual_dtype float16 in a {self.precision} run: give null, float32 or bfloat16")
         micro = self.micro_batch_size or self.batch_size
         if micro < 1 or self.batch_size % micro:
             raise UsageError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {micro}")

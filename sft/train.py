@@ -119,6 +119,7 @@ def _arguments(recipe: Recipe, scratch: str) -> SFTConfig:
         data_seed=recipe.seed,
         save_strategy="no",
         logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is not finite is recorded as such, not averaged away
         report_to="none",
         disable_tqdm=True,
     )
@@ -160,12 +161,13 @@ def fine_tune(recipe: Recipe, checkpoint: Path, run: RunFolder, messages: list[l
     model.config.use_cache = True  # the Trainer switches it off, and would leave it so in config.json
     with write_checkpoint(run.checkpoint_path(steps), model, tokenizer):
         pass
-    finite = bool(records) and records[-1]["loss"] is not None and all(p.isfinite().all() for p in model.parameters())
+    trained = bool(records) and recorder.skips < steps
+    finite = trained and records[-1]["loss"] is not None and all(p.isfinite().all() for p in model.parameters())
     loss = records[-1]["loss"] if records else None
     run.set_status(
         "completed" if finite else "diverged",
         step=steps,
-        reason=None if finite else "the last loss or a weight is not finite",
+        reason=None if finite else "every step was skipped, or the last loss or a weight is not finite",
         final_loss=loss,
         conversations=len(messages),
         skipped_steps=recorder.skips,
@@ -183,7 +185,8 @@ def _source_of(path: Path) -> tuple[Path, Path] | None:
             raise UserError(f"{path} has no whole checkpoint (status: {run.status or 'not started'})")
         return checkpoint, path / "sft"
     if (path / "config.json").exists():
-        return path, path.with_name(path.name + "-sft")
+        run = path.parent.parent  # a checkpoint of a run writes to the run; any other to a folder beside it
+        return path, run / "sft" if (run / "recipe.yaml").exists() else path.with_name(path.name + "-sft")
     raise UserError(f"{path} is neither a run folder (recipe.yaml) nor a checkpoint (config.json)")
 
 

@@ -7,3 +7,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """The fast tests first."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

@@ -62,6 +62,8 @@ def keep(tmp_path, recipe):
     from runkit.recipes import to_mapping
 
     RunFolder(tmp_path / "out").claim(to_mapping(recipe))
+    (tmp_path / "out" / "data").mkdir()
+    (tmp_path / "out" / "data" / "index.json").write_text("{}")
 
 
 def test_the_embedded_recipe_has_three_placements_two_seeds_and_one_high_rate(tmp_path):
@@ -82,6 +84,37 @@ def test_hub_and_limit_are_kept_by_a_resumed_demo(tmp_path):
     assert resolve(tmp_path, "--hub") == recipe
     with pytest.raises(UserError, match=r"evaluation\.limit: 100 -> 7"):
         resolve(tmp_path, "--hub", "--limit", 7)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_failing_process_of_a_stage_stops_the_others_and_gives_its_exit_code(order):
+    pair = [[sys.executable, "-c", "import time; time.sleep(30)"], [sys.executable, "-c", "raise SystemExit(2)"]]
+    stage = demo.Stage("two", [pair[i] for i in order], 1)
+    start = time.monotonic()
+    with pytest.raises(UserError, match="the stage 'two' failed") as caught:
+        demo.run_stage(stage, demo.StopRequest(), debug=False)
+    assert caught.value.exit_code == 2
+    assert time.monotonic() - start < 25  # the other one would have slept for 30
+
+
+@pytest.mark.slow
+def test_text_without_documents_leaves_the_folder_free_for_another_demo(tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = run("scripts.demo", "--out", tmp_path / "out", "--text", tmp_path / "empty")
+    assert done.returncode == 1
+    assert "no text found" in done.stderr
+    assert resolve(tmp_path).text.source == "installed-python"
+
+
+def test_a_file_or_another_stages_folder_is_left_alone(tmp_path):
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        resolve(tmp_path)
+    assert (tmp_path / "out").read_text() == "precious"
+    (tmp_path / "out").unlink()
+    RunFolder(tmp_path / "out").claim({"stage": "pretrain"})
+    with pytest.raises(UserError, match="is not a demo's folder"):
+        resolve(tmp_path)
 
 
 def test_another_recipe_on_the_same_folder_is_refused_with_the_fields(tmp_path):
