@@ -55,7 +55,8 @@ def resolve_recipe(args: argparse.Namespace) -> DemoRecipe:
         raise UserError(f"{args.out} is a file, not a folder; it is left alone: give another folder")
     if kept.exists() and read_yaml(kept).get("stage") != "demo":
         raise UserError(f"{args.out} is not a demo's folder (its recipe.yaml has another stage): give another folder")
-    fresh = not kept.exists()
+    # A demo that failed before it had its data (bad text, say) need not repeat the mistake.
+    fresh = not kept.exists() or (not _started(args.out) and RunFolder(args.out).status == "failed")
     mapping = read_yaml((args.recipe or DEFAULT_RECIPE) if fresh or args.recipe else kept)
     recipe = from_mapping(DemoRecipe, mapping)
     if args.device is not None:
@@ -208,18 +209,13 @@ def main(args: argparse.Namespace) -> None:
     stop_with_parent(args.stop_with_parent)
     # A demo or a stage whose parent was killed needs some seconds to save and to let go.
     with run.locked(wait_seconds=60):
-        if not _started(args.out):
-            (args.out / "recipe.yaml").unlink(missing_ok=True)  # nothing was prepared by it yet
+        if (args.out / "recipe.yaml").exists() and not _started(args.out):
+            write_text(args.out / "recipe.yaml", dump_yaml(to_mapping(recipe)))  # nothing was made by the old one
         run.claim(to_mapping(recipe))
         for cell in recipe.cells(args.out / "data"):
             write_text(args.out / "recipes" / f"{cell.name}.yaml", dump_yaml(to_mapping(cell)))
         write_text(args.out / "recipes" / "sft.yaml", dump_yaml(recipe.sft_recipe()))
-        try:
-            _run_stages(plan_stages(recipe, args.out), stop, args, run)
-        except UserError:
-            if not _started(args.out):
-                (args.out / "recipe.yaml").unlink()  # bad text, say: the next demo need not repeat the mistake
-            raise
+        _run_stages(plan_stages(recipe, args.out), stop, args, run)
 
 
 def _run_stages(stages: list[Stage], stop: StopRequest, args: argparse.Namespace, run: RunFolder) -> None:

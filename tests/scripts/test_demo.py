@@ -104,6 +104,8 @@ def test_text_without_documents_leaves_the_folder_free_for_another_demo(tmp_path
     assert done.returncode == 1
     assert "no text found" in done.stderr
     assert resolve(tmp_path).text.source == "installed-python"
+    again = run("scripts.demo", "--out", tmp_path / "out", "--text", tmp_path / "empty")
+    assert "no text found" in again.stderr.splitlines()[0]  # and not: the folder belongs to somebody
 
 
 def test_a_file_or_another_stages_folder_is_left_alone(tmp_path):
