@@ -1,10 +1,16 @@
-"""One thread for every test and for the processes that tests start: tiny models are faster so, and equal to the bit."""
+"""The surroundings of every test, and of the processes that tests start.
+
+One thread: tiny models are faster so, and equal to the bit. And no setting of the Hub from outside: a test that needs
+one (another endpoint, offline) says so itself, whatever the machine's own are.
+"""
 
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_TOKEN", "HF_HOME"):
+    os.environ.pop(_name, None)
 
-import torch
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
