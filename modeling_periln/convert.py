@@ -1,0 +1,398 @@
+"""Convert between PeriLlama and the architectures that serving engines know: Llama, OLMo 2, HyperCLOVA X, GLM-4.
+
+    python -m modeling_periln.convert SRC DST --to llama|olmo2|hyperclovax|glm4|peri_llama
+
+In memory: `to_native(model, "llama")`, `from_native(model)`. What converts, and what is folded where, is told in
+`conversions.py`; `admissible_exports(config)` says it for one configuration. On disk the weights pass through one
+shard at a time, DST appears only when it is complete, and only if its logits are the source's.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from .configuration_periln import PeriLlamaConfig
+from .conversions import (
+    ARCHITECTURES,
+    PERI_LLAMA,
+    ConversionRefused,
+    Recipe,
+    admissible_exports,
+    architecture,
+    export_recipe,
+    import_factors,
+    import_recipe,
+    native_config,
+    periln_config,
+)
+from .modeling_periln import PeriLlamaForCausalLM
+from .version import __version__
+
+TOLERANCE = 1e-5  # of the largest logit
+CHECKED_SHAPES = ((1, 1), (2, 7), (3, 33))  # batch, tokens
+SEED = 20250202
+_COPIED = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+
+
+class ConversionFailed(RuntimeError):
+    """The source is damaged, or the export is not the same function; nothing was left at the destination."""
+
+
+# In memory
+
+
+def to_native(model: PreTrainedModel, target: str) -> PreTrainedModel:
+    """A new model of Transformers' own class, the same function as `model` (a PeriLlamaForCausalLM).
+
+    It has the model's device, dtype, mode and attention implementation, and shares no memory with it. Folded weights
+    (see `conversions.py`) are computed in FP32 at least and then rounded to the model's dtype, so only in FP32 are
+    the logits equal to 1e-5.
+
+    Args:
+        target: a key of `ARCHITECTURES`: `llama`, `olmo2`, `hyperclovax` or `glm4`.
+
+    Raises:
+        ConversionRefused: (a ValueError) the model or its configuration does not admit it; which field, and why.
+    """
+    architecture(target)
+    _require_class(model, PeriLlamaForCausalLM, f"to_native(..., {target!r})")
+    return _built(model, native_config(model.config, target), export_recipe(model.config, target))
+
+
+def from_native(model: PreTrainedModel) -> PeriLlamaForCausalLM:
+    """A new PeriLlamaForCausalLM, the same function as `model`: a Llama, OLMo 2, HyperCLOVA X or GLM-4.
+
+    Llama becomes the row `pre`, OLMo 2 `output` with full QK-norm, GLM-4 and HyperCLOVA X `peri` without embedding
+    norm (`pre` if `use_post_norm` is off). HyperCLOVA X's residual multiplier becomes `residual_scale`, its others
+    are folded into weights. Device, dtype and the rest as in `to_native`.
+
+    Raises:
+        ConversionRefused: (a ValueError) no row is this architecture, or a field has a value that no row has.
+    """
+    config = periln_config(model.config)
+    _require_class(model, ARCHITECTURES[model.config.model_type].model_class, "from_native")
+    return _built(model, config, import_recipe(model.config))
+
+
+def _require_class(model: PreTrainedModel, wanted: type, caller: str) -> None:
+    # By name: a class loaded from a repository's own code is another object than ours.
+    if wanted.__name__ not in (c.__name__ for c in type(model).__mro__):
+        raise ConversionRefused(f"{caller} needs a {wanted.__name__}, not a {type(model).__name__}")
+
+
+@torch.no_grad()
+def _built(source: PreTrainedModel, config: PreTrainedConfig, recipe: Mapping[str, Recipe]) -> PreTrainedModel:
+    """A model of `config` with the weights that `recipe` makes of those of `source`."""
+    have, weights = source.state_dict(), {}
+    _check_names(have, recipe, source.config.tie_word_embeddings)
+    for name, (sources, make) in recipe.items():
+        tensor = make(*(have[s] for s in sources)).to(source.dtype)
+        if tensor.is_meta:
+            raise ConversionRefused(f"{sources[0]} is on the meta device: load the model without offloading")
+        weights[name] = tensor.clone(memory_format=torch.contiguous_format)
+    config._attn_implementation = source.config._attn_implementation
+    with torch.device("meta"):  # no time and no random numbers for weights that are there already
+        model = _model_class(config)(config)
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model.generation_config = copy.deepcopy(source.generation_config)
+    return model.to(source.device).train(source.training)
+
+
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    return PeriLlamaForCausalLM if config.model_type == PERI_LLAMA else ARCHITECTURES[config.model_type].model_class
+
+
+def _check_names(have: Mapping[str, Any], recipe: Mapping[str, Recipe], tied: bool) -> None:
+    """Every weight is there, and every one is used: nothing of the source is lost without a word."""
+    wanted = {source for sources, _ in recipe.values() for source in sources}
+    known = {name for name in have if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
+    missing, unused = wanted - set(have), set(have) - wanted - known
+    if missing:
+        raise ConversionFailed(f"{len(missing)} weights are missing, the first is {min(missing)}")
+    if unused:
+        raise ConversionFailed(f"{len(unused)} weights have no place in the model, the first is {min(unused)}")
+
+
+# On disk
+
+
+def convert(src: Path | str, dst: Path | str, to: str, max_shard_size: int | str = "5GB") -> dict[str, Any]:
+    """Convert the model folder `src` to the new model folder `dst`, and prove that it is the same function.
+
+    Weights keep their dtype, except that a folded one that its dtype cannot hold is written in FP32. In memory there
+    is never more than one shard of the export, until it is checked: then the source and the export are loaded one
+    after the other in FP32 and compared on random tokens.
+
+    Args:
+        src: a folder with `config.json` and safetensors, sharded or not.
+        dst: a folder that does not exist, or is empty; it appears when everything is done.
+        to: a key of `ARCHITECTURES`, or `peri_llama`.
+        max_shard_size: bytes, or such as `500MB`, `5GB` (powers of 1000).
+
+    Returns:
+        The record that `dst/conversion.json` holds.
+
+    Raises:
+        ConversionRefused: (a ValueError) what cannot be converted, and why; or `src` or `dst` is not as above.
+        ConversionFailed: weights are missing, or the export's logits differ by more than 1e-5 of the largest.
+    """
+    src, dst, limit = Path(src), Path(os.path.realpath(dst)), _bytes(max_shard_size)
+    config = _read_config(src, to)
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise ConversionRefused(f"{dst} exists and is not an empty folder: nothing is overwritten")
+    target = periln_config(config) if to == PERI_LLAMA else native_config(config, to)
+    recipe = import_recipe(config) if to == PERI_LLAMA else export_recipe(config, to)
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary_sibling(dst) as folder:
+        with contextlib.ExitStack() as stack:
+            files = _open_weights(src, stack)
+            _check_names(files, recipe, tied=config.tie_word_embeddings)
+            _write_weights(files, recipe, folder, limit)
+        target.save_pretrained(folder)
+        for file in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
+            file.chmod((folder / "config.json").stat().st_mode)
+        if to == PERI_LLAMA:
+            custom_object_save(PeriLlamaForCausalLM, folder)
+        _copy_companions(src, folder, config)
+        record = {
+            "from": config.model_type,
+            "to": to,
+            "remarks": remarks(config, to),
+            **compare(src, folder, config, target),
+            "versions": {m.__name__: m.__version__ for m in (transformers, torch)} | {"modeling_periln": __version__},
+        }
+        (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(folder, dst)
+    return record
+
+
+def _read_config(src: Path, to: str) -> PreTrainedConfig:
+    if not (src / "config.json").is_file():
+        raise ConversionRefused(f"{src} is no model folder: it has no config.json")
+    kind = json.loads((src / "config.json").read_text()).get("model_type")
+    if to != PERI_LLAMA and architecture(to) and kind != PERI_LLAMA:
+        raise ConversionRefused(f"{src} is {kind!r}: only {PERI_LLAMA} converts to {to}, so convert it to that first")
+    if to == PERI_LLAMA and kind not in ARCHITECTURES:
+        raise ConversionRefused(f"{src} is {kind!r}: only {list(ARCHITECTURES)} convert to {PERI_LLAMA}")
+    config_class = PeriLlamaConfig if kind == PERI_LLAMA else ARCHITECTURES[kind].config_class
+    return config_class.from_pretrained(src)
+
+
+def remarks(config: PreTrainedConfig, to: str) -> list[str]:
+    """What the conversion folds, and what the other configuration has no field for."""
+    if config.model_type != PERI_LLAMA:
+        return [f"a factor of {factor:g} is folded into {name}" for name, factor in import_factors(config).items()]
+    plan = config.stream_plan()
+    into = "the output norms' gamma" if plan.layers[0].output_norm else "o_proj and down_proj"
+    other_head = config.head_dim * config.num_attention_heads != config.hidden_size
+    found = (
+        (plan.embedding_norm, "the embedding norm is folded into the embedding table"),
+        (any(layer.c != 1.0 for layer in plan.layers), "c is folded into the input norms' gamma"),
+        (any(layer.s != 1.0 for layer in plan.layers), f"s (with residual_scale) is folded into {into}"),
+        (not config.output_norm_learnable, "output_norm_learnable=False is lost: gamma is a parameter like any other"),
+        (config.residual_dtype is not None, "residual_dtype is lost: the stream has the weights' dtype"),
+        (to == "olmo2" and other_head, "head_dim is read by Transformers; serving engines' OLMo 2 may not read it"),
+        (to == "olmo2" and config.attention_bias, "attention biases: serving engines' OLMo 2 may leave them out"),
+        (to == "glm4" and config.eos_token_id is None, "eos_token_id=None: Glm4Config puts GLM-4's own in its place"),
+    )
+    return [text for applies, text in found if applies]
+
+
+def _open_weights(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_open]:
+    """The opened file of each tensor of a model folder; `get_tensor` reads one."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file() and not single.is_file():
+        raise ConversionRefused(f"{folder} has no model.safetensors and no {index.name}")
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {single.name}
+    opened = {}
+    for path in (folder / name for name in sorted(names)):
+        if not path.is_file():
+            raise ConversionFailed(f"{path} is missing, though the index names it")
+        file = stack.enter_context(safe_open(path, framework="pt"))
+        opened |= dict.fromkeys(file.keys(), file)
+    return opened
+
+
+@torch.no_grad()
+def _write_weights(files: Mapping[str, safe_open], recipe: Mapping[str, Recipe], folder: Path, limit: int) -> None:
+    """Write the tensors that `recipe` makes as safetensors of at most `limit` bytes each, with an index if several."""
+    shards: list[dict[str, int]] = []
+    parameters, shard = 0, {}
+
+    def flush() -> None:
+        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in shard.items()})
+        shard.clear()
+
+    for name, (sources, make) in recipe.items():
+        inputs = [files[source].get_tensor(source) for source in sources]
+        tensor = _narrowed(make(*inputs), inputs[0].dtype).clone(memory_format=torch.contiguous_format)
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > limit:
+            flush()
+        shard[name] = tensor
+        parameters += tensor.numel()
+        del inputs, tensor
+    flush()
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = {"total_parameters": parameters, "total_size": sum(sum(names.values()) for names in shards)}
+        index = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2, sort_keys=True)
+        (folder / "model.safetensors.index.json").write_text(index + "\n")
+
+
+def _narrowed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in `dtype` if that holds every value, else as it is."""
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
+def _copy_companions(src: Path, folder: Path, config: PreTrainedConfig) -> None:
+    """The tokenizer's files and the generation configuration; the latter is made where the source has none."""
+    for file in filter(Path.is_file, (src / name for name in _COPIED)):
+        shutil.copyfile(file, folder / file.name)
+    if (src / "additional_chat_templates").is_dir():
+        shutil.copytree(src / "additional_chat_templates", folder / "additional_chat_templates")
+    if not (folder / "generation_config.json").is_file():
+        tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        GenerationConfig(**tokens).save_pretrained(folder)
+
+
+# The proof
+
+
+def compare(src: Path, dst: Path, src_config: PreTrainedConfig, dst_config: PreTrainedConfig) -> dict[str, Any]:
+    """The largest difference of the logits of two model folders in FP32, on random tokens, and how it was measured.
+
+    Batches are padded on the left. The two models are in memory one after the other.
+
+    Raises:
+        ConversionFailed: the difference is above `TOLERANCE` of the largest logit, or not a number.
+    """
+    generator, batches = torch.Generator().manual_seed(SEED), []
+    for batch, length in CHECKED_SHAPES:
+        length = min(length, src_config.max_position_embeddings)
+        ids = torch.randint(0, src_config.vocab_size, (batch, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, : length // 3] = 0
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        batches.append({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+    ours, theirs = _logits(src, src_config, batches), _logits(dst, dst_config, batches)
+    largest, difference = ours.abs().max().item(), (ours - theirs).abs().max().item()
+    if not difference <= TOLERANCE * largest:
+        much = f"by {difference:.3g}, more than {TOLERANCE:g} of the largest, {largest:.3g}"
+        raise ConversionFailed(f"the export was removed: its logits differ from the source's {much}")
+    return {
+        "largest_difference": difference,
+        "largest_logit": largest,
+        "tolerance": TOLERANCE,
+        "compared": {"dtype": "float32", "seed": SEED, "shapes": [list(b["input_ids"].shape) for b in batches]},
+    }
+
+
+@torch.no_grad()
+def _logits(folder: Path, config: PreTrainedConfig, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Logits (tokens, V) of all tokens that are no padding."""
+    model, info = _model_class(config).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if any(info.values()):
+        raise ConversionFailed(f"{type(model).__name__} does not load all weights: {info}")
+    if config.model_type == PERI_LLAMA:
+        model.config.residual_dtype = None
+    for weight in model.parameters():  # from where the file has it, to where every allocation starts: rounding depends
+        weight.data = weight.data.clone()
+    return torch.cat([model(**b, use_cache=False).logits[b["attention_mask"].bool()] for b in batches])
+
+
+@contextlib.contextmanager
+def _temporary_sibling(dst: Path) -> Iterator[Path]:
+    """A new folder beside `dst` that is gone afterwards, unless it was moved."""
+    folder = dst.with_name(f".{dst.name}.{os.getpid()}.partial")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _bytes(size: int | str) -> int:
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]B)?\s*", str(size).upper())
+    if not match or not float(match[1]):
+        raise ConversionRefused(f"max_shard_size={size!r} is no size: write bytes, or such as 500MB or 5GB")
+    return int(float(match[1]) * units[match[2] or ""])
+
+
+# The command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0; 1 if the conversion failed; 2 if it was refused. SIGTERM exits with 143."""
+    parser = _Parser(prog="periln-convert", description="Convert a checkpoint between PeriLlama and a stock class.")
+    parser.add_argument("src", type=Path, metavar="SRC", help="model folder: config.json and safetensors")
+    parser.add_argument("dst", type=Path, metavar="DST", help="new folder; must not exist, or be empty")
+    parser.add_argument("--to", required=True, choices=[*ARCHITECTURES, PERI_LLAMA], help="architecture of DST")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: %(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    # SIGTERM unwinds the stack, as SIGINT does, so that the unfinished folder is removed.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if in_main_thread else None
+    try:
+        record = convert(args.src, args.dst, args.to, args.max_shard_size)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        known = isinstance(error, (ConversionRefused, ConversionFailed))
+        message = (str(error).splitlines() or [""])[0]
+        print(f"error: {message if known else f'{type(error).__name__}: {message}'}", file=sys.stderr)
+        return 2 if isinstance(error, ConversionRefused) else 1
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+    for remark in record["remarks"]:
+        print(remark)
+    print(f"{args.dst}: {record['from']} -> {record['to']}, largest logit {record['largest_logit']:.6g},", end=" ")
+    print(f"largest difference {record['largest_difference']:.3g} (allowed {TOLERANCE:g} of the largest logit)")
+    return 0
+
+
+__all__ = ["ConversionFailed", "ConversionRefused", "admissible_exports", "convert", "from_native", "main", "to_native"]
+
+if __name__ == "__main__":
+    sys.exit(main())
