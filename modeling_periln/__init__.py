@@ -4,25 +4,45 @@ Importing this package registers the family with Transformers' auto classes, and
 write the code beside the weights, so that a checkpoint also loads where this package is not installed.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import importlib.util
 
-from .configuration_periln import PeriLlamaConfig
-from .modeling_periln import PeriLlamaForCausalLM, PeriLlamaModel
+import transformers
+
+from .configuration_periln import AUTO_MAP, PeriLlamaConfig
+from .modeling_periln import (
+    PeriLlamaForCausalLM,
+    PeriLlamaForQuestionAnswering,
+    PeriLlamaForSequenceClassification,
+    PeriLlamaForTokenClassification,
+    PeriLlamaModel,
+)
 from .placements import PLACEMENT_NAMES, PLACEMENTS, Placement
 from .version import __version__
 
-AutoConfig.register(PeriLlamaConfig.model_type, PeriLlamaConfig, exist_ok=True)
-AutoModel.register(PeriLlamaConfig, PeriLlamaModel, exist_ok=True)
-AutoModelForCausalLM.register(PeriLlamaConfig, PeriLlamaForCausalLM, exist_ok=True)
+transformers.AutoConfig.register(PeriLlamaConfig.model_type, PeriLlamaConfig, exist_ok=True)
 PeriLlamaConfig.register_for_auto_class()
-PeriLlamaModel.register_for_auto_class("AutoModel")
-PeriLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for _auto_class, _reference in AUTO_MAP.items():
+    if _auto_class != "AutoConfig":
+        _model_class = globals()[_reference.split(".")[-1]]
+        getattr(transformers, _auto_class).register(PeriLlamaConfig, _model_class, exist_ok=True)
+        _model_class.register_for_auto_class(_auto_class)
+
+# PEFT finds the modules to adapt by `model_type`. Our linear layers have Llama's names; our norms have not.
+if importlib.util.find_spec("peft") is not None:
+    from peft.utils import constants as _peft
+
+    for _name, _targets in vars(_peft).items():
+        if _name.endswith("_MODULES_MAPPING") and "_LNTUNING_" not in _name and "llama" in _targets:
+            _targets.setdefault(PeriLlamaConfig.model_type, _targets["llama"])
 
 __all__ = [
     "PLACEMENTS",
     "PLACEMENT_NAMES",
     "PeriLlamaConfig",
     "PeriLlamaForCausalLM",
+    "PeriLlamaForQuestionAnswering",
+    "PeriLlamaForSequenceClassification",
+    "PeriLlamaForTokenClassification",
     "PeriLlamaModel",
     "Placement",
     "__version__",

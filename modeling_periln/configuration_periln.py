@@ -19,6 +19,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration_periln.PeriLlamaConfig",
     "AutoModel": "modeling_periln.PeriLlamaModel",
     "AutoModelForCausalLM": "modeling_periln.PeriLlamaForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_periln.PeriLlamaForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_periln.PeriLlamaForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_periln.PeriLlamaForQuestionAnswering",
 }
 LAYER_NORM_SLOTS = (
     "attn_input_norm",
@@ -55,6 +58,7 @@ class PeriLlamaConfig(PreTrainedConfig):
         num_key_value_heads (None: as many as heads), head_dim (None: hidden_size / heads), hidden_act,
         max_position_embeddings, initializer_range, use_cache, tie_word_embeddings, rope_parameters,
         attention_bias, attention_dropout, mlp_bias: as in Llama. The default RoPE theta is 500,000 (Llama 3).
+        classifier_dropout: before the head of token classification.
         norm_placement: a row of `placements.PLACEMENTS`, `mix`, or a mapping with a row of your own.
         layer_placements: a list with one placement name a layer; overrides `norm_placement`.
         embedding_norm, final_norm: override the placement's two norms at the ends of the stream.
@@ -98,6 +102,7 @@ class PeriLlamaConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     mlp_bias: bool = False
+    classifier_dropout: float | int = 0.0
 
     norm_placement: str | dict = "peri"
     layer_placements: list[str] | None = None
@@ -192,8 +197,9 @@ class PeriLlamaConfig(PreTrainedConfig):
             )
         if not 0 < self.initializer_range <= 1:
             raise ValueError(f"initializer_range={self.initializer_range} must be above 0 and at most 1")
-        if not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1")
+        for name in ("attention_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
 
     def validate_norms(self) -> None:
         """The placement exists, every list has the right length, and every switch has something to switch."""

@@ -20,7 +20,12 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import (
@@ -433,4 +438,48 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["PeriLlamaForCausalLM", "PeriLlamaModel", "PeriLlamaPreTrainedModel"]
+# Transformers' generic heads. Their own `__init__` asks AutoModel for the base model, and AutoModel does not know a
+# family that was loaded as remote code: hence ours, which builds the same modules under the same names.
+
+
+class PeriLlamaForSequenceClassification(GenericForSequenceClassification, PeriLlamaPreTrainedModel):
+    """One label a sequence, read at its last token that is no padding; logits (B, num_labels)."""
+
+    def __init__(self, config: PeriLlamaConfig):
+        PeriLlamaPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PeriLlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class PeriLlamaForTokenClassification(GenericForTokenClassification, PeriLlamaPreTrainedModel):
+    """One label a token; logits (B, S, num_labels)."""
+
+    def __init__(self, config: PeriLlamaConfig):
+        PeriLlamaPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PeriLlamaModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class PeriLlamaForQuestionAnswering(GenericForQuestionAnswering, PeriLlamaPreTrainedModel):
+    """The span that answers: two logits a token, for its start and its end, each (B, S)."""
+
+    def __init__(self, config: PeriLlamaConfig):
+        PeriLlamaPreTrainedModel.__init__(self, config)
+        self.model = PeriLlamaModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+__all__ = [
+    "PeriLlamaForCausalLM",
+    "PeriLlamaForQuestionAnswering",
+    "PeriLlamaForSequenceClassification",
+    "PeriLlamaForTokenClassification",
+    "PeriLlamaModel",
+    "PeriLlamaPreTrainedModel",
+]
