@@ -13,6 +13,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration_periln.PeriLlamaConfig",
     "AutoModel": "modeling_periln.PeriLlamaModel",
     "AutoModelForCausalLM": "modeling_periln.PeriLlamaForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_periln.PeriLlamaForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_periln.PeriLlamaForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_periln.PeriLlamaForQuestionAnswering",
 }
 # Every field of the family at a value that is not its default.
 UNUSUAL = {
@@ -28,6 +31,7 @@ UNUSUAL = {
     "attention_bias": True,
     "attention_dropout": 0.1,
     "mlp_bias": True,
+    "classifier_dropout": 0.25,
     "embedding_norm": False,
     "final_norm": False,
     "norm_type": "layernorm",
@@ -284,7 +288,7 @@ def test_config_json_holds_the_placement_even_where_it_is_the_default(tmp_path):
 # auto_map: where the auto classes find the code
 
 
-def test_auto_map_names_config_model_and_language_model_without_a_repository(tmp_path):
+def test_auto_map_names_config_and_models_without_a_repository(tmp_path):
     assert tiny_config().auto_map == AUTO_MAP
     tiny_config().save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
