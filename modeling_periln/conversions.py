@@ -28,7 +28,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from .configuration_periln import PeriLlamaConfig
-from .modeling_periln import PeriLlamaRMSNorm
+from .norms import PeriLlamaRMSNorm
 from .placements import LayerPlan
 
 PERI_LLAMA = PeriLlamaConfig.model_type

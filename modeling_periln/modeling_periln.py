@@ -13,7 +13,6 @@ Shapes: B batch, S sequence, D hidden size, H query heads, K key/value heads, E 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -40,54 +39,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_periln import PeriLlamaConfig
 from .loss import chunked_cross_entropy, shift_labels
+from .norms import NORMS
 from .placements import LayerPlan
-
-
-class PeriLlamaRMSNorm(nn.Module):
-    """x / rms(x) * gamma over the last dimension (Zhang & Sennrich 2019).
-
-    The statistics and the product with gamma are in FP32 at least (in FP16 a square overflows at |x| = 256);
-    only the result is cast to the input's dtype. `learnable=False` keeps gamma at 1, as a buffer that no
-    optimizer sees.
-    """
-
-    def __init__(self, hidden_size: int, eps: float = 1e-6, learnable: bool = True):
-        super().__init__()
-        weight = torch.ones(hidden_size)
-        if learnable:
-            self.weight = nn.Parameter(weight)
-        else:
-            self.register_buffer("weight", weight)
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return (self.weight * x).to(hidden_states.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-class PeriLlamaLayerNorm(nn.LayerNorm):
-    """LayerNorm with gamma and beta (Ba et al. 2016), computed in FP32 at least."""
-
-    def __init__(self, hidden_size: int, eps: float = 1e-6, learnable: bool = True):
-        super().__init__(hidden_size, eps=eps)
-        if not learnable:
-            for name in ("weight", "bias"):
-                value = getattr(self, name).detach()
-                delattr(self, name)
-                self.register_buffer(name, value)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        x = F.layer_norm(hidden_states.to(dtype), self.normalized_shape, weight, bias, self.eps)
-        return x.to(hidden_states.dtype)
-
-
-NORMS = {"rmsnorm": PeriLlamaRMSNorm, "layernorm": PeriLlamaLayerNorm}
 
 
 def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
