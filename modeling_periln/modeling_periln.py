@@ -43,10 +43,6 @@ from .norms import NORMS
 from .placements import LayerPlan
 
 
-def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
-    return x if factor == 1.0 else x * factor
-
-
 class PeriLlamaResidual(nn.Module):
     """The residual add, alpha * stream + s * branch; a module, so that hooks can see stream and branch.
 
@@ -58,7 +54,13 @@ class PeriLlamaResidual(nn.Module):
         self.alpha, self.s = alpha, s
 
     def forward(self, stream: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-        return _scaled(stream, self.alpha) + _scaled(branch.to(stream.dtype), self.s)
+        if branch.dtype != stream.dtype:
+            branch = branch.to(stream.dtype)
+        if self.alpha != 1.0:
+            stream = self.alpha * stream
+        if self.s != 1.0:
+            branch = self.s * branch
+        return stream + branch
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, s={self.s}"
@@ -153,7 +155,7 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
             return NORMS[config.norm_type](config.hidden_size, config.eps_of(slot, layer_idx), learnable)
 
         gamma = config.output_norm_learnable
-        self.branch_scale = plan.c
+        self.c = plan.c
 
         self.attn_input_norm = norm("attn_input_norm", plan.input_norm)
         self.self_attn = PeriLlamaAttention(config, layer_idx)
@@ -186,7 +188,7 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         # Attention
-        branch = _scaled(self.attn_input_norm(hidden_states), self.branch_scale).to(dtype=module_dtype)
+        branch = self._scaled(self.attn_input_norm(hidden_states), module_dtype)
         branch, _ = self.self_attn(
             branch,
             position_embeddings=position_embeddings,
@@ -200,10 +202,16 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
         hidden_states = self.attn_residual_norm(self.attn_residual(hidden_states, branch))
 
         # MLP
-        branch = _scaled(self.mlp_input_norm(hidden_states), self.branch_scale).to(dtype=module_dtype)
+        branch = self._scaled(self.mlp_input_norm(hidden_states), module_dtype)
         branch = self.mlp_output_norm(self.mlp(branch))
         hidden_states = self.mlp_residual_norm(self.mlp_residual(hidden_states, branch))
         return hidden_states
+
+    def _scaled(self, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        """What a sublayer reads: c * x, in `dtype` if the stream's is not the module's."""
+        if self.c != 1.0:
+            x = self.c * x
+        return x if dtype is None else x.to(dtype)
 
 
 class PeriLlamaPreTrainedModel(PreTrainedModel):

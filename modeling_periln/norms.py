@@ -82,7 +82,7 @@ class PeriLlamaRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self._fuses(hidden_states):
+        if torch.is_grad_enabled() and self._fuses(hidden_states):
             return FusedBackwardRMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)[0]
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -90,7 +90,7 @@ class PeriLlamaRMSNorm(nn.Module):
         """Eager training on a CPU. Compilers, tracers and tensor subclasses get operations that they can see."""
         if not self.fused_backward or type(x) is not torch.Tensor or torch.compiler.is_compiling():
             return False
-        return x.device.type == "cpu" and torch.is_grad_enabled() and x.requires_grad
+        return x.requires_grad and x.device.type == "cpu"
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"

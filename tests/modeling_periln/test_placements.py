@@ -197,7 +197,7 @@ def test_factors_of_the_plan_are_those_in_the_layers(name):
     plan = model.config.stream_plan()
     assert len(model.model.layers) == len(plan.layers) == 4
     for layer, row in zip(model.model.layers, plan.layers, strict=True):
-        assert (layer.attn_residual.alpha, layer.attn_residual.s, layer.branch_scale) == (row.alpha, row.s, row.c)
+        assert (layer.attn_residual.alpha, layer.attn_residual.s, layer.c) == (row.alpha, row.s, row.c)
         assert (layer.mlp_residual.alpha, layer.mlp_residual.s) == (row.alpha, row.s)
 
 
