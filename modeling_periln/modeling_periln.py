@@ -11,6 +11,7 @@ Shapes: B batch, S sequence, D hidden size, H query heads, K key/value heads, E 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_periln import PeriLlamaConfig
-from .loss import chunked_cross_entropy, shift_labels
+from .loss import chunked_losses, shift_labels
 from .norms import NORMS
 from .placements import LayerPlan
 
@@ -332,6 +333,13 @@ def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | tor
     return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
+@dataclass
+class PeriLlamaCausalLMOutput(CausalLMOutputWithPast):
+    """As every causal LM's, and `z_loss`: the part of `loss` that is the z term, where one was asked for."""
+
+    z_loss: torch.FloatTensor | None = None
+
+
 class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -357,16 +365,17 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
+        z_loss: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
+    ) -> PeriLlamaCausalLMOutput:
         """Logits (B, S, V), and with `labels` (B, S; -100 does not count) the mean next-token cross entropy.
 
         `skip_logits=True` computes the loss chunk by chunk and returns `logits=None`: no logits of the whole
         batch ever exist. `shift_labels` (already shifted) and `num_items_in_batch` travel in `kwargs`, as in
-        every Transformers model.
+        every Transformers model. `z_loss` is the coefficient of a term that is added to the loss (`loss.py`).
 
         Raises:
-            ValueError: `skip_logits=True` without labels.
+            ValueError: `skip_logits=True` without labels, or `z_loss` without `skip_logits`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -379,19 +388,24 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
 
-        logits, loss = None, None
+        logits, loss, z_term = None, None, None
+        if z_loss and not skip_logits:
+            raise ValueError(f"z_loss={z_loss} is part of the chunked loss: give skip_logits=True as well")
         if skip_logits:
             targets = kwargs.get("shift_labels")
             if targets is None and labels is None:
                 raise ValueError("skip_logits=True needs labels: without them there is nothing to return")
             targets = shift_labels(labels) if targets is None else targets
-            loss = chunked_cross_entropy(hidden_states, self.lm_head, targets, kwargs.get("num_items_in_batch"))
+            items = kwargs.get("num_items_in_batch")
+            loss, z_term = chunked_losses(hidden_states, self.lm_head, targets, items, z_loss=z_loss)
+            loss = loss if z_term is None else loss + z_term
         else:
             logits = self.lm_head(_slice_logits_to_keep(hidden_states, logits_to_keep))
             if labels is not None or kwargs.get("shift_labels") is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return PeriLlamaCausalLMOutput(
             loss=loss,
+            z_loss=z_term,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

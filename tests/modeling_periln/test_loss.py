@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from modeling_periln.loss import IGNORE_INDEX, chunked_cross_entropy, shift_labels
+from modeling_periln.loss import IGNORE_INDEX, chunked_cross_entropy, chunked_losses, shift_labels
 from runkit.fp16 import HalfMatmul
 
 
@@ -305,3 +305,37 @@ def test_under_autocast_the_chunked_gradient_is_the_plain_one():
     assert other == pytest.approx(loss, rel=1e-6)
     for a, b in zip(chunked, plain, strict=True):
         assert (a - b).abs().max() <= 2e-3 * b.abs().max()
+
+
+# The z term
+
+
+@pytest.mark.parametrize("items", [None, 7])
+def test_the_z_term_is_the_mean_square_of_the_log_partition_and_does_not_touch_the_loss(items):
+    args = problem(ignored=0.4)
+    states, head, targets = args
+
+    def both(states, head, targets):
+        loss, z = chunked_losses(states, head, targets, items, chunk_tokens=4, z_loss=0.1)
+        return loss + z
+
+    def plain(states, head, targets):
+        counts = targets != IGNORE_INDEX
+        z = head(states)[counts].logsumexp(-1).square().sum() / (counts.sum() if items is None else items)
+        return plain_cross_entropy(states, head, targets, items) + 0.1 * z
+
+    assert_same(loss_and_gradients(both, *args), loss_and_gradients(plain, *args))
+    alone = chunked_losses(*args, items, chunk_tokens=4)
+    assert alone[1] is None
+    assert torch.equal(chunked_losses(*args, items, chunk_tokens=4, z_loss=0.1)[0], alone[0])
+
+
+def test_the_model_adds_the_z_term_and_says_how_much_it_is():
+    model, ids = shaken_model(), random_ids(2, 9)
+    plain = model(ids, labels=ids, skip_logits=True)
+    with_z = model(ids, labels=ids, skip_logits=True, z_loss=0.01)
+    assert plain.z_loss is None
+    assert with_z.z_loss > 0
+    torch.testing.assert_close(with_z.loss - with_z.z_loss, plain.loss)
+    with pytest.raises(ValueError, match="z_loss=0.01.*skip_logits"):
+        model(ids, labels=ids, z_loss=0.01)
