@@ -13,7 +13,7 @@ DEMO_FLAGS = --out "$(OUT)" $(if $(DEVICE),--device "$(DEVICE)") $(if $(TEXT),--
 	$(if $(filter-out 0,$(HUB)),--hub) $(if $(LIMIT),--limit "$(LIMIT)") \
 	$(if $(PLACEMENTS),--placements "$(PLACEMENTS)") $(if $(DEBUG),--debug)
 
-.PHONY: demo test test-fast lint setup clean
+.PHONY: demo test test-fast test-hf lint setup clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,11 @@ test: $(STAMP) ## the whole test suite, the fast tests first
 
 test-fast: $(STAMP) ## the tests that train nothing and start nothing
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+# Their markers are not ours, hence no strict ones; and the reasons of their skips come counted.
+test-hf: $(STAMP) ## Transformers' own common model tests; TRANSFORMERS_SRC=/path/to/its/source, see tests/README.md
+	TRANSFORMERS_SRC="$(TRANSFORMERS_SRC)" $(BIN)/python -m pytest tests/transformers_suite/peri_llama_tests.py \
+		-o addopts= -p no:cacheprovider -rfE -W ignore::pytest.PytestUnknownMarkWarning $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff: lint and format
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ class Optimizer:
     beta2: float = 0.95  # ours
     eps: float = 1e-8  # ours
     gradient_clip: float | None = 1.0  # ours; null: none
+    z_loss: float = 0.0  # ours; DCLM's runs have 1e-4: adds z_loss * log(sum(exp(logits)))^2 to the loss
 
 
 @dataclass
@@ -47,6 +48,14 @@ class Divergence:
 
 
 @dataclass
+class Spikes:
+    """When a gradient norm counts as a spike: so many standard deviations above the mean of the steps before."""
+
+    sigmas: float = 6.0
+    window: int = 128  # steps
+
+
+@dataclass
 class Recipe:
     """One pretraining run."""
 
@@ -59,13 +68,22 @@ class Recipe:
     stage: Literal["pretrain"] = "pretrain"
     seed: int = 1
     micro_batch_size: int | None = None  # sequences a forward pass and process; null: as many as there are
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    document_masking: bool = False  # True: no token attends to another document's
+    compile: bool = False
+    activation_checkpointing: bool = False
     optimizer: Optimizer = field(default_factory=Optimizer)
     precision: Precision = field(default_factory=Precision)
     divergence: Divergence = field(default_factory=Divergence)
+    spikes: Spikes = field(default_factory=Spikes)
     layer_stats_every: int = 50  # steps
     checkpoint_every: int = 50  # steps
-    keep_last: int = 1  # checkpoints
+    keep_last: int = 2  # checkpoints; two, so that one damaged on the disk costs no more than the steps since the other
+    keep_every: int | None = None  # steps; checkpoints at their multiples stay for good
+    keep_best: bool = False  # keeps the checkpoint of lowest held-out loss; needs heldout_every
+    heldout_every: int | None = None  # steps between two measurements of the held-out loss
+    heldout_sequences: int = 64
+    trackers: list[str] = field(default_factory=list)  # Accelerate's: trackio, tensorboard, wandb
     data_fingerprint: str | None = None  # filled in from the data
 
     def check(self, processes: int = 1) -> None:

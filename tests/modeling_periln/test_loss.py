@@ -313,7 +313,6 @@ def test_under_autocast_the_chunked_gradient_is_the_plain_one():
 @pytest.mark.parametrize("items", [None, 7])
 def test_the_z_term_is_the_mean_square_of_the_log_partition_and_does_not_touch_the_loss(items):
     args = problem(ignored=0.4)
-    states, head, targets = args
 
     def both(states, head, targets):
         loss, z = chunked_losses(states, head, targets, items, chunk_tokens=4, z_loss=0.1)
