@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from .placements import StreamPlan, plan_stream
@@ -46,6 +48,7 @@ TP_PLAN = {
 # Keyword arguments of older or generic configurations that Transformers itself understands.
 _PASSED_THROUGH = {"auto_map", "rope_theta", "rope_scaling", "torch_dtype", "num_labels", "name_or_path"}
 _PASSED_THROUGH |= {"attn_implementation", "output_attentions", "experts_implementation", "model_type"}
+_PASSED_THROUGH |= {"quantization_config"}
 # Fields that Transformers' caches and masks read from any configuration, and that this family does not have.
 _REFUSED = ("sliding_window", "attention_chunk_size", "layer_types", "is_causal")
 
@@ -136,6 +139,7 @@ class PeriLlamaConfig(PreTrainedConfig):
         self.auto_map = AUTO_MAP | {k: v.split("--")[-1] for k, v in given.items() if isinstance(v, str)}
         self.validate_norms()
         super().__post_init__(**kwargs)
+        self.validate_rotary()
 
     # Plans name modules by what is there now: properties, since `from_pretrained` sets fields after `__post_init__`.
     def _ends(self) -> dict[str, bool]:
@@ -159,8 +163,11 @@ class PeriLlamaConfig(PreTrainedConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        style = "replicated_with_grad_allreduce"
-        norms = {f"layers.*.self_attn.{name}": style for name in ("q_norm", "k_norm")}
+        attention = "layers.*.self_attn."
+        if self.qk_norm == "full":  # a norm over all heads needs them all: only the weights are split (as OLMo 2)
+            gathered = dict.fromkeys((f"{attention}{x}_proj" for x in "qkv"), "colwise_gather_output")
+            return {**TP_PLAN, **gathered, f"{attention}o_proj": "rowwise_split_input"}
+        norms = dict.fromkeys((f"{attention}{x}_norm" for x in "qk"), "replicated_with_grad_allreduce")
         return {**TP_PLAN, **(norms if self.qk_norm == "head" else {})}
 
     def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
@@ -195,6 +202,9 @@ class PeriLlamaConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        if self.hidden_act not in ACT2FN:
+            close = get_close_matches(self.hidden_act, ACT2FN, n=1, cutoff=0.6)
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown: use one of {close or sorted(ACT2FN)}")
         if not 0 < self.initializer_range <= 1:
             raise ValueError(f"initializer_range={self.initializer_range} must be above 0 and at most 1")
         for name in ("attention_dropout", "classifier_dropout"):
@@ -222,6 +232,22 @@ class PeriLlamaConfig(PreTrainedConfig):
             for number in value if per_layer else [value]:
                 if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
                     raise ValueError(f"{name}={value!r} must be a number of at least 0 (a list of them per layer)")
+
+    def validate_rotary(self) -> None:
+        """The rotary parameters: what Transformers would warn of, or fail at when the model is built, is refused."""
+        rope = self.rope_parameters or {}
+        kinds = {"default", *ROPE_INIT_FUNCTIONS}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in kinds:
+            raise ValueError(f"rope_parameters['rope_type']={kind!r} must be one of {sorted(kinds)}")
+        for name in ("rope_theta", "factor"):
+            value = rope.get(name, 1)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < float("inf"):
+                raise ValueError(f"rope_parameters[{name!r}]={value!r} must be a number of at least 1")
+        pairs = self.head_dim // 2
+        for name in ("short_factor", "long_factor"):  # a list of one number would be broadcast
+            if name in rope and (not isinstance(rope[name], list) or len(rope[name]) != pairs):
+                raise ValueError(f"rope_parameters[{name!r}]={rope[name]!r} must have head_dim / 2 = {pairs} numbers")
 
     def stream_plan(self) -> StreamPlan:
         """The placement with its rules evaluated for every layer."""

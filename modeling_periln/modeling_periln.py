@@ -232,6 +232,18 @@ class PeriLlamaPreTrainedModel(PreTrainedModel):
         "attentions": PeriLlamaAttention,
     }
 
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As Transformers', whose pipeline stages leave out a final norm by the name `norm` and no embedding norm."""
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        stage = getattr(model, "_pp_stage", None)
+        if stage is not None:
+            if not stage.pp_is_first_stage:
+                model.base_model.embed_norm = nn.Identity()
+            if not stage.pp_is_last_stage:
+                model.base_model.final_norm = nn.Identity()
+        return model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -241,6 +253,14 @@ class PeriLlamaPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+
+
+def positions_of_packed(cu_seq_lens: torch.Tensor, length: int) -> torch.LongTensor:
+    """Position ids (1, S) that restart at every document, from the documents' starts and the end (documents + 1,)."""
+    starts = cu_seq_lens.long()
+    index = torch.arange(length, device=starts.device)
+    document = torch.searchsorted(starts, index, right=True) - 1
+    return (index - starts[document]).unsqueeze(0)
 
 
 class PeriLlamaModel(PeriLlamaPreTrainedModel):
@@ -276,13 +296,26 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Token ids (B, S), or embeddings (B, S, D), to the last hidden state (B, S, D).
 
+        Documents packed into one row are told apart by `position_ids` that restart, or by `cu_seq_lens_q` (0, the
+        documents' ends) alone; both need `use_cache=False` and no mask.
+
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`; `cu_seq_lens_q` without `position_ids` for
+                more than one row, or with a cache or a mask.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        cu_seq_lens = kwargs.get("cu_seq_lens_q")
+        if position_ids is None and cu_seq_lens is not None:
+            # Flash attention alone reads `cu_seq_lens_*`; the masks of the others are made from positions.
+            if use_cache or past_key_values is not None or attention_mask is not None or inputs_embeds.shape[0] != 1:
+                raise ValueError(
+                    "cu_seq_lens_q packs documents into one row: it needs a batch of 1, use_cache=False and no "
+                    "attention_mask, or position_ids of your own"
+                )
+            position_ids = positions_of_packed(cu_seq_lens.to(inputs_embeds.device), inputs_embeds.shape[1])
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:

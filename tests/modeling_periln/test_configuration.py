@@ -78,6 +78,8 @@ def error_of(**changes) -> str:
         ({"initializer_range": 0}, ["initializer_range=0"]),
         ({"initializer_range": 20}, ["initializer_range=20"]),
         ({"attention_dropout": 1}, ["attention_dropout=1"]),
+        ({"classifier_dropout": -0.1}, ["classifier_dropout=-0.1"]),
+        ({"hidden_act": "sillu"}, ["hidden_act='sillu'", "silu"]),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_field_and_value(changes, says):
