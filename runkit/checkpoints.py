@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -14,8 +15,15 @@ from .folder import RunFolder, read_json, sha256_of, write_folder, write_json
 
 
 @contextmanager
-def write_checkpoint(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[Path]:
+def write_checkpoint(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> Iterator[Path]:
     """Write a checkpoint: model with its code, tokenizer, what the block adds, and the manifest last.
+
+    `weights` stand in for the model's own state dict where that is sharded over processes.
 
     The residual dtype is taken out of the saved configuration: it belongs to the run, not to the checkpoint.
     """
@@ -24,7 +32,7 @@ def write_checkpoint(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTo
         bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
         finally:
             model.config.residual_dtype = residual_dtype
             if bars:

@@ -5,6 +5,7 @@ import argparse
 from tqdm import tqdm
 
 
-def progress_bar(args: argparse.Namespace, total: int, desc: str, unit: str) -> tqdm:
+def progress_bar(args: argparse.Namespace, total: int, desc: str, unit: str, shown: bool = True) -> tqdm:
     """A bar on the line that `--bar` names, with an estimate of the time left."""
-    return tqdm(total=total, desc=desc, unit=unit, smoothing=0.05, dynamic_ncols=True, position=args.bar)
+    options = {"smoothing": 0.05, "dynamic_ncols": True, "position": args.bar, "disable": not shown}
+    return tqdm(total=total, desc=desc, unit=unit, **options)

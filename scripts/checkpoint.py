@@ -1,47 +1,82 @@
-"""The trainer's state beside a checkpoint's weights: optimizer, scaler, random numbers; safetensors only."""
+"""The trainer's state beside a checkpoint's weights: optimizer, scaler, random numbers; safetensors only.
+
+Tensors are stored whole and under their parameter's name, so that any engine, on any number of processes, can go on
+from what another has written.
+"""
 
 from pathlib import Path
 
 import safetensors.torch as safetensors
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from runkit.checkpoints import remove_checkpoint, write_checkpoint
 from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json, write_json
 
+from .engine import Engine, sharded_like, whole
+
+BEST = "best.json"
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _random_states(engine: Engine) -> dict[str, torch.Tensor]:
+    """The random state of every rank, on all ranks."""
+    states = engine.gather(_random_state())
+    return {f"{rank}.{device}": value for rank, state in enumerate(states) for device, value in state.items()}
+
+
+def _moments(engine: Engine) -> dict[str, torch.Tensor]:
+    """The optimizer's state, whole, on the main rank only (collective)."""
+    tensors = {}
+    states = engine.optimizer.state
+    for name, parameter in engine.parameters():
+        for key, value in states.get(parameter, {}).items():
+            value = whole(value)
+            if engine.is_main:
+                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def _weights(engine: Engine) -> dict[str, torch.Tensor] | None:
+    """The whole state dict on the main rank where parameters are sharded (collective); None where they are not."""
+    if engine.name != "fsdp2":
+        return None
+    weights = {}
+    for name, value in engine.model.state_dict().items():
+        value = whole(value)
+        if engine.is_main:
+            weights[name] = value.detach().cpu()
+    return weights
+
 
 def save_checkpoint(
-    run: RunFolder,
-    step: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-    keep_last: int,
+    run: RunFolder, step: int, engine: Engine, tokenizer: PreTrainedTokenizerBase, keep: set[int]
 ) -> None:
-    """Save after `step` steps, then remove all but the last `keep_last` checkpoints."""
-    with write_checkpoint(run.checkpoint_path(step), model, tokenizer) as folder:
-        state = folder / "trainer_state"
-        state.mkdir()
-        moments = optimizer.state_dict()["state"]
-        tensors = {f"{i}.{k}": v.contiguous() for i, entry in moments.items() for k, v in entry.items()}
-        safetensors.save_file(tensors, state / "optimizer.safetensors")
-        rng = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            rng["cuda"] = torch.cuda.get_rng_state()
-        safetensors.save_file(rng, state / "rng.safetensors")
-        write_json(state / "state.json", {"step": step, "scaler": scaler.state_dict() if scaler else None})
-    for old in run.checkpoints()[:-keep_last]:
-        remove_checkpoint(old)
+    """Save after `step` steps, then remove every checkpoint that is not in `keep` (steps). Called on all ranks."""
+    weights, tensors, random = _weights(engine), _moments(engine), _random_states(engine)
+    if engine.is_main:
+        with write_checkpoint(run.checkpoint_path(step), engine.model, tokenizer, weights) as folder:
+            state = folder / "trainer_state"
+            state.mkdir()
+            safetensors.save_file(tensors, state / "optimizer.safetensors")
+            safetensors.save_file(random, state / "rng.safetensors")
+            scaler = engine.scaler.state_dict() if engine.scaler else None
+            write_json(state / "state.json", {"step": step, "scaler": scaler, "processes": engine.processes})
+        for old in run.checkpoints():
+            if int(old.name.removeprefix("step_")) not in keep | {step}:
+                remove_checkpoint(old)
+    engine.wait()
 
 
-def load_trainer_state(
-    path: Path,
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-) -> int:
+@torch.no_grad()
+def load_trainer_state(path: Path, engine: Engine) -> int:
     """Put weights, optimizer, scaler and random numbers back, bit for bit; returns the number of steps done.
 
     Raises:
@@ -50,20 +85,31 @@ def load_trainer_state(
     weights = {}
     for file in sorted(path.glob("*.safetensors")):
         weights |= safetensors.load_file(file)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    if unexpected or set(missing) - tied:
-        raise UserError(f"{path} does not fit the model (missing {missing}, unexpected {unexpected})")
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in safetensors.load_file(path / "trainer_state" / "optimizer.safetensors").items():
-        index, name = key.split(".", 1)
-        moments.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    have = engine.model.state_dict()
+    tied = set(engine.model.all_tied_weights_keys) if engine.model.config.tie_word_embeddings else set()
+    missing, unexpected = set(have) - set(weights) - tied, set(weights) - set(have)
+    if unexpected or missing:
+        raise UserError(f"{path} does not fit the model (missing {sorted(missing)}, unexpected {sorted(unexpected)})")
+    for name, value in weights.items():
+        have[name].copy_(sharded_like(value, have[name]))
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in safetensors.load_file(path / "trainer_state" / "optimizer.safetensors").items():
+        parameter, key = name.rsplit("/", 1)
+        moments.setdefault(parameter, {})[key] = value
+    optimizer = engine.optimizer.optimizer
+    for name, parameter in engine.parameters():
+        if name in moments:
+            entry = moments[name]
+            optimizer.state[parameter] = {
+                key: sharded_like(value, parameter) if value.ndim else value.to(parameter.device)
+                for key, value in entry.items()
+            }
     state = read_json(path / "trainer_state" / "state.json")
-    if scaler is not None and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    rng = safetensors.load_file(path / "trainer_state" / "rng.safetensors")
-    torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
+    if engine.scaler is not None and state["scaler"]:
+        engine.scaler.load_state_dict(state["scaler"])
+    random = safetensors.load_file(path / "trainer_state" / "rng.safetensors")
+    if state["processes"] == engine.processes:
+        torch.set_rng_state(random[f"{engine.rank}.cpu"])
+        if f"{engine.rank}.cuda" in random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random[f"{engine.rank}.cuda"])
     return state["step"]

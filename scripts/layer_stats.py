@@ -16,10 +16,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from modeling_periln import PeriLlamaForCausalLM
 from runkit.folder import write_bytes
+
+from .engine import whole
 
 COLUMNS = ["step", "layer", "sublayer", "tensor", "stat", "value"]
 
@@ -80,19 +83,26 @@ class LayerStats:
             groups += [(l, "attn", attn), (l, "mlp", mlp), (l, "layer", [layer])]
             for sublayer, norm in (("attn", layer.attn_output_norm), ("mlp", layer.mlp_output_norm)):
                 if hasattr(norm, "weight"):
-                    gamma = norm.weight.float()
+                    gamma = whole(norm.weight).float()
                     for stat in ("mean", "min", "max"):
                         yield self.step, l, sublayer, "output_norm_gamma", stat, getattr(gamma, stat)().item()
         for layer, sublayer, modules in groups:
-            gradients = [p.grad.double().flatten() for m in modules for p in m.parameters() if p.grad is not None]
+            found = [p.grad for m in modules for p in m.parameters() if p.grad is not None]
+            gradients = [whole(grad).double().flatten() for grad in found]
             if gradients:
                 gradient = torch.cat(gradients) / loss_scale
                 yield self.step, layer, sublayer, "gradient", "norm", gradient.norm().item()
                 yield self.step, layer, sublayer, "gradient", "variance", gradient.var(correction=0).item()
 
-    def write(self, folder: Path, loss_scale: float) -> None:
-        """Write layers/step_*.parquet. Call after backward, before gradients are unscaled or cleared."""
+    def write(self, folder: Path, loss_scale: float, is_main: bool = True) -> None:
+        """Write layers/step_*.parquet, on the main rank. Call on all ranks, after backward, before gradients are
+        unscaled or cleared.
+        """
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            ranks: list = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, self._sums)
+            self._sums = {key: [part for sums in ranks for part in sums[key]] for key in self._sums}
         rows = [*self._activation_rows(), *self._parameter_rows(loss_scale)]
-        write_bytes(
-            folder / f"step_{self.step:08d}.parquet", pd.DataFrame(rows, columns=COLUMNS).to_parquet(index=False)
-        )
+        if is_main:
+            table = pd.DataFrame(rows, columns=COLUMNS).to_parquet(index=False)
+            write_bytes(folder / f"step_{self.step:08d}.parquet", table)

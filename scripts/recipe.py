@@ -139,6 +139,23 @@ class Recipe:
             raise UsageError(
                 f"batch_size {self.batch_size} is not a multiple of {micro} x {processes} (micro batch x processes)"
             )
+        for name in ("keep_every", "heldout_every", "heldout_sequences"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            raise UsageError(
+                f"keep_every {self.keep_every} is not a multiple of checkpoint_every {self.checkpoint_every}"
+            )
+        if self.keep_best and (self.heldout_every is None or self.checkpoint_every % self.heldout_every):
+            raise UsageError(
+                f"keep_best needs a heldout_every that divides checkpoint_every {self.checkpoint_every}, not "
+                f"{self.heldout_every}"
+            )
+        if self.optimizer.z_loss < 0:
+            raise UsageError(f"optimizer.z_loss must be at least 0, not {self.optimizer.z_loss}")
+        if self.spikes.sigmas <= 0 or self.spikes.window < 2:
+            values = f"{self.spikes.sigmas} and {self.spikes.window}"
+            raise UsageError(f"spikes.sigmas must be above 0 and spikes.window at least 2, not {values}")
         if "residual_dtype" in self.model:
             raise UsageError("model.residual_dtype belongs to the run: set precision.residual_dtype")
         config = self.model_config()

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .recipe import Divergence, Optimizer
+from .recipe import Divergence, Optimizer, Spikes
+from .spikes import SpikeCounter
 
 
 def learning_rate(step: int, steps: int, recipe: Optimizer) -> float:
@@ -49,8 +50,9 @@ class StepBook:
     in metrics.jsonl: after a resume, `replay` brings it back.
     """
 
-    def __init__(self, divergence: Divergence):
+    def __init__(self, divergence: Divergence, spikes: Spikes | None = None):
         self.rules = divergence
+        self._spikes = SpikeCounter(spikes or Spikes())
         self.total = self.consecutive = self.nonfinite = 0
         self.window: deque[float] = deque(maxlen=divergence.window)
         self.lowest = math.inf
@@ -72,11 +74,17 @@ class StepBook:
                 self.lowest = min(self.lowest, self.mean)
         return kind
 
+    def spike(self, grad_norm: float) -> bool:
+        """Enter the step's gradient norm, before clipping; is it a spike?"""
+        return self._spikes.record(grad_norm if math.isfinite(grad_norm) else None)
+
     def replay(self, records: list[dict[str, Any]]) -> None:
         """Enter the records of the steps before a resume."""
         for r in records:
             loss = math.nan if r["loss"] is None else r["loss"]
+            norm = math.nan if r["grad_norm"] is None else r["grad_norm"]
             self.record(loss, r["found_inf"], r["loss_scale"])
+            self.spike(norm)
 
     @property
     def mean(self) -> float:

@@ -19,7 +19,8 @@ from runkit.checkpoints import latest_whole
 from runkit.errors import UsageError, UserError, run_command
 from runkit.folder import RunFolder, weights_hash
 from scripts import pretrain
-from scripts.pretrain import Trainer, load_recipe
+from scripts.pretrain import load_recipe
+from scripts.trainer import Trainer, resolved_config
 
 pytestmark = pytest.mark.slow
 
@@ -84,8 +85,8 @@ def test_hooks_see_no_fp32_in_any_sublayer(tmp_path, data, placement):
     for name, module in trainer.model.named_modules():
         if ".layers." in name or "final_norm" in name or "lm_head" in name:
             module.register_forward_hook(look(name))
-    with trainer.arithmetic:
-        trainer._gradients(0)
+    with trainer.engine.arithmetic():
+        trainer._gradients(trainer._micro_batches(0))
     assert len(wide) > 20
     assert {n: d for n, d in wide.items() if d != {torch.float16}} == {}
 
@@ -108,7 +109,7 @@ def test_the_same_recipe_gives_the_same_run(untouched, tmp_path, data):
 
 def test_metrics_have_the_keys_of_the_design(untouched):
     keys = {"step", "loss", "learning_rate", "grad_norm", "loss_scale", "found_inf", "skip_kind", "skips_consecutive"}
-    keys |= {"skips_total", "tokens"} | CLOCK_KEYS
+    keys |= {"skip_module", "skips_total", "spike", "tokens"} | CLOCK_KEYS
     records = untouched.metrics()
     assert [r["step"] for r in records] == list(range(12))
     assert all(set(r) == keys for r in records)
@@ -122,7 +123,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path, data):
         precision = {"mode": "fp32", "residual_dtype": None}
         recipe, tokens = load_recipe(write_recipe(tmp_path, data, micro_batch_size=micro, precision=precision))
         trainer = Trainer(recipe, RunFolder(tmp_path / "run"), tokens)
-        loss, _ = trainer._gradients(0)
+        loss = trainer._gradients(trainer._micro_batches(0))
         gradients.append((loss, torch.cat([p.grad.flatten() for p in trainer.model.parameters()])))
     for loss, gradient in gradients[1:]:
         assert loss == pytest.approx(gradients[0][0], rel=1e-6)
@@ -189,14 +190,14 @@ def test_a_new_process_gets_the_same_logits_to_the_last_bit(tmp_path, data):
     )
     assert done.returncode == 0, done.stderr
     # The weights of the model that was saved, without the wrapping of the training run around its forward.
-    saved = PeriLlamaForCausalLM(pretrain.resolved_config(recipe, tokens, trainer.tokenizer))
+    saved = PeriLlamaForCausalLM(resolved_config(recipe, tokens, trainer.tokenizer))
     saved.load_state_dict(trainer.model.state_dict())
     saved.config.residual_dtype = None
     ids = torch.arange(20)[None]
     assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), saved.eval()(ids).logits)
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["residual_dtype"] is None
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert set(config["auto_map"]) >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 
 
 def wait_for(condition, process, seconds=90):
@@ -306,7 +307,7 @@ def test_a_backward_overflow_skips_and_halves_the_scale(tmp_path, data):
         ({"optimizer": {"lerning_rate": 1}}, UsageError, r"optimizer\.lerning_rate \(did you mean 'learning_rate'"),
         ({"data": "/nowhere"}, UserError, "data: /nowhere holds no prepared tokens"),
         ({"data_fingerprint": "other"}, UserError, "another fingerprint"),
-        ({"device": "tpu"}, UsageError, "device must be one of 'cpu', 'cuda', not 'tpu'"),
+        ({"device": "tpu"}, UsageError, "device must be one of 'auto', 'cpu', 'cuda', not 'tpu'"),
         ({"steps": 0}, UsageError, "steps must be at least 1, not 0"),
         ({"name": "../up"}, UsageError, "name '../up' must be a plain folder name"),
         ({"micro_batch_size": 0}, UsageError, "micro_batch_size must be at least 1"),

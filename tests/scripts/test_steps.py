@@ -94,6 +94,10 @@ def test_replay_from_the_records_gives_the_same_book():
     records = []
     for loss, skipped, scale in steps:
         lived.record(loss, skipped, scale)
-        records.append({"loss": loss if math.isfinite(loss) else None, "found_inf": skipped, "loss_scale": scale})
+        lived.spike(loss)
+        finite = loss if math.isfinite(loss) else None
+        records.append({"loss": finite, "grad_norm": finite, "found_inf": skipped, "loss_scale": scale})
     replayed.replay(records)
+    spikes = [vars(book).pop("_spikes") for book in (lived, replayed)]
     assert vars(lived) == vars(replayed)
+    assert vars(spikes[0]) == vars(spikes[1])

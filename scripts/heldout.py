@@ -1,0 +1,60 @@
+"""The held-out loss during training: the same sequences each time, over all ranks."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from runkit.errors import UserError
+
+from .engine import Engine
+
+
+def heldout_sequences(
+    data: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `count` (or fewer) sequences of the held-out documents, one after the other: inputs and targets (N, S).
+
+    Raises:
+        UserError: there is not one whole sequence.
+    """
+    wanted, ids = count * sequence_length + 1, []
+    with open(data / "heldout.jsonl", encoding="utf-8") as file:
+        for line in file:
+            if len(ids) >= wanted:
+                break
+            ids += tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False).input_ids
+            ids.append(tokenizer.eos_token_id)
+    n = min(count, (len(ids) - 1) // sequence_length)
+    if n < 1:
+        raise UserError(
+            f"heldout_every: {data} holds out {len(ids)} tokens, fewer than one sequence of {sequence_length} + 1"
+        )
+    flat = torch.tensor(ids[: n * sequence_length + 1])
+    return flat[:-1].view(n, sequence_length), flat[1:].view(n, sequence_length)
+
+
+@torch.no_grad()
+def heldout_loss(engine: Engine, inputs: torch.Tensor, targets: torch.Tensor, micro_batch: int) -> float:
+    """Mean cross entropy in nats a token; every rank does the same number of forward passes (sharded weights)."""
+    own, share = slice(engine.rank, None, engine.processes), -(-len(inputs) // engine.processes)
+    inputs, mine = inputs[own], targets[own]
+    if len(inputs) < share:  # a sequence that counts nothing
+        inputs = torch.cat([inputs, torch.zeros_like(targets[:1])])
+        mine = torch.cat([mine, torch.full_like(targets[:1], -100)])
+    total = torch.zeros((), device=engine.device)
+    engine.prepared.eval()
+    try:
+        with engine.arithmetic():
+            for i in range(0, share, micro_batch):
+                total += engine.prepared(
+                    input_ids=inputs[i : i + micro_batch].to(engine.device),
+                    shift_labels=mine[i : i + micro_batch].to(engine.device),
+                    num_items_in_batch=1,
+                    skip_logits=True,
+                    use_cache=False,
+                ).loss
+    finally:
+        engine.prepared.train()
+    return engine.mean(total).item() * engine.processes / targets.numel()

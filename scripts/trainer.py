@@ -1,0 +1,299 @@
+"""One pretraining run: built from its recipe, resumed from its folder, trained to its end.
+
+The order of a step is: compute, update, record, save. All ranks do the same; the main one writes.
+"""
+
+import json
+import math
+import os
+import resource
+import shutil
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
+from runkit.checkpoints import latest_whole
+from runkit.environment import DtypeWitness, describe_environment
+from runkit.errors import StoppedBySignal, UserError
+from runkit.folder import RunFolder, read_json, write_json
+from runkit.process import StopRequest
+
+from .checkpoint import BEST, load_trainer_state, save_checkpoint
+from .data import FixedOrder, TokenData
+from .engine import Engine
+from .heldout import heldout_loss, heldout_sequences
+from .layer_stats import LayerStats
+from .overflow import FirstNonFinite
+from .recipe import Recipe
+from .spikes import count_spikes
+from .steps import StepBook, learning_rate, make_optimizer
+from .tracking import Tracking
+
+DUMPED_STEPS = 64  # records in divergence.json
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
+
+
+def resolved_config(recipe: Recipe, data: TokenData, tokenizer: PreTrainedTokenizerBase) -> PeriLlamaConfig:
+    """The model's configuration with the vocabulary and special tokens of the data.
+
+    The recipe's own vocabulary, where it names one, may be larger (`pretrain.load_recipe` says by how much).
+    """
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    size = recipe.model.get("vocab_size", data.vocab_size)
+    return recipe.model_config(vocab_size=size, pad_token_id=tokenizer.pad_token_id, **ids)
+
+
+class Trainer:
+    """One run in one process, or in one of several."""
+
+    def __init__(self, recipe: Recipe, run: RunFolder, data: TokenData):
+        self.recipe, self.run, self.data = recipe, run, data
+        self.engine = Engine(recipe)
+        self.device, self.is_main = self.engine.device, self.engine.is_main
+        self.micro = recipe.micro_batch_size or recipe.batch_size // self.engine.processes
+        self.order = FixedOrder(data, recipe.sequence_length, recipe.batch_size, recipe.seed)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(data.tokenizer_path)
+
+        torch.manual_seed(recipe.seed)
+        self.model = PeriLlamaForCausalLM(resolved_config(recipe, data, self.tokenizer)).to(self.device)
+        self.sizes = {id(p): p.numel() for p in self.model.parameters()}
+        self.embeddings = {id(p) for p in (self.model.get_input_embeddings().weight, self.model.lm_head.weight)}
+        self.model.train()
+        self.engine.prepare(self.model, make_optimizer(self.model, recipe.optimizer), recipe)
+        self.heldout = None
+        if recipe.heldout_every is not None:
+            asked = (recipe.sequence_length, recipe.heldout_sequences)
+            self.heldout = heldout_sequences(data.path, self.tokenizer, *asked)
+        self.book = StepBook(recipe.divergence, recipe.spikes)
+        self.step = 0
+
+    # --- one step ----------------------------------------------------------------------------------------
+    def _micro_batches(self, step: int) -> list[dict[str, Any]]:
+        """This rank's share of the global batch of `step`, as arguments of the model.
+
+        Every token of the global batch weighs the same; ranks are averaged, so each counts `processes` times.
+        """
+        recipe, engine = self.recipe, self.engine
+        rows = slice(engine.rank, None, engine.processes)
+        inputs, targets = (torch.from_numpy(x).to(self.device) for x in self.order.batch(step, rows))
+        extra = {}
+        if recipe.document_masking:
+            extra["position_ids"] = torch.from_numpy(self.order.position_ids(step, rows)).to(self.device)
+        shared = {
+            "num_items_in_batch": recipe.batch_size * recipe.sequence_length / engine.processes,
+            "z_loss": recipe.optimizer.z_loss,
+            "skip_logits": True,
+            "use_cache": False,
+        }
+        return [
+            {"input_ids": inputs[i:j], "shift_labels": targets[i:j].contiguous(), **shared}
+            | {name: value[i:j] for name, value in extra.items()}
+            for i, j in ((i, i + self.micro) for i in range(0, len(inputs), self.micro))
+        ]
+
+    def _gradients(self, batches: list[dict[str, Any]]) -> float:
+        """Forward and backward over the global batch: its mean loss, without the z term."""
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            with self.engine.no_sync(last=batch is batches[-1]):
+                output = self.engine.prepared(**batch)
+                self.engine.backward(output.loss)
+            total += output.loss.detach() if output.z_loss is None else (output.loss - output.z_loss).detach()
+        return self.engine.mean(total).item()
+
+    def _train_step(self, witness: bool) -> dict[str, Any]:
+        recipe, step, start, engine = self.recipe, self.step, time.perf_counter(), self.engine
+        rate = learning_rate(step, recipe.steps, recipe.optimizer)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        batches, scale = self._micro_batches(step), engine.loss_scale
+        waited = time.perf_counter() - start
+        observe = step % recipe.layer_stats_every == 0
+        stats = LayerStats(self.model, step) if observe else nullcontext()
+        plain = engine.uncompiled() if observe or witness else nullcontext()
+        with plain, engine.arithmetic(), stats, DtypeWitness(self.model) if witness else nullcontext() as seen:
+            loss = self._gradients(batches)
+        if observe:
+            stats.write(self.run.path / "layers", scale, self.is_main)
+        if witness and self.is_main:
+            self._record_environment(seen)
+        norm = engine.gradient_norm(recipe.optimizer.gradient_clip)
+        found_inf = engine.step(finite=math.isfinite(norm) and math.isfinite(loss))
+        kind, spike = self.book.record(loss, found_inf, scale), self.book.spike(norm)
+        module = self._first_nonfinite(batches) if kind == "forward" else None
+        tokens, seconds = recipe.batch_size * recipe.sequence_length, time.perf_counter() - start
+        record = {
+            "step": step,
+            "loss": _finite(loss),
+            "learning_rate": rate,
+            "grad_norm": _finite(norm),
+            "loss_scale": scale,
+            "found_inf": found_inf,
+            "skip_kind": kind,
+            "skip_module": module,
+            "skips_consecutive": self.book.consecutive,
+            "skips_total": self.book.total,
+            "spike": spike,
+            "tokens": (step + 1) * tokens,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "data_wait": waited / seconds,
+            "mfu": None,
+            "peak_memory_bytes": self._peak_memory(),
+        }
+        if self.heldout is not None and (step + 1) % recipe.heldout_every == 0:
+            record["heldout_loss"] = _finite(heldout_loss(engine, *self.heldout, self.micro))
+        return record
+
+    @torch.no_grad()
+    def _first_nonfinite(self, batches: list[dict[str, Any]]) -> str | None:
+        """The name of the first module whose output is not finite on the batch of this step.
+
+        The weights are the step's own: it was skipped.
+        """
+        with self.engine.uncompiled(), self.engine.arithmetic(), FirstNonFinite(self.model) as seen:
+            for batch in batches:
+                self.engine.prepared(**batch)
+        names = self.engine.gather(seen.name)
+        return next((name for name in names if name is not None), None)
+
+    def _peak_memory(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _record_environment(self, seen: DtypeWitness) -> None:
+        environment = describe_environment(self.device) | {
+            "engine": self.engine.name,
+            "processes": self.engine.processes,
+            "parameter_class": type(next(self.model.parameters())).__name__,
+            "loss_scaler": self.engine.scaler is not None,
+            "mfu": "not measured",
+        }
+        write_json(self.run.path / "environment.json", environment | seen.report())
+
+    # --- the run -----------------------------------------------------------------------------------------
+    def resume(self) -> None:
+        """Go back to the newest whole checkpoint; later records are dropped."""
+        path = None
+        if self.is_main:
+            for left_over in self.run.checkpoints_path.glob(".step_*"):
+                shutil.rmtree(left_over)  # of a save or a removal that was killed
+            path = latest_whole(self.run, tqdm.write)
+        path = self.engine.gather(str(path) if path else None)[0]
+        if path is not None:
+            self.step = load_trainer_state(Path(path), self.engine)
+        records = [r for r in self.run.metrics() if r["step"] < self.step]
+        if len(records) != self.step:
+            raise UserError(
+                f"{self.run.metrics_path} has {len(records)} records before step {self.step}, not {self.step}"
+            )
+        self.engine.wait()
+        if self.is_main:
+            self.run.truncate_metrics(self.step)
+        self.book.replay(records)
+
+    def save(self) -> None:
+        """A checkpoint after `self.step` steps; those that the recipe does not keep are removed."""
+        recipe = self.recipe
+        steps = [int(path.name.removeprefix("step_")) for path in self.run.checkpoints()]
+        keep = set([*steps, self.step][-recipe.keep_last :])
+        if recipe.keep_every is not None:
+            keep |= {s for s in steps if s % recipe.keep_every == 0}
+        if recipe.keep_best and self.is_main:
+            keep.add(self._best_step())
+        save_checkpoint(self.run, self.step, self.engine, self.tokenizer, keep)
+
+    def _best_step(self) -> int:
+        """The checkpoint of lowest held-out loss, this one included; best.json names it."""
+        records = {r["step"] + 1: r.get("heldout_loss") for r in self.run.metrics()}
+        file = self.run.path / BEST
+        best = read_json(file) if file.exists() else None
+        here = records.get(self.step)
+        if here is not None and (best is None or best["step"] > self.step or here < best["heldout_loss"]):
+            best = {"step": self.step, "heldout_loss": here}
+            write_json(file, best)
+        return best["step"] if best else self.step
+
+    def train(self, stop: StopRequest, bar: tqdm) -> None:
+        """Train to the end, to divergence, or until asked to stop.
+
+        Raises:
+            StoppedBySignal: after saving.
+        """
+        self._set_status("running", step=self.step)
+        self.resume()
+        bar.update(self.step)
+        bar.set_postfix_str(self.recipe.name)
+        recipe, saved, start, witness = self.recipe, self.step, time.monotonic(), True
+        reason = self.book.divergence()
+        with Tracking(self.engine, recipe, self.run) as tracking, self._metrics_file() as metrics:
+            while self.step < recipe.steps and reason is None:
+                record = self._train_step(witness)
+                witness = False
+                if self.is_main:
+                    metrics.write(json.dumps(record, allow_nan=False) + "\n")
+                    metrics.flush()
+                tracking.log(record)
+                self.step += 1
+                reason = self.book.divergence()
+                bar.update(1)
+                bar.set_postfix(run=recipe.name, loss=record["loss"], scale=record["loss_scale"], refresh=False)
+                stopped = self.engine.largest(stop.exit_code or 0)
+                due = self.step % recipe.checkpoint_every == 0
+                if due or reason or stopped or self.step == recipe.steps:
+                    if self.is_main:
+                        os.fsync(metrics.fileno())
+                    self.save()
+                    saved = self.step
+                if stopped and self.step < recipe.steps and not reason:
+                    self._set_status("interrupted", step=self.step, reason=f"signal (exit {stopped})")
+                    raise StoppedBySignal(stopped, f"stopped after step {saved} of {recipe.name}; saved")
+        self._final_stats()
+        self._finish(reason, time.monotonic() - start)
+        bar.update(recipe.steps - self.step)
+
+    def _metrics_file(self):
+        return open(self.run.metrics_path if self.is_main else os.devnull, "a")
+
+    def _set_status(self, status: str, **more: Any) -> None:
+        if self.is_main:
+            self.run.set_status(status, **more)
+
+    def _final_stats(self) -> None:
+        """The same statistics once more at the final weights, on the batch that would come next; no update."""
+        with self.engine.uncompiled(), self.engine.arithmetic(), LayerStats(self.model, self.step) as stats:
+            self._gradients(self._micro_batches(self.step))
+        stats.write(self.run.path / "layers", self.engine.loss_scale, self.is_main)
+        self.engine.optimizer.zero_grad(set_to_none=True)
+
+    def _finish(self, reason: str | None, seconds: float) -> None:
+        if not self.is_main:
+            return
+        records = self.run.metrics()
+        spikes, early = count_spikes((r["grad_norm"] for r in records), self.recipe.steps, self.recipe.spikes)
+        if reason:
+            dump = {"step": self.step, "reason": reason, "records": records[-DUMPED_STEPS:]}
+            write_json(self.run.path / "divergence.json", dump)
+        self.run.set_status(
+            "diverged" if reason else "completed",
+            step=self.step,
+            reason=reason,
+            final_loss=records[-1]["loss"],
+            tokens=records[-1]["tokens"],
+            skipped_steps=self.book.total,
+            spikes=spikes,
+            spikes_first_tenth=early,
+            parameters=sum(self.sizes.values()),
+            parameters_non_embedding=sum(n for i, n in self.sizes.items() if i not in self.embeddings),
+            seconds_since_last_start=round(seconds, 1),
+        )
