@@ -13,7 +13,7 @@ DEMO_FLAGS = --out "$(OUT)" $(if $(DEVICE),--device "$(DEVICE)") $(if $(TEXT),--
 	$(if $(filter-out 0,$(HUB)),--hub) $(if $(LIMIT),--limit "$(LIMIT)") \
 	$(if $(PLACEMENTS),--placements "$(PLACEMENTS)") $(if $(DEBUG),--debug)
 
-.PHONY: demo test test-fast test-hf lint setup clean
+.PHONY: demo test test-slow test-fast test-hf lint setup clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,7 +33,10 @@ demo: $(STAMP) ## the Peri-LN study in miniature: ends with report.html
 	@exec $(BIN)/python -m scripts.demo $(DEMO_FLAGS) --stop-with-parent $$PPID
 
 test: $(STAMP) ## the whole test suite, the fast tests first
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not kills' $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## what takes minutes by itself: a run killed sixty times
+	$(BIN)/python -m pytest -m kills $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## the tests that train nothing and start nothing
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)

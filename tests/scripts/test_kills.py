@@ -1,0 +1,37 @@
+"""A run that is killed again and again: `make test-slow`. A few kills are in test_pretrain.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, make_data, run, timeless, write_recipe
+
+from runkit.folder import RunFolder, weights_hash
+
+
+KILLS = 60
+
+
+@pytest.mark.slow
+@pytest.mark.kills
+def test_killed_often_it_ends_as_if_untouched_in_fp16(tmp_path):
+    shared = {"steps": 40 * KILLS, "checkpoint_every": 2, "layer_stats_every": 7, "heldout_every": 10}
+    file = write_recipe(tmp_path, make_data(tmp_path), **shared)
+    words = [sys.executable, Path(__file__).with_name("killing.py"), file, tmp_path / "killed", str(KILLS), "3"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    print(report)
+    assert (report["kills"], report["exit"]) == (KILLS, 0)
+    assert report["left"][".tmp"] > 0  # some fell into the writing of a checkpoint
+    assert report["left"]["between"] > 0
+    untouched = run("scripts.pretrain", "--config", file, "--runs", tmp_path / "untouched")
+    assert untouched.returncode == 0, untouched.stderr
+    one, other = RunFolder(tmp_path / "killed" / "run"), RunFolder(tmp_path / "untouched" / "run")
+    assert timeless(one.path) == timeless(other.path)
+    assert weights_hash(one.checkpoints()[-1]) == weights_hash(other.checkpoints()[-1])
+    assert one.summary["spikes"] == other.summary["spikes"]
