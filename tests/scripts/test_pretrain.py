@@ -10,37 +10,17 @@ import time
 import pandas as pd
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from tiny import CLOCK_KEYS, MODEL, ROOT, command, make_data, run, timeless, write_recipe
+from tiny import CLOCK_KEYS, MODEL, ROOT, command, run, timeless, train, write_recipe
 
 from modeling_periln import PeriLlamaForCausalLM
 from runkit.checkpoints import latest_whole
-from runkit.errors import UsageError, UserError, run_command
+from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, weights_hash
-from scripts import pretrain
 from scripts.pretrain import load_recipe
 from scripts.trainer import Trainer, resolved_config
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def train(tmp_path, data, **fields) -> RunFolder:
-    """A whole run in this process."""
-    file = write_recipe(tmp_path, data, **fields)
-    assert run_command(pretrain.main, pretrain.parse(["--config", str(file), "--runs", str(tmp_path / "runs")])) == 0
-    return RunFolder(tmp_path / "runs" / fields.get("name", "run"))
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 
 
 @pytest.fixture(scope="module")

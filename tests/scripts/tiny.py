@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from runkit.errors import run_command
+from runkit.folder import RunFolder
 from runkit.recipes import dump_yaml
+from scripts import pretrain
 from scripts.prepare_data import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +57,13 @@ def run(module: str, *args: object, env: list[str] | None = None) -> subprocess.
     """Run a command of the project to its end."""
     words = [*(["env", *env] if env else []), *command(module, *args)]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def train(folder: Path, data_folder: Path, **fields) -> RunFolder:
+    """A whole run in this process."""
+    file = write_recipe(folder, data_folder, **fields)
+    assert run_command(pretrain.main, pretrain.parse(["--config", str(file), "--runs", str(folder / "runs")])) == 0
+    return RunFolder(folder / "runs" / fields.get("name", "run"))
 
 
 def timeless(run_folder: Path) -> list[dict]:

@@ -1,0 +1,198 @@
+"""What a recipe can switch in the trainer, and what the trainer says of what went wrong."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from tiny import train, write_recipe
+from torch import nn
+
+from runkit.errors import UsageError
+from runkit.folder import RunFolder
+from scripts import tracking
+from scripts.overflow import FirstNonFinite
+from scripts.pretrain import load_recipe
+from scripts.trainer import Trainer
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
+
+FP32 = {"mode": "fp32", "residual_dtype": None}
+
+
+def losses(run: RunFolder) -> list[float]:
+    return [r["loss"] for r in run.metrics()]
+
+
+def trainer_of(tmp_path, data, **fields) -> Trainer:
+    recipe, tokens = load_recipe(write_recipe(tmp_path, data, **fields))
+    return Trainer(recipe, RunFolder(tmp_path / "run"), tokens)
+
+
+def test_compiling_and_checkpointing_change_no_loss(tmp_path, data):
+    plain = train(tmp_path, data, steps=20, precision=FP32, layer_stats_every=7)
+    for switch in ("activation_checkpointing", "compile"):
+        other = train(tmp_path, data, name=switch, steps=20, precision=FP32, layer_stats_every=7, **{switch: True})
+        assert np.abs(np.subtract(losses(other), losses(plain))).max() < 1e-5
+        # hooks see through the compiled layers
+        assert len(list((other.path / "layers").iterdir())) == len(list((plain.path / "layers").iterdir()))
+
+
+def test_checkpointing_changes_no_loss_in_fp16_either(tmp_path, data):
+    plain = train(tmp_path, data)
+    other = train(tmp_path, data, name="checkpointing", activation_checkpointing=True)
+    assert losses(other) == losses(plain)
+
+
+def test_compiling_with_fp16_on_a_cpu_is_refused(tmp_path, data):
+    with pytest.raises(UsageError, match="compile with precision.mode fp16 on a CPU"):
+        load_recipe(write_recipe(tmp_path, data, compile=True))
+
+
+def test_with_document_masking_another_documents_tokens_change_nothing(tmp_path, data):
+    trainer = trainer_of(tmp_path, data, precision=FP32, document_masking=True, sequence_length=128)
+    batches = (trainer._micro_batches(step)[0] for step in range(50))
+    batch, row = next((b, i) for b in batches for i, p in enumerate(b["position_ids"]) if (p == 0).sum() > 1)
+    positions = batch["position_ids"]
+    start = int((positions[row] == 0).nonzero()[1])
+    inputs = {"input_ids": batch["input_ids"][row : row + 1], "position_ids": positions[row : row + 1]}
+    changed = inputs | {"input_ids": inputs["input_ids"].clone()}
+    changed["input_ids"][0, :start] = (changed["input_ids"][0, :start] + 1) % 256
+    first, second = (trainer.model(**x, use_cache=False).logits[0, start:] for x in (inputs, changed))
+    assert torch.equal(first, second)
+    plain = trainer_of(tmp_path, data, precision=FP32, sequence_length=128)
+    assert all("position_ids" not in batch for batch in plain._micro_batches(0))
+
+
+def test_document_masking_is_trained_with_and_recorded(tmp_path, data):
+    masked = train(tmp_path, data, name="masked", document_masking=True, steps=3)
+    plain = train(tmp_path, data, steps=3)
+    assert losses(masked) != losses(plain)
+    assert (masked.recipe["document_masking"], plain.recipe["document_masking"]) == (True, False)
+
+
+def test_the_z_term_changes_the_run_but_is_not_in_its_loss(tmp_path, data):
+    plain = train(tmp_path, data)
+    other = train(tmp_path, data, name="z", optimizer={"z_loss": 0.1})
+    assert losses(other)[0] == losses(plain)[0]
+    assert other.metrics()[0]["grad_norm"] != plain.metrics()[0]["grad_norm"]
+    assert losses(other)[-1] != losses(plain)[-1]
+
+
+def test_the_checkpoints_that_stay_are_those_that_the_recipe_names(tmp_path, data):
+    kept = {"keep_last": 1, "keep_every": 6, "checkpoint_every": 2, "heldout_every": 2, "keep_best": True}
+    # A rate that is good at first and then far too high: the best is not the last.
+    rate = {"learning_rate": 20.0, "warmup": 1.0, "gradient_clip": None}
+    run = train(tmp_path, data, precision=FP32, optimizer=rate, divergence={"loss_rise": 1e9}, **kept)
+    held = {r["step"] + 1: r["heldout_loss"] for r in run.metrics() if "heldout_loss" in r}
+    assert list(held) == [2, 4, 6, 8, 10, 12]
+    best = min(held, key=held.get)
+    assert best < 12
+    assert json.loads((run.path / "best.json").read_text()) == {"step": best, "heldout_loss": held[best]}
+    assert [int(p.name[5:]) for p in run.checkpoints()] == sorted({best, 6, 12})
+
+
+def test_the_heldout_loss_is_that_of_the_heldout_text(tmp_path, data):
+    trainer = trainer_of(tmp_path, data, precision=FP32, heldout_every=5, heldout_sequences=3)
+    inputs, targets = trainer.heldout
+    assert inputs.shape == targets.shape == (3, 32)
+    text = json.loads((data / "heldout.jsonl").read_text().splitlines()[0])["text"]
+    ids = trainer.tokenizer(text, add_special_tokens=False).input_ids
+    assert inputs[0].tolist() == ids[:32]
+    assert targets[0].tolist() == ids[1:33]
+    with torch.no_grad():
+        logits = trainer.model(inputs, use_cache=False).logits
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    trainer.step = 4
+    assert trainer._train_step(witness=False)["heldout_loss"] != pytest.approx(expected, abs=1e-7)  # after the update
+    with torch.no_grad():
+        logits = trainer.model(inputs, use_cache=False).logits
+    after = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    trainer.recipe.heldout_every = 6
+    trainer.recipe.optimizer.learning_rate = 0.0
+    trainer.step = 5
+    assert trainer._train_step(witness=False)["heldout_loss"] == pytest.approx(after, abs=1e-6)
+
+
+def test_the_first_module_that_overflows_is_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Identity()), nn.Linear(2, 2))
+    with FirstNonFinite(model) as seen:
+        model(torch.ones(1, 2))
+    assert seen.name is None
+    with torch.no_grad():
+        model[1][0].weight.fill_(float("inf"))
+    with FirstNonFinite(model) as seen:
+        model(torch.ones(1, 2))
+    assert seen.name == "1.0"
+
+
+@pytest.mark.parametrize(
+    ("large", "module"),
+    [(["mlp.gate_proj", "mlp.up_proj"], "mlp.down_proj"), (["self_attn.v_proj"], "self_attn.o_proj")],
+)
+def test_a_forward_overflow_is_recorded_with_its_module(tmp_path, data, large, module):
+    trainer = trainer_of(tmp_path, data)
+    layer = trainer.model.model.layers[1]
+    with torch.no_grad():
+        for name in large:
+            layer.get_submodule(name).weight.fill_(1.0)
+        layer.get_submodule(module).weight.fill_(3e4)
+    record = trainer._train_step(witness=False)
+    assert (record["skip_kind"], record["loss"], record["found_inf"]) == ("forward", None, True)
+    assert record["skip_module"] == f"model.layers.1.{module}"
+    fine = trainer_of(tmp_path, data)._train_step(witness=False)
+    assert (fine["skip_kind"], fine["skip_module"]) == (None, None)
+
+
+def test_a_diverged_run_leaves_its_last_records(tmp_path, data):
+    run = train(tmp_path, data, divergence={"loss_rise": 0.01, "window": 2}, optimizer={"learning_rate": 1.0}, steps=40)
+    assert run.status == "diverged"
+    dump = json.loads((run.path / "divergence.json").read_text())
+    assert dump["reason"] == run.summary["reason"]
+    assert dump["records"] == run.metrics()[-64:]
+
+
+class Recorder(GeneralTracker):
+    """A tracker that remembers."""
+
+    name, requires_logging_directory = "trackio", False
+    made: list = []
+
+    def __init__(self, run_name: str, **kwargs):
+        super().__init__()
+        self.run_name, self.kwargs, self.logged, self.finished, self.config = run_name, kwargs, [], False, None
+        self.made.append(self)
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step=None, **kwargs):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_a_tracker_gets_every_step_and_the_recipe(tmp_path, data, monkeypatch):
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Recorder)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["trackio"])
+    monkeypatch.setattr(Recorder, "made", [])
+    run = train(tmp_path, data, trackers=["trackio"], steps=3)
+    (tracker,) = Recorder.made
+    assert [step for step, _ in tracker.logged] == [0, 1, 2]
+    assert [values["loss"] for _, values in tracker.logged] == losses(run)
+    assert tracker.config["optimizer.learning_rate"] == 2e-3
+    assert tracker.finished
+
+
+def test_a_tracker_that_is_unknown_or_not_there_is_said_before_any_work(tmp_path, data, monkeypatch):
+    with pytest.raises(UsageError, match="trackers: 'tensorbord' is unknown.*did you mean 'tensorboard'"):
+        load_recipe(write_recipe(tmp_path, data, trackers=["tensorbord"]))
+    monkeypatch.setattr(tracking, "get_available_trackers", list)
+    with pytest.raises(UsageError, match="trackers: wandb is not installed: pip install wandb"):
+        load_recipe(write_recipe(tmp_path, data, trackers=["wandb"]))
