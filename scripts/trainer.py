@@ -25,6 +25,7 @@ from runkit.folder import RunFolder, read_json, write_json
 from runkit.process import StopRequest
 
 from .checkpoint import BEST, load_trainer_state, save_checkpoint
+from .costs import GPUS, flops_per_token
 from .data import FixedOrder, TokenData
 from .engine import Engine
 from .heldout import heldout_loss, heldout_sequences
@@ -52,6 +53,12 @@ def resolved_config(recipe: Recipe, data: TokenData, tokenizer: PreTrainedTokeni
     return recipe.model_config(vocab_size=size, pad_token_id=tokenizer.pad_token_id, **ids)
 
 
+def peak_flops(device: torch.device) -> float | None:
+    """Dense FP16 FLOP/s of a GPU by its data sheet; None for a CPU, or a GPU that `costs` does not know."""
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "") if device.type == "cuda" else ""
+    return next((flops for kind, (flops, _) in GPUS.items() if kind in name), None)
+
+
 class Trainer:
     """One run in one process, or in one of several."""
 
@@ -74,6 +81,8 @@ class Trainer:
             asked = (recipe.sequence_length, recipe.heldout_sequences)
             self.heldout = heldout_sequences(data.path, self.tokenizer, *asked)
         self.book = StepBook(recipe.divergence, recipe.spikes)
+        self.flops_per_token = flops_per_token(self.model.config, recipe.sequence_length)
+        self.peak_flops = peak_flops(self.device)
         self.step = 0
 
     # --- one step ----------------------------------------------------------------------------------------
@@ -147,7 +156,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "data_wait": waited / seconds,
-            "mfu": None,
+            "mfu": self._mfu(tokens / seconds),
             "peak_memory_bytes": self._peak_memory(),
         }
         if self.heldout is not None and (step + 1) % recipe.heldout_every == 0:
@@ -166,6 +175,11 @@ class Trainer:
         names = self.engine.gather(seen.name)
         return next((name for name in names if name is not None), None)
 
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        if self.peak_flops is None:
+            return None
+        return tokens_per_second * self.flops_per_token / (self.peak_flops * self.engine.processes)
+
     def _peak_memory(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
@@ -177,7 +191,9 @@ class Trainer:
             "processes": self.engine.processes,
             "parameter_class": type(next(self.model.parameters())).__name__,
             "loss_scaler": self.engine.scaler is not None,
-            "mfu": "not measured",
+            "mfu": "6N + 12LHQT FLOPs a token (scripts/costs.py), of the data sheet's dense FP16 FLOP/s"
+            if self.peak_flops
+            else "n/a: the device's peak is not known",
         }
         write_json(self.run.path / "environment.json", environment | seen.report())
 

@@ -14,7 +14,7 @@ from runkit.folder import RunFolder
 from scripts import tracking
 from scripts.overflow import FirstNonFinite
 from scripts.pretrain import load_recipe
-from scripts.trainer import Trainer
+from scripts.trainer import Trainer, peak_flops
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 
@@ -196,3 +196,15 @@ def test_a_tracker_that_is_unknown_or_not_there_is_said_before_any_work(tmp_path
     monkeypatch.setattr(tracking, "get_available_trackers", list)
     with pytest.raises(UsageError, match="trackers: wandb is not installed: pip install wandb"):
         load_recipe(write_recipe(tmp_path, data, trackers=["wandb"]))
+
+
+def test_mfu_is_a_share_of_a_known_devices_peak_and_else_absent(tmp_path, data, monkeypatch):
+    trainer = trainer_of(tmp_path, data)
+    assert trainer._train_step(witness=False)["mfu"] is None
+    trainer.peak_flops = 1e9
+    record = trainer._train_step(witness=False)
+    assert record["mfu"] == pytest.approx(record["tokens_per_second"] * trainer.flops_per_token / 1e9)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200")
+    assert peak_flops(torch.device("cuda")) == 989e12
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Another GPU")
+    assert peak_flops(torch.device("cuda")) is None
