@@ -26,6 +26,8 @@ $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# torchao is read by one test only; where Transformers finds it, every import of it is slow and loud
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/aside torchao==0.18.0
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

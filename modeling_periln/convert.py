@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -140,15 +142,17 @@ def _check_names(have: Mapping[str, Any], recipe: Mapping[str, Recipe], tied: bo
 # On disk
 
 
-def convert(src: Path | str, dst: Path | str, to: str, max_shard_size: int | str = "5GB") -> dict[str, Any]:
-    """Convert the model folder `src` to the new model folder `dst`, and prove that it is the same function.
+def convert(
+    src: Path | str, dst: Path | str, to: str, max_shard_size: int | str = "5GB", revision: str | None = None
+) -> dict[str, Any]:
+    """Convert the model `src` to the new model folder `dst`, and prove that it is the same function.
 
     Weights keep their dtype, except that a folded one that its dtype cannot hold is written in FP32. In memory there
     is never more than one shard of the export, until it is checked: then the source and the export are loaded one
     after the other in FP32 and compared on random tokens.
 
     Args:
-        src: a folder with `config.json` and safetensors, sharded or not.
+        src: a folder with `config.json` and safetensors, sharded or not; or a Hub id, at `revision`.
         dst: a folder that does not exist, or is empty; it appears when everything is done.
         to: a key of `ARCHITECTURES`, or `peri_llama`.
         max_shard_size: bytes, or such as `500MB`, `5GB` (powers of 1000).
@@ -160,7 +164,8 @@ def convert(src: Path | str, dst: Path | str, to: str, max_shard_size: int | str
         ConversionRefused: (a ValueError) what cannot be converted, and why; or `src` or `dst` is not as above.
         ConversionFailed: weights are missing, or the export's logits differ by more than 1e-5 of the largest.
     """
-    src, dst, limit = Path(src), Path(os.path.realpath(dst)), _bytes(max_shard_size)
+    dst, limit = Path(os.path.realpath(dst)), _bytes(max_shard_size)
+    src = _fetched(str(src), revision)
     config = _read_config(src, to)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ConversionRefused(f"{dst} exists and is not an empty folder: nothing is overwritten")
@@ -188,6 +193,19 @@ def convert(src: Path | str, dst: Path | str, to: str, max_shard_size: int | str
         (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
         os.replace(folder, dst)
     return record
+
+
+def _fetched(src: str, revision: str | None) -> Path:
+    """The model's folder; of a Hub id the files that a conversion reads are downloaded."""
+    if Path(src).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", src):
+        return Path(src)
+    wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", *_COPIED, "additional_chat_templates/*"]
+    try:
+        return Path(snapshot_download(src, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        at = f" at revision {revision}" if revision else ""
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConversionRefused(f"{src}{at} is no folder here, and was not found on the Hub: {reason}") from error
 
 
 def _read_config(src: Path, to: str) -> PreTrainedConfig:
@@ -360,9 +378,10 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0; 1 if the conversion failed; 2 if it was refused. SIGTERM exits with 143."""
     parser = _Parser(prog="periln-convert", description="Convert a checkpoint between PeriLlama and a stock class.")
-    parser.add_argument("src", type=Path, metavar="SRC", help="model folder: config.json and safetensors")
+    parser.add_argument("src", metavar="SRC", help="model folder (config.json and safetensors), or Hub id")
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder; must not exist, or be empty")
     parser.add_argument("--to", required=True, choices=[*ARCHITECTURES, PERI_LLAMA], help="architecture of DST")
+    parser.add_argument("--revision", help="of a Hub id: branch, tag or commit (default: main)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
@@ -371,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if in_main_thread else None
     try:
-        record = convert(args.src, args.dst, args.to, args.max_shard_size)
+        record = convert(args.src, args.dst, args.to, args.max_shard_size, args.revision)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130

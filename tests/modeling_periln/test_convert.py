@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from local_hub import LocalHub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import SIZES, random_ids, shaken, shaken_model, tiny_config, tiny_model
@@ -548,10 +549,41 @@ def test_the_module_runs_as_a_command(tmp_path):
     assert_same(PeriLlamaForCausalLM.from_pretrained(src), AutoModelForCausalLM.from_pretrained(tmp_path / "dst"), 0.0)
 
 
-def test_the_converter_imports_only_torch_transformers_safetensors_and_its_siblings():
+def test_the_converter_imports_only_what_transformers_brings_and_its_siblings():
+    known = {"torch", "transformers", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
     for name in ("convert.py", "conversions.py"):
         for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
             found = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             found += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for module in found:
-                assert module.split(".")[0] in {"torch", "transformers", "safetensors", *sys.stdlib_module_names}
+                assert module.split(".")[0] in {
+                    "torch",
+                    "transformers",
+                    "safetensors",
+                    "huggingface_hub",
+                    *sys.stdlib_module_names,
+                }
+
+
+@pytest.mark.slow
+def test_a_source_on_the_hub_is_fetched_and_one_that_is_not_there_is_said(tmp_path):
+    saved(tmp_path / "store" / "models" / "someone" / "peri-tiny", norm_placement="peri")
+    command = [sys.executable, "-m", "modeling_periln.convert"]
+    with LocalHub(tmp_path / "store") as hub:
+        env = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        for source, to in (("someone/peri-tiny", "hyperclovax"), ("someone/absent", "llama")):
+            words = [*command, source, tmp_path / to, "--to", to]
+            done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+            if to == "llama":
+                assert done.returncode == 2
+                assert done.stderr.count("\n") == 1
+                assert "someone/absent is no folder here, and was not found on the Hub" in done.stderr
+            else:
+                assert done.returncode == 0, done.stderr
+    source = tmp_path / "store" / "models" / "someone" / "peri-tiny"
+    ours, theirs = (
+        PeriLlamaForCausalLM.from_pretrained(source),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hyperclovax"),
+    )
+    assert_same(ours, theirs, 1e-5)
+    assert not any(request.endswith(".py") for request in hub.requests)
