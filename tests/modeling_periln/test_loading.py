@@ -220,7 +220,7 @@ import sys
 import torch
 from tiny_models import random_ids, shaken_model
 from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 folder = sys.argv[1]
 model = shaken_model(qk_norm="head")
@@ -244,7 +244,7 @@ print("int8 done")
 
 @pytest.mark.slow
 def test_int8_weights_load_generate_and_are_saved(tmp_path):
-    # `make setup` puts torchao aside: Transformers imports it wherever it is installed, and its import is slow and loud.
+    # `make setup` puts torchao aside: where Transformers finds it, every import is slow and loud.
     aside = Path(sys.prefix) / "aside"
     if not (aside / "torchao").is_dir():
         pytest.skip(f"torchao is not in {aside}: `make setup` puts it there")
