@@ -1,0 +1,356 @@
+"""How fast is PeriLlama beside Transformers' own models? `python -m scripts.bench --out bench/`
+
+Every pair of models has the same weights (by `modeling_periln.convert`) and does the same work. A and B are measured
+in turn, in one process, in an order that alternates; what is reported is the ratio of the medians with a bootstrap
+interval over the pairs, so that a machine's slow minutes fall on both. `bench.json` is written after each case, and
+cases that are in it (same settings, same machine) are not measured again unless `--again` is given.
+
+The training step is forward, loss, backward and AdamW; labels are the ids, no padding.
+"""
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
+from modeling_periln.convert import to_native
+from modeling_periln.norms import PeriLlamaRMSNorm
+from runkit.environment import describe_environment
+from runkit.errors import UsageError, UserError, did_you_mean, make_parser, run_command
+from runkit.folder import read_json, write_json, write_text
+from runkit.process import start_stage
+from runkit.progress import progress_bar
+
+WARM_UP = 3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SMALL = {  # a few seconds a pair on two cores
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+WIDE = SMALL | {"hidden_size": 1024, "intermediate_size": 4096}
+TALL_VOCABULARY = WIDE | {"vocab_size": 100_352, "num_hidden_layers": 1}
+MEMORY_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared with what, at least how many times its speed (at most, for memory), and how it is measured."""
+
+    name: str
+    what: str
+    against: str
+    target: float
+    tokens: tuple[int, int]  # batch, sequence
+    build: Callable[["Case", torch.device], tuple[Callable[[], Any], Callable[[], Any]]]
+    dtype: str = "fp32"
+    compiled: bool = False
+    sizes: dict[str, int] | None = None
+    placements: tuple[str, str | None] = ("pre", None)  # ours, and either ours again or None: Transformers' own
+    native: str | None = None
+    new_tokens: int = 0
+
+
+def build_model(case: Case, placement: str, device: torch.device) -> PeriLlamaForCausalLM:
+    """A PeriLlama of the case's size in its dtype, from seed 0."""
+    torch.manual_seed(0)
+    embedding_norm = False if placement == "peri" and case.native else None  # as HyperCLOVA X
+    config = PeriLlamaConfig(**(case.sizes or SMALL), norm_placement=placement, embedding_norm=embedding_norm)
+    return PeriLlamaForCausalLM(config).to(device, DTYPES[case.dtype])
+
+
+def models(case: Case, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Ours and the other."""
+    ours, other = case.placements
+    first = build_model(case, ours, device)
+    return first, to_native(first, case.native) if case.native else build_model(case, other, device)
+
+
+def training_pair(case: Case, device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """One training step of each."""
+
+    def step_of(model: PreTrainedModel) -> Callable[[], None]:
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        forward = torch.compile(model) if case.compiled else model
+        ids = torch.randint(0, model.config.vocab_size, case.tokens, device=device)
+
+        def step() -> None:
+            forward(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    first, second = models(case, device)
+    return step_of(first), step_of(second)
+
+
+def decoding_pair(case: Case, device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Greedy decoding of `new_tokens` tokens by each, with a dynamic cache."""
+
+    def decode_of(model: PreTrainedModel) -> Callable[[], None]:
+        model.eval()
+        ids = torch.randint(0, model.config.vocab_size, case.tokens, device=device)
+        n = case.new_tokens
+
+        def decode() -> None:
+            model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+
+        return decode
+
+    first, second = models(case, device)
+    return decode_of(first), decode_of(second)
+
+
+def norm_pair(case: Case, device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Forward and backward of a norm with its fused backward pass, and of the other that the case names."""
+    x = torch.randn(*case.tokens, 512, device=device, requires_grad=True)
+    grad = torch.randn_like(x)
+    ours, plain = PeriLlamaRMSNorm(512).to(device), PeriLlamaRMSNorm(512).to(device)
+    plain.fused_backward = False
+    others = {"plain": plain, "F.rms_norm": nn.RMSNorm(512, eps=1e-6), "F.layer_norm": nn.LayerNorm(512)}
+    other = others[case.against].to(device)
+
+    def run(norm: nn.Module) -> Callable[[], None]:
+        return lambda: torch.autograd.grad(norm(x), (x, norm.weight), grad)
+
+    return run(ours), run(other)
+
+
+def _cases() -> Iterator[Case]:
+    for target, compiled in ((1.0, False), (0.97, True)):
+        how = "compiled" if compiled else "eager"
+        for dtype in DTYPES:
+            for ours, native in (("pre", "llama"), ("peri", "hyperclovax")):
+                name, what = f"train-{ours}-{dtype}-{how}", f"training step, {ours}, {dtype.upper()}, {how}"
+                shared = {"dtype": dtype, "compiled": compiled, "placements": (ours, None), "native": native}
+                yield Case(name, what, native, target, (4, 256), training_pair, **shared)
+    what = "training step, peri, FP32, compiled, d 1024"
+    pair = {"compiled": True, "sizes": WIDE, "placements": ("peri", "pre")}
+    yield Case("peri-over-pre", what, "our own pre", 0.97, (1, 2048), training_pair, **pair)
+    for batch in (1, 16):
+        yield Case(
+            f"decode-{batch}",
+            f"decoding, batch {batch}, FP32",
+            "llama",
+            0.97,
+            (batch, 32),
+            decoding_pair,
+            native="llama",
+            new_tokens=32,
+        )
+    for other, target in (("plain", 1.0), ("F.rms_norm", 1.0), ("F.layer_norm", 0.0)):
+        yield Case(f"norm-{other}", "RMSNorm, forward and backward", other, target, (8, 512), norm_pair)
+
+
+MEMORY_CASE = "memory"
+CASES = {case.name: case for case in _cases()}
+
+
+def seconds_of(step: Callable[[], Any], device: torch.device) -> float:
+    """Wall-clock seconds of one call, with the device's queue empty before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def interval_of_ratio(ours: list[float], theirs: list[float], resamples: int = 4000) -> tuple[float, float, float]:
+    """Speed of ours in units of theirs, median(theirs) / median(ours), with its 95 % bootstrap interval over pairs."""
+    pairs = np.array([ours, theirs])
+    picks = np.random.default_rng(0).integers(0, pairs.shape[1], (resamples, pairs.shape[1]))
+    drawn = np.median(pairs[:, picks], axis=-1)
+    low, high = np.quantile(drawn[1] / drawn[0], [0.025, 0.975])
+    return statistics.median(theirs) / statistics.median(ours), float(low), float(high)
+
+
+def measure(case: Case, device: torch.device, pairs: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Time the two sides of a case in turn."""
+    torch._dynamo.reset()
+    sides = case.build(case, device)
+    times: tuple[list[float], list[float]] = ([], [])
+    with progress_bar(args, WARM_UP + pairs, case.name, "pair") as bar:
+        for i in range(WARM_UP + pairs):
+            for side in (0, 1) if i % 2 == 0 else (1, 0):
+                seconds = seconds_of(sides[side], device)
+                if i >= WARM_UP:
+                    times[side].append(seconds)
+            bar.update()
+    ratio, low, high = interval_of_ratio(*times)
+    return {
+        "what": case.what,
+        "against": case.against,
+        "at_least": case.target or None,
+        "ratio": ratio,
+        "interval": [low, high],
+        "pairs": pairs,
+        "median_seconds": [statistics.median(side) for side in times],
+        "batch": case.tokens[0],
+        "sequence": case.tokens[1],
+        "sizes": None if case.build is norm_pair else case.sizes or SMALL,
+    }
+
+
+def peak_memory(side: str, device: torch.device) -> int:
+    """Bytes at the peak of one forward and backward pass of one layer under a tall vocabulary; for a fresh process.
+
+    On a CPU the process's peak resident set less what it was after the imports; on a GPU the allocator's peak.
+    """
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    torch.manual_seed(0)
+    config = PeriLlamaConfig(**TALL_VOCABULARY, norm_placement="pre")
+    if side == "ours":
+        model, extra = PeriLlamaForCausalLM(config).to(device), {"skip_logits": True}
+    else:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        model, extra = LlamaForCausalLM(LlamaConfig(**TALL_VOCABULARY)).to(device), {}
+    ids = torch.randint(0, config.vocab_size, (1, MEMORY_TOKENS), device=device)
+    model(input_ids=ids, labels=ids, use_cache=False, **extra).loss.backward()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def measure_memory(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of ours and of Llama, three fresh processes each."""
+    peaks: dict[str, list[int]] = {"ours": [], "llama": []}
+    with progress_bar(args, 6, MEMORY_CASE, "process") as bar:
+        for i in range(6):
+            side = "ours" if i % 2 == 0 else "llama"
+            command = [sys.executable, "-m", "scripts.bench", "--peak-memory-of", side, "--device", device.type]
+            if args.threads:
+                command += ["--threads", str(args.threads)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise UserError(
+                    f"{MEMORY_CASE}: the process of {side} ended with {done.returncode}: {done.stderr[-300:]}"
+                )
+            peaks[side].append(int(done.stdout.strip().splitlines()[-1]))
+            bar.update()
+    ours, theirs = peaks["ours"], peaks["llama"]
+    return {
+        "what": "peak memory, forward and backward, FP32, skip_logits",
+        "against": "llama",
+        "at_most": 0.4,
+        "ratio": statistics.median(ours) / statistics.median(theirs),
+        "interval": [min(ours) / max(theirs), max(ours) / min(theirs)],
+        "median_bytes": [statistics.median(ours), statistics.median(theirs)],
+        "pairs": len(ours),
+        "batch": 1,
+        "sequence": MEMORY_TOKENS,
+        "sizes": TALL_VOCABULARY,
+    }
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Whether the target is met by the whole interval, by the ratio alone, or not."""
+    low, high = result["interval"]
+    if result.get("at_most") is not None:
+        return "met" if high <= result["at_most"] else "met?" if result["ratio"] <= result["at_most"] else "missed"
+    if result.get("at_least") is None:
+        return ""
+    return "met" if low >= result["at_least"] else "met?" if result["ratio"] >= result["at_least"] else "missed"
+
+
+def table(record: dict[str, Any]) -> str:
+    """The results as a Markdown table, with what they were measured on."""
+    machine = record["environment"]
+    name = machine["device_name"] or f"{machine['processor']}, {machine['threads']} threads"
+    versions = ", ".join(f"{p} {machine['versions'][p]}" for p in ("torch", "transformers"))
+    lines = [
+        "| what | against | ratio | 95 % interval | asked for | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in record["cases"].values():
+        asked = f"≥ {result['at_least']}" if result.get("at_least") else ""
+        asked = f"≤ {result['at_most']}" if result.get("at_most") else asked
+        low, high = result["interval"]
+        cells = (result["what"], result["against"], f"{result['ratio']:.3f}", f"{low:.3f} to {high:.3f}", asked)
+        lines.append("| " + " | ".join((*cells, verdict(result))) + " |")
+    note = "Ratio: speed of ours over theirs (for memory: bytes). `met?`: by the median, not by the whole interval."
+    return "\n".join([*lines, "", f"{name}; {versions}. {note}"])
+
+
+def main(args: argparse.Namespace) -> None:
+    start_stage(args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.peak_memory_of:
+        print(peak_memory(args.peak_memory_of, device))
+        return
+    known = [*CASES, MEMORY_CASE]
+    wanted = args.cases or known
+    for name in wanted:
+        if name not in known:
+            raise UsageError(f"--cases {name!r} is no case{did_you_mean(name, known)}: use some of {known}")
+    if args.pairs < 2:
+        raise UsageError(f"--pairs {args.pairs} is too few for an interval: give at least 2 (30 for a result to quote)")
+    environment = describe_environment(device)
+    file = args.out / "bench.json"
+    record: dict[str, Any] = {"environment": environment, "cases": {}}
+    if file.exists():
+        old = read_json(file)
+        same = {k: v for k, v in old["environment"].items() if "commit" not in k and k != "uncommitted_changes"}
+        if all(environment.get(k) == v for k, v in same.items()):
+            record["cases"] = old["cases"]
+        elif not args.again:
+            raise UsageError(f"{file} was measured on another machine or version: give another --out, or --again")
+    for name in wanted:
+        enough = 0 if name == MEMORY_CASE else args.pairs
+        if name in record["cases"] and not args.again and record["cases"][name]["pairs"] >= enough:
+            print(f"{name}: measured before, kept (--again measures it once more)", file=sys.stderr)
+            continue
+        if name == MEMORY_CASE:
+            record["cases"][name] = measure_memory(device, args)
+        else:
+            record["cases"][name] = measure(CASES[name], device, args.pairs, args)
+        gc.collect()
+        record["cases"] = {n: record["cases"][n] for n in known if n in record["cases"]}
+        write_json(file, record)
+        write_text(args.out / "bench.md", table(record) + "\n")
+    print(table(record))
+    print(f"\n{file}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser("python -m scripts.bench", "Speed and memory of PeriLlama beside Transformers' own models.")
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of bench.json and bench.md")
+    parser.add_argument("--cases", nargs="*", metavar="NAME", help="only these; all when left out (--list names them)")
+    parser.add_argument("--pairs", type=int, default=30, help="interleaved pairs a case")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one, when left out")
+    parser.add_argument("--again", action="store_true", help="measure what bench.json holds once more")
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    parser.add_argument("--peak-memory-of", choices=["ours", "llama"], help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    if arguments.list:
+        print(json.dumps({n: f"{c.what} against {c.against}" for n, c in CASES.items()}, indent=2))
+        sys.exit(0)
+    sys.exit(run_command(main, arguments))

@@ -1,0 +1,114 @@
+"""The bench: what it computes from times, what it keeps, and that its pairs are pairs. No time is asserted."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from runkit.errors import UsageError
+from scripts import bench
+
+TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+CPU = torch.device("cpu")
+
+
+def tiny(name: str) -> bench.Case:
+    case = bench.CASES[name]
+    return dataclasses.replace(case, sizes=TINY, tokens=(1, 8), new_tokens=min(case.new_tokens, 2))
+
+
+@pytest.fixture
+def tiny_cases(monkeypatch):
+    monkeypatch.setattr(bench, "CASES", {name: tiny(name) for name in bench.CASES})
+
+
+def run(tmp_path, *more: str) -> dict:
+    bench.main(bench.parse(["--out", str(tmp_path), "--device", "cpu", *more]))
+    return json.loads((tmp_path / "bench.json").read_text())
+
+
+def test_the_ratio_is_that_of_the_medians_and_the_interval_holds_it():
+    ours, theirs = [1.0, 2.0, 3.0, 100.0, 2.0], [4.0, 4.0, 5.0, 4.0, 3.0]
+    ratio, low, high = bench.interval_of_ratio(ours, theirs)
+    assert ratio == 2.0
+    assert low <= ratio <= high
+    assert bench.interval_of_ratio([2.0] * 9, [3.0] * 9) == (1.5, 1.5, 1.5)
+
+
+def test_a_slow_minute_that_falls_on_both_sides_does_not_widen_the_interval():
+    slow = [1.0] * 20 + [9.0] * 10
+    ratio, low, high = bench.interval_of_ratio(slow, [2 * t for t in slow])
+    assert ratio == low == high == 2.0
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        ({"ratio": 1.1, "interval": [1.01, 1.2], "at_least": 1.0}, "met"),
+        ({"ratio": 1.1, "interval": [0.9, 1.2], "at_least": 1.0}, "met?"),
+        ({"ratio": 0.9, "interval": [0.8, 1.2], "at_least": 1.0}, "missed"),
+        ({"ratio": 0.3, "interval": [0.2, 0.35], "at_most": 0.4}, "met"),
+        ({"ratio": 0.5, "interval": [0.4, 0.6], "at_most": 0.4}, "missed"),
+        ({"ratio": 0.5, "interval": [0.4, 0.6], "at_least": None}, ""),
+    ],
+)
+def test_a_verdict_says_whether_the_whole_interval_meets_the_target(result, expected):
+    assert bench.verdict(result) == expected
+
+
+def test_the_cases_are_those_of_the_table_in_the_readme():
+    names = set(bench.CASES)
+    for dtype in ("fp32", "bf16"):
+        for how in ("eager", "compiled"):
+            assert {f"train-pre-{dtype}-{how}", f"train-peri-{dtype}-{how}"} <= names
+    assert {"peri-over-pre", "decode-1", "decode-16"} <= names
+    assert bench.CASES["train-pre-fp32-eager"].target == 1.0
+    assert bench.CASES["train-peri-bf16-compiled"].target == 0.97
+
+
+@pytest.mark.parametrize("name", ["train-pre-bf16-eager", "train-peri-fp32-eager", "peri-over-pre"])
+def test_both_sides_of_a_pair_are_the_same_function(name):
+    case = tiny(name)
+    ours, theirs = bench.models(case, CPU)
+    ids = torch.arange(6)[None]
+    a, b = (model(ids).logits.float() for model in (ours, theirs))
+    if case.native:
+        assert type(theirs).__name__.lower().startswith(case.native)
+        assert (a - b).abs().max() < 1e-2
+    else:
+        assert (ours.config.norm_placement, theirs.config.norm_placement) == ("peri", "pre")
+    assert a.abs().max() > 0
+
+
+def test_a_pair_trains_and_a_pair_decodes():
+    for name in ("train-pre-fp32-eager", "decode-16", "norm-plain"):
+        for side in bench.CASES[name].build(tiny(name), CPU):
+            assert bench.seconds_of(side, CPU) > 0
+
+
+def test_what_was_measured_is_written_kept_and_measured_again_when_asked(tiny_cases, tmp_path, capsys):
+    names = ("norm-plain", "train-pre-fp32-eager")
+    first = run(tmp_path, "--cases", *names, "--pairs", "3")
+    assert set(first["cases"]) == set(names)
+    for result in first["cases"].values():
+        assert result["pairs"] == 3 and result["interval"][0] <= result["ratio"] <= result["interval"][1]
+    assert first["environment"]["threads"] == torch.get_num_threads()
+    assert "| training step, pre, FP32, eager | llama |" in (tmp_path / "bench.md").read_text()
+    capsys.readouterr()
+    assert run(tmp_path, "--cases", *names, "--pairs", "3")["cases"] == first["cases"]
+    assert capsys.readouterr().err.count("kept") == 2
+    again = run(tmp_path, "--cases", "norm-plain", "--pairs", "3", "--again")["cases"]
+    assert again["norm-plain"]["median_seconds"] != first["cases"]["norm-plain"]["median_seconds"]
+    assert again["train-pre-fp32-eager"] == first["cases"]["train-pre-fp32-eager"]
+
+
+def test_a_mistake_is_said_before_anything_is_measured(tmp_path):
+    with pytest.raises(UsageError, match="'decode-2' is no case.*did you mean 'decode-1'"):
+        run(tmp_path, "--cases", "decode-2")
+    with pytest.raises(UsageError, match="--pairs 1 is too few"):
+        run(tmp_path, "--pairs", "1")
+    (tmp_path / "bench.json").write_text(json.dumps({"environment": {"processor": "another"}, "cases": {"x": {}}}))
+    with pytest.raises(UsageError, match="measured on another machine or version"):
+        run(tmp_path, "--cases", "norm-plain")
+    assert json.loads((tmp_path / "bench.json").read_text())["cases"] == {"x": {}}
