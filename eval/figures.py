@@ -1,6 +1,6 @@
 """The figures of the report, drawn from the frames of `records`.
 
-Every placement has one colour and one marker everywhere (Okabe and Ito's palette, safe for colour-blind eyes).
+Every placement has one colour and one marker everywhere (`runkit/looks.py`).
 The same records give the same bytes: nothing is read from the user's Matplotlib settings, and the PNGs carry no
 metadata.
 """
@@ -18,42 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
+from runkit.looks import STYLE, colour_of, marker_of
+
 from .records import FP16_MAX, Frames, at_edge, by_depth, drawn_from, first_and_last, rate_text, recorded_steps, spikes
 
-COLOURS = {
-    "post": "#D55E00",
-    "pre": "#0072B2",
-    "peri": "#009E73",
-    "output": "#E69F00",
-    "pre_post": "#CC79A7",
-    "deepnorm": "#56B4E9",
-    "lns": "#000000",
-    "mix": "#8C7A00",  # the palette's yellow, darkened: on white it cannot be read
-}
-MARKERS = {
-    "post": "o",
-    "pre": "s",
-    "peri": "^",
-    "output": "D",
-    "pre_post": "v",
-    "deepnorm": "P",
-    "lns": "*",
-    "mix": "h",
-}
-OTHER_COLOUR, OTHER_MARKER = "#6E6E6E", "d"
-STYLE = {
-    "font.size": 9.5,
-    "axes.titlesize": 9.5,
-    "axes.labelsize": 9.5,
-    "legend.fontsize": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "lines.markersize": 4.5,
-}
 WIDTH, DPI = 7.5, 120  # 900 pixels
 DEPTH_CROSS = "Dotted: a run that diverged, with a cross at its last finite value over depth."
 SKIP_MARKERS = {"probe": "|", "backward": "x", "forward": "D"}
@@ -71,14 +39,6 @@ class Drawing:
 # --- pieces --------------------------------------------------------------------------------------------------
 
 
-def _colour(placement: str) -> str:
-    return COLOURS.get(placement, OTHER_COLOUR)
-
-
-def _marker(placement: str) -> str:
-    return MARKERS.get(placement, OTHER_MARKER)
-
-
 def _grid(rows: int, columns: int, row_height: float = 2.35, **kwargs) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(WIDTH, row_height * rows + 0.5), dpi=DPI, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
@@ -93,7 +53,7 @@ def _png(figure: Figure) -> bytes:
 def _legend(figure: Figure, frames: Frames, markers: bool, more: list[Line2D] = (), average: str = "") -> None:
     """One legend for the figure: the placements, then what lines and marks mean."""
     handles = [
-        Line2D([], [], color=_colour(p), marker=_marker(p) if markers else "", linewidth=2.2, label=p)
+        Line2D([], [], color=colour_of(p), marker=marker_of(p) if markers else "", linewidth=2.2, label=p)
         for p in frames.placements
     ]
     if average:
@@ -110,8 +70,8 @@ def _legend(figure: Figure, frames: Frames, markers: bool, more: list[Line2D] = 
 def _curves(ax: Axes, data: pd.DataFrame, runs: pd.DataFrame, markers: bool, average: str = "mean") -> None:
     """`data` (run, x, y): a thin line a run, a thick one for the seeds that did not diverge, `x` where one did."""
     for placement, same in runs.groupby("placement", sort=False):
-        style = {"color": _colour(placement)}
-        mark = _marker(placement) if markers else ""
+        style = {"color": colour_of(placement)}
+        mark = marker_of(placement) if markers else ""
         alive = same[same.status != "diverged"].run
         for run, status in zip(same.run, same.status, strict=True):
             line = data[(data.run == run) & np.isfinite(data.y)]
@@ -331,7 +291,7 @@ def spikes_and_loss_scale(frames: Frames) -> tuple[str, bytes | None]:
             width = 5.0 - 3.8 * frames.placements.index(placement) / max(1, len(frames.placements) - 1)
             for run in group.run:
                 of = metrics[metrics.run == run]
-                ax.plot(of.step, of.loss_scale, color=_colour(placement), linewidth=width, drawstyle="steps-post")
+                ax.plot(of.step, of.loss_scale, color=colour_of(placement), linewidth=width, drawstyle="steps-post")
         ax.set_yscale("log", base=2)
         ax.yaxis.set_major_locator(LogLocator(base=2, numticks=7))
         ax.set(title=rate_text(rate), xlabel="step", ylabel="loss scale" if i % columns == 0 else "")
@@ -354,7 +314,7 @@ def _events(ax: Axes, frames: Frames) -> list[str]:
     """One row a run; returns the kinds of skips that occur."""
     runs = frames.pretrained
     for y, (_, run) in enumerate(runs.iterrows()):
-        of, colour = frames.metrics[frames.metrics.run == run.run], _colour(run.placement)
+        of, colour = frames.metrics[frames.metrics.run == run.run], colour_of(run.placement)
         if of.empty:
             continue
         ax.plot([of.step.min(), of.step.max()], [y, y], color=colour, linewidth=2.2, alpha=0.55)

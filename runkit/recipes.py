@@ -36,12 +36,105 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+    """A YAML file that holds a mapping, merged over the file that its field `base` names, if it has one.
+
+    `base` is a path relative to the file that names it, and may have a base itself. See `merge` for what wins.
 
     Raises:
         UserError: no such file, or not readable.
-        UsageError: no YAML, or no mapping.
+        UsageError: no YAML, no mapping, or a base that is no path or leads back to itself.
     """
+    return _read_chain(Path(path), [])
+
+
+def _read_chain(path: Path, above: list[Path]) -> dict[str, Any]:
+    """`read_yaml` for the base of the last file of `above`, or for a file that is nobody's base."""
+    if path.resolve() in [p.resolve() for p in above]:
+        raise UsageError(f"base: the recipes lead in a circle: {' -> '.join(map(str, [*above, path]))}")
+    try:
+        mapping = _read_one(path)
+    except UserError as error:
+        if above:
+            raise type(error)(f"{above[-1]}: base: {error}") from error
+        raise
+    if "base" not in mapping:
+        return mapping
+    base = mapping.pop("base")
+    if not isinstance(base, str) or not base:
+        raise UsageError(f"{path}: base must be the path of another recipe, not {base!r}")
+    return merge(_read_chain(path.parent / base, [*above, path]), mapping)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` over it: sections are merged field by field, all else (lists too) is replaced.
+
+    `null` is a value like any other. For a section it means that nothing of the base's is kept: its fields have
+    their defaults again.
+    """
+    merged = dict(base)
+    for name, value in changes.items():
+        old = merged.get(name)
+        merged[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def at_path(dotted: str, value: Any) -> dict[str, Any]:
+    """`a.b.c` and a value as nested sections."""
+    for name in reversed(dotted.split(".")):
+        value = {name: value}
+    return value
+
+
+def apply_overrides(mapping: dict[str, Any], assignments: list[str], schema: type | None = None) -> dict[str, Any]:
+    """A recipe's mapping with assignments such as `optimizer.learning_rate=1e-3` over it; values are YAML.
+
+    Raises:
+        UsageError: no `field=value`, a field twice, a field of something that is no section, or one that the
+            dataclass `schema` does not have (with the nearest that it has).
+    """
+    seen: set[str] = set()
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        name = name.strip()
+        if not equals or not all(name.split(".")):
+            raise UsageError(f"{assignment!r} is no assignment: write field=value or section.field=value")
+        if not text.strip():
+            raise UsageError(f"{assignment!r} has no value: write {name}=null for none")
+        if name in seen:
+            raise UsageError(f"{name} is assigned twice")
+        seen.add(name)
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise UsageError(f"{name}: {text!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        check_field(mapping, name, schema)
+        mapping = merge(mapping, at_path(name, value))
+    return mapping
+
+
+def check_field(mapping: dict[str, Any], dotted: str, schema: type | None) -> None:
+    """Raise UsageError where `dotted` names no field of `schema`, or goes through a value."""
+    words, here = dotted.split("."), mapping
+    for i, word in enumerate(words):
+        where = "".join(f"{w}." for w in words[:i])
+        if dataclasses.is_dataclass(schema):
+            hints = typing.get_type_hints(schema)
+            if word not in hints:
+                raise UsageError(f"unknown field {where}{word}{did_you_mean(word, list(hints))}")
+            schema = hints[word]
+        last = i == len(words) - 1
+        sectionless = here.get(word) is not None and not isinstance(here[word], dict)
+        if not last and (sectionless or not _may_be_section(schema)):
+            raise UsageError(f"{dotted}: {where}{word} is a value, not a section")
+        here = here[word] if isinstance(here.get(word), dict) else {}
+
+
+def _may_be_section(hint: Any) -> bool:
+    is_dict = (typing.get_origin(hint) or hint) is dict
+    return hint in (None, Any) or dataclasses.is_dataclass(hint) or is_dict
+
+
+def _read_one(path: Path) -> dict[str, Any]:
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -84,8 +177,12 @@ def _spell(hint: Any) -> str:
     )
 
 
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
 def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "") -> T:
-    """Build the dataclass `cls` (sections may be dataclasses) from a mapping.
+    """Build the dataclass `cls` from a mapping. Sections are dataclasses; one that is `null` has its defaults.
 
     Raises:
         UsageError: unknown field (with the nearest known one), missing field, wrong type; the message names
@@ -101,6 +198,8 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "") -> T:
             raise UsageError(f"unknown field {where}{name}{did_you_mean(name, list(known))}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
+            if value is None and _has_default(known[name]):
+                continue
             value = from_mapping(hint, value, f"{where}{name}.")
         elif not _fits(value, hint):
             raise UsageError(f"{where}{name} must be {_spell(hint)}, not {value!r}")
@@ -108,7 +207,7 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "") -> T:
             value = float(value)
         values[name] = value
     for name, field in known.items():
-        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        if name not in values and not _has_default(field):
             raise UsageError(f"the field {where}{name} is missing")
     return cls(**values)
 

@@ -6,6 +6,7 @@ Under `torchrun` or `accelerate launch` the same command runs on several process
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, r
 from runkit.folder import RunFolder, room_for
 from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
-from runkit.recipes import from_mapping, read_yaml, to_mapping
+from runkit.recipes import apply_overrides, from_mapping, read_yaml, to_mapping
 
 from .data import TokenData
 from .engine import LAUNCHED, pick_device, process_count, process_rank
@@ -26,13 +27,13 @@ from .trainer import Trainer
 LARGEST_PADDING = 255  # rows of the embedding that no token uses, for a round number
 
 
-def load_recipe(path: Path) -> tuple[Recipe, TokenData]:
-    """Read and check a recipe with its data, before any work starts.
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, TokenData]:
+    """Read and check a recipe with its data, before any work starts; `overrides` are such as `seed=2`.
 
     Raises:
         UsageError, UserError: names the field or the path.
     """
-    recipe = from_mapping(Recipe, read_yaml(path))
+    recipe = from_mapping(Recipe, apply_overrides(read_yaml(path), overrides, Recipe))
     recipe.check(process_count())
     pick_device(recipe.device)
     check_trackers(recipe.trackers)
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
         args.stop_with_parent = os.getppid()  # Accelerate's launcher leaves its child behind when it is stopped
     start_stage(args)
     stop = StopRequest().install()
-    planned = [(*load_recipe(path), path) for path in args.config]
+    planned = [(*load_recipe(path, args.set), path) for path in args.config]
     names = [recipe.name for recipe, _, _ in planned]
     if len(set(names)) != len(names):
         raise UsageError(f"two recipes have the same name: {', '.join(sorted(n for n in names if names.count(n) > 1))}")
@@ -99,6 +100,8 @@ def _train_one(trainer: Trainer, stop: StopRequest, bar: tqdm) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("python -m scripts.pretrain", "Pretrain the runs that recipes describe, one after another.")
     parser.add_argument("--config", type=Path, nargs="+", action="extend", required=True, help="recipes (YAML)")
+    more = "recipe fields of all of them, such as seed=2 optimizer.learning_rate=1e-3"
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=more)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder in which the run folders stand")
     return parser.parse_args(argv)
 

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from runkit.errors import UsageError, UserError
-from runkit.recipes import differing_fields, dump_yaml, from_mapping, read_yaml, to_mapping
+from runkit.recipes import apply_overrides, differing_fields, dump_yaml, from_mapping, merge, read_yaml, to_mapping
 
 
 @dataclass
@@ -76,3 +76,86 @@ def test_yaml_is_safe_and_keys_stand_once(tmp_path):
 def test_differences_are_named_by_section():
     old, new = {"a": 1, "s": {"x": 1, "y": 2}}, {"a": 1, "s": {"x": 3}, "b": None}
     assert differing_fields(old, new) == ["s.x: 1 -> 3", "s.y: 2 -> None"]
+
+
+# --- inheritance ---------------------------------------------------------------------------------------------
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(exist_ok=True)
+        path.with_suffix(".yaml").write_text(text)
+
+
+def test_a_recipe_says_only_what_differs_from_its_base(tmp_path):
+    write(
+        tmp_path,
+        deep__paper="name: paper\nsteps: 9\nseeds: [1, 2]\nclip: 1.0\nsection: {rate: 1e-3, mode: fp32}\n",
+        middle="base: deep/paper.yaml\nseeds: [3]\nsection: {rate: 5}\n",
+        leaf="base: middle.yaml\nname: leaf\nclip: null\n",
+    )
+    resolved = read_yaml(tmp_path / "leaf.yaml")
+    assert resolved == {
+        "name": "leaf", "steps": 9, "seeds": [3], "clip": None, "section": {"rate": 5, "mode": "fp32"}
+    }  # fmt: skip
+    (tmp_path / "resolved.yaml").write_text(dump_yaml(resolved))
+    assert read_yaml(tmp_path / "resolved.yaml") == resolved  # what a run folder keeps needs no other file
+
+
+def test_a_section_of_null_forgets_the_bases_section():
+    base = {"name": "a", "steps": 3, "section": {"rate": 7.0, "mode": "fp32"}}
+    assert from_mapping(Example, merge(base, {"section": None})).section == Section()
+    assert from_mapping(Example, merge(merge(base, {"section": None}), {"section": {"rate": 2}})).section == Section(
+        2.0
+    )
+    assert base["section"] == {"rate": 7.0, "mode": "fp32"}
+
+
+def test_a_base_that_cannot_be_used_is_named(tmp_path):
+    write(
+        tmp_path,
+        a="base: b.yaml\n",
+        b="base: ./a.yaml\n",
+        c="base: none.yaml\n",
+        d="base: [a.yaml]\n",
+        e="base: f.yaml\n",
+    )
+    write(tmp_path, f="steps: 1\nsteps: 2\n")
+    with pytest.raises(UsageError, match=r"in a circle: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
+        read_yaml(tmp_path / "a.yaml")
+    with pytest.raises(UserError, match=r"c\.yaml: base: cannot read the recipe .*none\.yaml: No such file"):
+        read_yaml(tmp_path / "c.yaml")
+    with pytest.raises(UsageError, match=r"d\.yaml: base must be the path of another recipe, not \['a\.yaml'\]"):
+        read_yaml(tmp_path / "d.yaml")
+    with pytest.raises(UsageError, match=r"e\.yaml: base: .*f\.yaml is not valid YAML: field 'steps' stands twice"):
+        read_yaml(tmp_path / "e.yaml")
+
+
+def test_overrides_are_yaml_and_leave_the_rest_alone():
+    mapping = {"name": "a", "steps": 3, "section": {"mode": "fp32"}}
+    changed = apply_overrides(mapping, ["section.rate=1e-3", "seeds=[1, 2]", "clip=null", "name=b=c"], Example)
+    assert changed == {
+        "name": "b=c", "steps": 3, "section": {"mode": "fp32", "rate": 0.001}, "seeds": [1, 2], "clip": None
+    }  # fmt: skip
+    assert mapping == {"name": "a", "steps": 3, "section": {"mode": "fp32"}}
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["steps"], "'steps' is no assignment: write field=value"),
+        (["section..rate=1"], "is no assignment"),
+        (["clip="], "'clip=' has no value: write clip=null for none"),
+        (["steps=1", "steps=2"], "steps is assigned twice"),
+        (["stepps=1"], r"unknown field stepps \(did you mean 'steps'\?\)"),
+        (["section.rte=1"], r"unknown field section\.rte \(did you mean 'rate'\?\)"),
+        (["sektion.rate=1"], r"unknown field sektion \(did you mean 'section'\?\)"),
+        (["steps.rate=1"], r"steps\.rate: steps is a value, not a section"),
+        (["clip.rate=1"], r"clip\.rate: clip is a value, not a section"),
+        (["steps=[1"], r"steps: '\[1' is not valid YAML"),
+    ],
+)
+def test_overrides_that_say_nothing_are_refused(assignments, message):
+    with pytest.raises(UsageError, match=message):
+        apply_overrides({"name": "a", "steps": 3}, assignments, Example)

@@ -11,7 +11,6 @@ from tiny import ROOT, make_data, run, timeless, write_recipe
 
 from runkit.folder import RunFolder, weights_hash
 
-
 KILLS = 60
 
 

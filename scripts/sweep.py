@@ -1,0 +1,108 @@
+"""Sweeps: `python -m scripts.sweep plan|run|status|table SWEEP.yaml`.
+
+    plan     what would be run: the cells, their tokens and FLOPs
+    run      run the cells that are not finished; stopped at any moment, the same command goes on
+    status   where each cell is
+    table    loss, spikes, skips and divergence as CSV, Markdown and PNG; --best: the best learning rates
+
+What a sweep file holds stands in sweep_cells.py; examples in scripts/recipes/sweeps/.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from runkit.errors import UsageError, make_parser, run_command
+from runkit.folder import write_json
+from runkit.process import StopRequest, stop_with_parent
+
+from .costs import GPUS, flops_per_token
+from .plan import short
+from .sweep_cells import Sweep, label, load_sweep
+from .sweep_run import Way, run_sweep
+from .sweep_table import best_rates, describe_best, write_tables
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{x:{w}s}" for x, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def describe_plan(sweep: Sweep, gpu: str = "h100", mfu: float = 0.4) -> str:
+    """The cells and what they cost together."""
+    rows, flops = [["cell", "steps", "tokens", "status"]], 0.0
+    for cell in sweep.cells:
+        recipe = cell.recipe
+        tokens = recipe.steps * recipe.batch_size * recipe.sequence_length
+        flops += tokens * flops_per_token(recipe.model_config(), recipe.sequence_length)
+        rows.append([cell.name, f"{recipe.steps:,}", short(tokens), cell.state])
+    grid = [f"  {field}: {', '.join(map(label, values))}" for field, values in sweep.grid.items()]
+    hours = flops / (GPUS[gpu][0] * mfu) / 3600
+    cost = f"{short(flops)} FLOPs, {hours:,.1f} GPU-hours"
+    return "\n".join(
+        [
+            f"{sweep.name}: {len(sweep.cells)} cells in {sweep.path}",
+            *grid,
+            f"{cost} ({gpu}, MFU {mfu:.0%}; 6N + 12 L H Q T a token, see scripts/costs.py)",
+            "",
+            _aligned(rows),
+        ]
+    )
+
+
+def describe_status(sweep: Sweep) -> str:
+    """A line a cell, and how many are in which state."""
+    rows, states = [["cell", "status", "step", "loss", "skipped", ""]], {}
+    for cell in sweep.cells:
+        state, records = cell.state, cell.run.metrics()
+        states[state] = states.get(state, 0) + 1
+        last = records[-1] if records else {}
+        loss = f"{last['loss']:.4f}" if last.get("loss") is not None else ""
+        skipped = str(last["skips_total"]) if last else ""
+        reason = str(cell.run.summary.get("reason") or "")
+        rows.append([cell.name, state, f"{len(records)}/{cell.recipe.steps}", loss, skipped, reason])
+    counts = ", ".join(f"{n} {state}" for state, n in states.items())
+    return f"{_aligned(rows)}\n\n{len(sweep.cells)} cells: {counts}"
+
+
+def main(args: argparse.Namespace) -> None:
+    sweep = load_sweep(args.sweep, args.runs)
+    if args.verb == "plan":
+        print(describe_plan(sweep))
+    elif args.verb == "status":
+        print(describe_status(sweep))
+    elif args.verb == "run":
+        for name, least in (("jobs", 1), ("retries", 0)):
+            if getattr(args, name) < least:
+                raise UsageError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+        stop = StopRequest().install()
+        stop_with_parent(args.stop_with_parent)
+        way = Way(args.jobs, args.threads, args.retries, args.launch)
+        run_sweep(sweep, way, stop, lambda text: print(text, flush=True))
+    elif args.best:
+        rows = best_rates(sweep, args.seed)
+        print(json.dumps(rows, indent=2) if args.json else describe_best(rows))
+        write_json(sweep.path / "best.json", rows)
+    else:
+        write_tables(sweep, with_figure=not args.no_figure)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("python -m scripts.sweep", "Placements x learning rates x seeds, from one YAML.")
+    parser.add_argument("verb", choices=("plan", "run", "status", "table"), help="what to do")
+    parser.add_argument("sweep", type=Path, help="sweep (YAML): a recipe with a grid")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder in which the sweep's folder stands")
+    parser.add_argument("--jobs", type=int, default=1, help="run: cells at a time")
+    parser.add_argument("--retries", type=int, default=1, help="run: further attempts for a cell that failed")
+    parser.add_argument("--launch", metavar="WORDS", help="run: in place of python, 'torchrun --nproc-per-node 8', say")
+    parser.add_argument("--best", action="store_true", help="table: the rates of lowest final loss at one seed")
+    parser.add_argument("--seed", type=int, help="table --best: the seed; the smallest of the grid when left out")
+    parser.add_argument("--json", action="store_true", help="table --best: as JSON")
+    parser.add_argument("--no-figure", action="store_true", help="table: no PNG")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    sys.exit(run_command(main, arguments))
