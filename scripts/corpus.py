@@ -1,185 +1,265 @@
-"""Text: where the documents come from, in one fixed order, without duplicates, split into train and held-out.
+"""Documents on their way to tokens: checked, without duplicates, split into train and held-out, in batches.
 
-A document is a (name, text) pair. `installed-python` is the text that every machine with this project has:
-the Python standard library and the installed packages. Of every second source file only the docstrings are
-taken, of the others the whole source; documentation (.md, .rst, .txt, package descriptions) is taken whole.
+Each batch carries a mark: everything that another process needs to go on after it as if nothing had happened.
 """
 
-import ast
-import gzip
 import hashlib
 import json
-import sysconfig
-import warnings
-import zlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from runkit.errors import UserError
 
-INSTALLED = "installed-python"
-DOCUMENTATION = {".md", ".rst", ".txt"}
-LONGEST_FILE = 200_000  # bytes; longer ones are data in the shape of text
-SKIPPED_FOLDERS = {"__pycache__", "test", "tests", "site-packages", "dist-packages", "idlelib", "licenses"}
+from .sources import INSTALLED as INSTALLED
+from .sources import TOO_LONG, UNDECODABLE, Document, Source, digest64
+
+BATCH_DOCUMENTS, BATCH_BYTES = 256, 1 << 20
+LISTED = 10_000  # names listed for each reason of skipping; all are counted
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is taken of a source.
+
+    Attributes:
+        heldout_share: of the documents, by a hash of their names.
+        max_bytes: reading ends with the document that reaches it; None: no limit.
+        heldout_documents: so many are held out at most; later ones go to training. None: no limit.
+        max_document_bytes: longer documents are skipped; None: no limit.
+    """
+
+    heldout_share: float
+    max_bytes: int | None = None
+    heldout_documents: int | None = None
+    max_document_bytes: int | None = None
 
 
 @dataclass
+class Mark:
+    """The state of a reading between two batches; JSON by `vars`.
+
+    Attributes:
+        position: of the source.
+        documents, bytes: read and kept so far, for training and held out.
+        waiting: [part, name, text] of documents whose part is not decided yet.
+        settled: there is a training and a held-out document; from then on the hash of the name decides alone.
+        lengths: bytes of the record files.
+        done: the source has no more, or the limit is reached.
+    """
+
+    position: Any = None
+    documents: int = 0
+    bytes: int = 0
+    heldout_documents: int = 0
+    heldout_bytes: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    waiting: list[list[str]] = field(default_factory=list)
+    settled: bool = False
+    lengths: dict[str, int] = field(default_factory=dict)
+    done: bool = False
+
+
+@dataclass
+class Batch:
+    """Training texts, and the mark behind them."""
+
+    texts: list[str]
+    mark: Mark
+
+
+class HashSet:
+    """64-bit numbers in one flat table, at most half full: 16 to 32 bytes a number where Python's set takes 70.
+
+    Two different documents in 30 million share 8 bytes of hash with a probability of 2e-5.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._allot(1 << 12)
+
+    def _allot(self, size: int) -> None:
+        self._mask, self._table = size - 1, memoryview(np.zeros(size, dtype=np.uint64))
+
+    def add(self, number: int) -> bool:
+        """True where the number is new."""
+        number = number or 1  # 0 marks a free place
+        table, mask, place = self._table, self._mask, number & self._mask
+        while table[place]:
+            if table[place] == number:
+                return False
+            place = (place + 1) & mask
+        table[place] = number
+        self._count += 1
+        if self._count * 2 > mask:
+            self._allot(2 * (mask + 1))
+            self._count = 0
+            for old in table:
+                if old:
+                    self.add(old)
+        return True
+
+
+class Records:
+    """The files written while reading, each cut back to what a mark says: held-out text, skipped names, hashes."""
+
+    NAMES = ("heldout.jsonl", "skipped.jsonl", "hashes.bin")
+
+    def __init__(self, folder: Path, lengths: dict[str, int]):
+        self.files = {}
+        for name in self.NAMES:
+            file = open(folder / name, "ab")  # noqa: SIM115
+            file.truncate(lengths.get(name, 0))
+            file.seek(0, 2)
+            self.files[name] = file
+
+    def write(self, name: str, data: bytes) -> None:
+        self.files[name].write(data)
+
+    def line(self, name: str, record: dict[str, str]) -> None:
+        self.write(name, (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+
+    def lengths(self) -> dict[str, int]:
+        return {name: file.tell() for name, file in self.files.items()}
+
+    def sync(self) -> None:
+        """Everything written so far is on the disk."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def end(self, lengths: dict[str, int]) -> None:
+        """Drop what was read ahead of the last mark, and close."""
+        for name, file in self.files.items():
+            file.truncate(lengths.get(name, 0))
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+
 class Corpus:
-    """Documents in their fixed order, and what was left out and why."""
+    """The documents of a source, from a mark on.
 
-    train: list[tuple[str, str]]
-    heldout: list[tuple[str, str]]
-    skipped: dict[str, list[str]] = field(default_factory=dict)
+    The split is by document, from a hash of its name, so that it does not change when documents are added. If
+    chance leaves the held-out part empty, the last document is held out, or, of a single document, its end.
 
+    Args:
+        records: where the reading leaves its traces; None: nowhere (a look at the text, for a tokenizer).
+        hashes: of the documents kept before `mark`.
+    """
 
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    def __init__(
+        self, source: Source, limits: Limits, records: Records | None = None, mark: Mark | None = None, hashes=()
+    ):
+        self.source, self.limits, self.records, self.mark = source, limits, records, mark or Mark()
+        self._seen = HashSet()
+        for number in hashes:
+            self._seen.add(number)
 
+    def batches(self) -> Iterator[Batch]:
+        """The training text, in batches that depend on nothing but the source and the limits."""
+        mark = self.mark
+        texts, size = [], 0
+        for document in self._kept(mark):
+            texts += self._placed(document)
+            size += len(document.text)
+            full = self.limits.max_bytes is not None and mark.bytes >= self.limits.max_bytes
+            # Of what is read, not of what is for training: else a mark would depend on where a process began.
+            if size >= BATCH_BYTES or mark.documents % BATCH_DOCUMENTS == 0 or full:
+                if full:
+                    break
+                yield Batch(texts, self._snapshot())
+                texts, size = [], 0
+        texts += self._last()
+        mark.done = True
+        yield Batch(texts, self._snapshot())
 
-def _docstrings(source: str) -> str:
-    """All docstrings of a Python file, module first."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # bad escapes in somebody else's file
-        tree = ast.parse(source)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
-    return "\n\n".join(d for d in found if d)
+    def _snapshot(self) -> Mark:
+        mark = self.mark
+        mark.position = self.source.position()
+        if self.records:
+            mark.lengths = self.records.lengths()
+        return Mark(**json.loads(json.dumps(vars(mark))))
 
-
-def _installed_files() -> list[tuple[str, Path]]:
-    """(name, path) of every candidate, in the order of a hash of the name: a fixed shuffle."""
-    paths = sysconfig.get_paths()
-    roots = {"stdlib": Path(paths["stdlib"]), "packages": Path(paths["purelib"])}
-    files = []
-    for label, root in roots.items():
-        for path in root.rglob("*"):
-            parts = path.relative_to(root).parts
-            wanted = path.suffix in {".py", *DOCUMENTATION} or path.name == "METADATA"
-            if wanted and not SKIPPED_FOLDERS.intersection(parts[:-1]):
-                files.append(("/".join((label, *parts)), path))
-    return sorted(files, key=lambda item: (_digest(item[0]), item[0]))
-
-
-def _read(path: Path) -> str:
-    data = path.read_bytes()
-    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-
-
-def _installed_documents(skip) -> Iterator[tuple[str, str]]:
-    for name, path in _installed_files():
-        try:
-            if path.stat().st_size > LONGEST_FILE:
-                skip("too long", name)
+    # --- which documents ---------------------------------------------------------------------------------
+    def _kept(self, mark: Mark) -> Iterator[Document]:
+        longest = self.limits.max_document_bytes
+        for name, text, problem in self.source.read(mark.position):
+            text = text.strip()
+            try:
+                encoded = text.encode()
+            except UnicodeEncodeError:  # half a surrogate pair, as JSON may hold
+                encoded, problem = b"", UNDECODABLE
+            key = int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
+            if problem is None and not text:
+                problem = "empty"
+            elif problem is None and longest is not None and len(encoded) > longest:
+                problem = TOO_LONG
+            elif problem is None and not self._seen.add(key):
+                problem = "duplicate"
+            if problem is not None:
+                self._skip(problem, name)
                 continue
-            text = _read(path)
-            if path.suffix == ".py" and _digest(name) // 2 % 2:
-                text = _docstrings(text)
-        except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
-            skip("unreadable", name)
-            continue
-        yield name, text
+            mark.documents += 1
+            mark.bytes += len(encoded)
+            if self.records:
+                self.records.write("hashes.bin", key.to_bytes(8, "little"))
+            yield Document(name, text)
 
+    def _skip(self, reason: str, name: str) -> None:
+        count = self.mark.skipped.get(reason, 0)
+        self.mark.skipped[reason] = count + 1
+        if self.records and count < LISTED:
+            self.records.line("skipped.jsonl", {"reason": reason, "name": name})
 
-def _file_documents(path: Path, name: str) -> Iterator[tuple[str, str]]:
-    """The documents of one .txt, .jsonl(.gz) or .parquet file.
-
-    Raises:
-        UserError: unreadable, or a record without a `text`; names the path and the line.
-    """
-    try:
-        if path.suffix == ".txt":
-            yield name, _read(path)
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet as parquet
-
-            file = parquet.ParquetFile(path)
-            if "text" not in file.schema_arrow.names:
-                raise UserError(f"{path} has no column 'text' (it has {', '.join(file.schema_arrow.names)})")
-            row = 0
-            for batch in file.iter_batches(columns=["text"]):
-                for value in batch.column(0).to_pylist():
-                    if value is not None and not isinstance(value, str):
-                        raise UserError(f"{path}: the column 'text' holds {type(value).__name__}, not text")
-                    yield f"{name}:{row}", value or ""
-                    row += 1
+    # --- which part --------------------------------------------------------------------------------------
+    def _placed(self, document: Document) -> list[str]:
+        """The texts that this document releases for training."""
+        mark, most = self.mark, self.limits.heldout_documents
+        taken = mark.heldout_documents + sum(part == "heldout" for part, _, _ in mark.waiting)
+        chosen = digest64("split " + document.name) % 10_000 < self.limits.heldout_share * 10_000
+        part = "heldout" if chosen and (most is None or taken < most) else "train"
+        if mark.settled:
+            return self._release([[part, document.name, document.text]])
+        mark.waiting.append([part, document.name, document.text])
+        parts = {part for part, _, _ in mark.waiting}
+        mark.settled = len(parts) == 2
+        if mark.settled:
+            ready, mark.waiting = mark.waiting, []
+        elif parts == {"train"}:  # the last one may have to be held out
+            ready, mark.waiting = mark.waiting[:-1], mark.waiting[-1:]
         else:
-            for i, line in enumerate(_read(path).split("\n")):
-                if line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                        raise UserError(f"{path}, line {i + 1}: no field 'text' with a string")
-                    yield f"{name}:{i}", record["text"]
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: not UTF-8 text") from error
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+            ready = []
+        return self._release(ready)
 
+    def _release(self, documents: list[list[str]]) -> list[str]:
+        for part, name, text in documents:
+            if part == "heldout":
+                self.mark.heldout_documents += 1
+                self.mark.heldout_bytes += len(text.encode())
+                if self.records:
+                    self.records.line("heldout.jsonl", {"name": name, "text": text})
+        return [text for part, _, text in documents if part == "train"]
 
-def _folder_documents(source: str) -> Iterator[tuple[str, str]]:
-    root = Path(source)
-    if not root.exists():
-        raise UserError(f"no text found: {root} does not exist")
-    suffixes = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    files = [p for p in files if p.name.endswith(suffixes)]
-    if not files:
-        raise UserError(f"no text found: {root} has no {', '.join(suffixes)} file")
-    for path in files:
-        yield from _file_documents(path, path.name if path == root else path.relative_to(root).as_posix())
-
-
-def read_corpus(source: str, max_bytes: int, heldout_share: float) -> Corpus:
-    """Read at most `max_bytes` of text from `source` (`installed-python`, a folder or a file).
-
-    The split is by document (for .txt and Python files: by file), from a hash of the document's name, so that
-    it does not change when documents are added. If chance leaves the held-out part empty, the last document
-    is held out, or, of a single document, its end.
-
-    Raises:
-        UserError: no text found, or an unreadable file of the user's; names the path.
-    """
-    skipped: dict[str, list[str]] = {}
-
-    def skip(reason: str, name: str) -> None:
-        skipped.setdefault(reason, []).append(name)
-
-    documents = _installed_documents(skip) if source == INSTALLED else _folder_documents(source)
-    corpus, seen, size = Corpus([], [], skipped), set(), 0
-    for name, text in documents:
-        text = text.strip()
-        try:
-            encoded = text.encode()
-        except UnicodeEncodeError:  # half a surrogate pair, as JSON may hold
-            skip("unreadable", name)
-            continue
-        key = hashlib.sha256(encoded).digest()
-        if not text:
-            skip("empty", name)
-        elif key in seen:
-            skip("duplicate", name)
-        else:
-            seen.add(key)
-            part = corpus.heldout if _digest("split " + name) % 10_000 < heldout_share * 10_000 else corpus.train
-            part.append((name, text))
-            size += len(encoded)
-            if size >= max_bytes:
-                break
-    if not corpus.train and not corpus.heldout:
-        raise UserError(f"no text found: every document of {source} is empty")
-    return _balance(corpus, heldout_share)
-
-
-def _balance(corpus: Corpus, heldout_share: float) -> Corpus:
-    if not corpus.train:
-        corpus.train, corpus.heldout = corpus.heldout, []
-    if not corpus.heldout and len(corpus.train) > 1:
-        corpus.heldout.append(corpus.train.pop())
-    elif not corpus.heldout:
-        name, text = corpus.train[0]
-        cut = text.rfind("\n", 0, int(len(text) * (1 - heldout_share)))
-        cut = cut if cut > 0 else int(len(text) * (1 - heldout_share))
-        corpus.train, corpus.heldout = [(name, text[:cut])], [(name + " (end)", text[cut:].strip() or text[-1:])]
-    return corpus
+    def _last(self) -> list[str]:
+        """What still waits at the end finds its place."""
+        mark = self.mark
+        if not mark.documents:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in mark.skipped.items()) or "there is none"
+            raise UserError(f"no text found: every document of the source was skipped ({reasons})")
+        waiting, mark.waiting = mark.waiting, []
+        if not waiting:
+            return []
+        _, name, text = waiting[-1]
+        if mark.documents == 1:
+            share = 1 - self.limits.heldout_share
+            cut = text.rfind("\n", 0, int(len(text) * share))
+            cut = cut if cut > 0 else int(len(text) * share)
+            self._release([["heldout", name + " (end)", text[cut:].strip() or text[-1:]]])
+            return [text[:cut]]
+        self._release([["heldout", name, text]])
+        return [text for _, _, text in waiting[:-1]]

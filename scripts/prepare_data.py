@@ -1,146 +1,358 @@
-"""Text to tokens: `python -m scripts.prepare_data --source installed-python --out data/`."""
+"""Text to token shards: `python -m scripts.prepare_data --source installed-python --out data/`.
+
+The work goes on in a hidden folder beside the result (`.data.<hash of the options>.work`) and is committed every few
+seconds; a process killed at any moment is gone on from there by the same command. The result appears by a rename and
+is the same to the byte, whatever happened on the way and however many workers there were.
+"""
 
 import argparse
+import errno
+import fcntl
+import glob
 import hashlib
 import json
+import os
+import shutil
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from runkit.errors import UsageError, UserError, make_parser, run_command
-from runkit.folder import read_json, write_folder, write_json
+from runkit.folder import read_json, room_for, sha256_of, write_folder, write_json
 from runkit.process import start_stage
 
-from .corpus import INSTALLED, Corpus, read_corpus
+from .corpus import Batch, Corpus, Limits, Mark, Records
+from .data import TokenData
+from .encoders import Encoders
+from .shards import LARGEST_SHARD, ShardWriter, token_dtype
+from .sources import HUB, INSTALLED, InstalledPython, Source, open_source
+from .tokenization import BPE, TIKTOKEN, load_tokenizer, vocabulary_size
+from .tokenization import SPECIAL_TOKENS as SPECIAL_TOKENS
+from .tokenization import check_vocab_size as check_vocab_size
+from .tokenization import train_tokenizer as train_tokenizer
 
-END_OF_TEXT, PAD = "<|end_of_text|>", "<|pad|>"
-# Reserved from the start, so that fine-tuning on conversations adds no row to the embedding.
-ROLES = ("<|user|>", "<|assistant|>", "<|end_of_turn|>")
-SPECIAL_TOKENS = (END_OF_TEXT, PAD, *ROLES)
-# Words with their leading space, numbers in groups of three, punctuation, white space.
-SPLIT_PATTERN = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def check_vocab_size(vocab_size: int) -> None:
-    """Raise UsageError where the vocabulary is smaller than the 256 bytes and the special tokens."""
-    smallest = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise UsageError(
-            f"vocab_size {vocab_size} is smaller than the 256 bytes and {len(SPECIAL_TOKENS)} special tokens: "
-            f"it must be at least {smallest}"
-        )
+DEFAULT_SOURCE = HUB + "mlfoundations/dclm-baseline-1.0"
+SAVE_SECONDS = 20.0
 
 
-def train_tokenizer(texts: list[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text can be encoded, and decoding gives it back.
+@dataclass(frozen=True)
+class Options:
+    """Everything that decides the result; recorded in index.json, part of the fingerprint.
 
-    Raises:
-        UsageError: the vocabulary is too small for the 256 bytes and the special tokens.
+    Attributes:
+        source, dataset_config, split, revision, text_column: see `open_source`.
+        tokenizer: `bpe`, `cl100k_base`, or a folder or Hub id.
+        vocab_size: of the BPE; None where the tokenizer is another.
+        context: the tokenizer's model_max_length; None: the tokenizer's own (512 for the BPE, 8192 for cl100k_base).
+        sample_bytes: the BPE is trained on so much of the training text, from its start.
+        max_tokens: tokenizing ends with the document that reaches it; None: no limit.
+        others: see `Limits`.
     """
-    check_vocab_size(vocab_size)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
-    )
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=PAD,
-        extra_special_tokens=list(ROLES),
-        model_max_length=context,
-        clean_up_tokenization_spaces=False,
-    )
+
+    source: str
+    vocab_size: int | None = None
+    max_bytes: int | None = None
+    heldout_share: float = 0.02
+    context: int | None = None
+    dataset_config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_column: str = "text"
+    tokenizer: str = BPE
+    tokenizer_revision: str | None = None
+    sample_bytes: int = 1 << 26
+    max_tokens: int | None = None
+    heldout_documents: int | None = None
+    max_document_bytes: int | None = None
+    shard_tokens: int = 1 << 27
+
+    def check(self) -> None:
+        """Raise UsageError for what cannot be, before anything is read."""
+        if self.tokenizer == BPE:
+            check_vocab_size(self.vocab_size)
+        if not 0 < self.heldout_share < 1:
+            raise UsageError(f"heldout_share must lie between 0 and 1, not {self.heldout_share}")
+        for name in ("max_bytes", "max_tokens", "max_document_bytes", "sample_bytes", "heldout_documents"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
+        if not 1 <= self.shard_tokens <= LARGEST_SHARD:
+            raise UsageError(f"shard_tokens must lie between 1 and {LARGEST_SHARD}, not {self.shard_tokens}")
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.heldout_share, self.max_bytes, self.heldout_documents, self.max_document_bytes)
+
+    def open_source(self) -> Source:
+        return open_source(self.source, self.text_column, self.dataset_config, self.split, self.revision)
 
 
-def write_tokens(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, out: Path, fingerprint: str, options: dict
-) -> None:
-    """Tokens of the training documents, each followed by the end-of-text token, and the index last."""
-    size = len(tokenizer)
-    dtype = np.dtype("<u2" if size <= 1 << 16 else "<u4")
-    ends, total = [], 0
-    with open(out / "train.bin", "wb") as file:
-        for start in tqdm(range(0, len(corpus.train), 256), desc="tokens", unit="batch of documents"):
-            texts = [text for _, text in corpus.train[start : start + 256]]
-            for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
-                ids = np.asarray([*encoding.ids, tokenizer.eos_token_id], dtype=dtype)
-                file.write(ids.tobytes())
-                total += len(ids)
-                ends.append(total)
-    with open(out / "heldout.jsonl", "w", encoding="utf-8") as file:
-        for name, text in corpus.heldout:
-            file.write(json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n")
-    index = {
-        "dtype": str(dtype.name),
-        "tokens": total,
-        "vocab_size": size,
-        "documents": len(corpus.train),
-        "document_ends": ends,
-        "bytes": sum(len(text.encode()) for _, text in corpus.train),
-        "heldout_documents": len(corpus.heldout),
-        "heldout_bytes": sum(len(text.encode()) for _, text in corpus.heldout),
-        "skipped": {reason: {"count": len(names), "names": names} for reason, names in corpus.skipped.items()},
-        "options": options,
-        "fingerprint": fingerprint,
-    }
-    write_json(out / "index.json", index)
-
-
-def prepare(source: str, out: Path, vocab_size: int, max_bytes: int, heldout_share: float, context: int) -> dict:
+def prepare(
+    source: str,
+    out: Path,
+    vocab_size: int | None = None,
+    max_bytes: int | None = None,
+    heldout_share: float = 0.02,
+    context: int | None = None,
+    *,
+    workers: int = 1,
+    save_seconds: float = SAVE_SECONDS,
+    tiktoken_file: str | None = None,
+    bar: int | None = None,
+    **more: Any,
+) -> dict:
     """Prepare `out`, whole or not at all; data that stands there with the same options is kept.
 
+    Args:
+        workers: tokenizing processes.
+        save_seconds: a kill costs at most so much work.
+        tiktoken_file: a rank file, where tiktoken shall not fetch it.
+        bar: line of the progress bar; None: no bar.
+        more: other fields of `Options`.
     Returns:
         index.json's content.
     Raises:
-        UsageError, UserError: see `read_corpus`, `train_tokenizer`; or `out` holds something else.
+        UsageError, UserError: options, source or tokenizer are impossible; or `out` holds something else.
     """
-    check_vocab_size(vocab_size)
-    if not 0 < heldout_share < 1:
-        raise UsageError(f"heldout_share must lie between 0 and 1, not {heldout_share}")
-    if max_bytes < 1:
-        raise UsageError(f"max_bytes must be at least 1, not {max_bytes}")
-    where = source if source == INSTALLED else str(Path(source).resolve())
-    options = {"source": where, "vocab_size": vocab_size, "max_bytes": max_bytes, "heldout_share": heldout_share}
-    options["context"] = context
-    if (out / "index.json").exists():
-        index = read_json(out / "index.json")
-        if index["options"] != options:
-            raise UserError(f"{out} holds data of other options ({index['options']}); give another folder")
+    if more.get("tokenizer", BPE) == BPE:
+        vocab_size, context = vocab_size or 2048, context or 512
+    elif vocab_size is not None:
+        raise UsageError(f"vocab_size belongs to the tokenizer {BPE}; {more['tokenizer']} has its own")
+    if workers < 1:
+        raise UsageError(f"workers must be at least 1, not {workers}")
+    if Path(more.get("tokenizer", BPE)).is_dir():
+        more["tokenizer"] = str(Path(more["tokenizer"]).resolve())
+    local = source != INSTALLED and not source.startswith(HUB)
+    options = Options(
+        str(Path(source).resolve()) if local else source, vocab_size, max_bytes, heldout_share, context, **more
+    )
+    options.check()
+    if (index := _standing(out, options)) is not None:
         return index
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty and holds no prepared data; give another folder")
-    print(f"reading text from {source}")
-    corpus = read_corpus(source, max_bytes, heldout_share)
-    tokenizer = train_tokenizer([text for _, text in corpus.train], vocab_size, context)
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for _, text in corpus.train:
-        digest.update(hashlib.sha256(text.encode()).digest())
-    with write_folder(out) as folder:
-        tokenizer.save_pretrained(folder / "tokenizer")
-        write_tokens(corpus, tokenizer, folder, digest.hexdigest(), options)
+    with room_for(out), _work_folder(out, options) as work:
+        if _standing(out, options) is None:  # else another process was here while we waited for the folder
+            if not (work / "index.json").exists():
+                _fill(work, options, workers, save_seconds, tiktoken_file, bar)
+            _publish(work, out)
     return read_json(out / "index.json")
 
 
+def _standing(out: Path, options: Options) -> dict | None:
+    """The index of data that stands at `out` already."""
+    if (out / "index.json").exists():
+        index = read_json(out / "index.json")
+        if index.get("options") != asdict(options):
+            raise UserError(f"{out} holds data of other options ({index.get('options')}); give another folder")
+        return index
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty and holds no prepared data; give another folder")
+    return None
+
+
+# --- the folder of unfinished work ------------------------------------------------------------------------
+@contextmanager
+def _work_folder(out: Path, options: Options) -> Iterator[Path]:
+    """The hidden folder of this work, held for this process alone."""
+    key = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:8]
+    work = out.with_name(f".{out.name}.{key}.work")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        if not os.access(work, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"cannot write {work}: {error.strerror}") from error
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_held(work))
+        except BlockingIOError as error:
+            raise UserError(f"{out} is being prepared by another process; wait for it or stop it") from error
+        yield work
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Lock a folder; the lock dies with the process. Raises BlockingIOError where another holds it."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _publish(work: Path, out: Path) -> None:
+    """The finished work takes its name; unfinished work of other options for the same name has no more use."""
+    for name in ("state.json", "source.json", "hashes.bin"):
+        (work / name).unlink(missing_ok=True)
+    try:
+        os.rename(work, out)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise UserError(f"{out} has been filled by something else meanwhile; the data lies in {work}") from error
+        raise
+    for stale in out.parent.glob(f".{glob.escape(out.name)}.*.work"):
+        try:
+            with _held(stale):
+                shutil.rmtree(stale, ignore_errors=True)
+        except BlockingIOError:  # somebody is at it, and will be told at the end
+            pass
+
+
+def _pinned(work: Path, source: Source) -> dict[str, Any]:
+    """What the source was when the work began."""
+    if (work / "source.json").exists():
+        try:
+            return source.pin(read_json(work / "source.json"))
+        except UserError as error:
+            if not isinstance(source, InstalledPython):
+                raise UserError(f"{error}: remove {work} to start over") from error
+            tqdm.write("the installed packages have changed since this began: starting over")
+            for path in work.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(work / "source.json", source.pin(None))
+    return source.pin(read_json(work / "source.json"))
+
+
+def _tokenizer(work: Path, source: Source, options: Options, tiktoken_file: str | None) -> PreTrainedTokenizerFast:
+    """The tokenizer of this work, made once."""
+    folder = work / "tokenizer"
+    if not folder.exists():
+        if options.tokenizer == BPE:
+            made = train_tokenizer(_sample(source, options), options.vocab_size, options.context)
+        else:
+            made = load_tokenizer(options.tokenizer, options.tokenizer_revision, tiktoken_file, options.context)
+        with write_folder(folder) as temporary:
+            made.save_pretrained(temporary)
+    return load_tokenizer(str(folder))
+
+
+def _sample(source: Source, options: Options) -> Iterator[str]:
+    size = 0
+    for batch in Corpus(source, options.limits).batches():
+        for text in batch.texts:
+            yield text
+            size += len(text)
+            if size >= options.sample_bytes:
+                return
+
+
+# --- the work ---------------------------------------------------------------------------------------------
+def _fill(
+    work: Path, options: Options, workers: int, save_seconds: float, tiktoken_file: str | None, bar: int | None
+) -> None:
+    """Everything that the finished folder holds, index.json last."""
+    source = options.open_source()
+    pinned = _pinned(work, source)
+    tokenizer = _tokenizer(work, source, options, tiktoken_file)
+    state = read_json(work / "state.json") if (work / "state.json").exists() else None
+    mark = Mark(**state["mark"]) if state else Mark()
+    records = Records(work, mark.lengths)
+    vocabulary = vocabulary_size(tokenizer)
+    dtype = token_dtype(vocabulary)
+    shards = ShardWriter(work, dtype, options.shard_tokens, state and state["shards"])
+    looks = {"unit": "tok", "unit_scale": True, "smoothing": 0.05, "dynamic_ncols": True, "position": bar or 0}
+    progress = tqdm(total=options.max_tokens, desc="tokens", initial=shards.tokens, disable=bar is None, **looks)
+
+    def save(mark: Mark) -> None:
+        records.sync()
+        shards.sync()
+        write_json(work / "state.json", {"mark": vars(mark), "shards": shards.state()})
+
+    if not mark.done:
+        hashes = memoryview(np.fromfile(work / "hashes.bin", dtype=np.uint64))
+        corpus = Corpus(source, options.limits, records, mark, hashes)
+        encoders = Encoders(workers, work / "tokenizer" / "tokenizer.json", tokenizer.eos_token_id, dtype)
+        try:
+            last = time.monotonic()
+            batches = ((batch.texts, batch) for batch in corpus.batches())
+            for ids, lengths, batch in encoders.map(batches):
+                mark = batch.mark
+                mark.done |= _append(shards, ids, lengths, batch, options.max_tokens)
+                progress.update(shards.tokens - progress.n)
+                if mark.done or time.monotonic() - last >= save_seconds:
+                    save(mark)
+                    last = time.monotonic()
+                if mark.done:
+                    break
+        finally:
+            encoders.close()
+            progress.close()
+    records.end(mark.lengths)
+    _end(work, options, pinned, vocabulary, mark, shards)
+
+
+def _append(shards: ShardWriter, ids: np.ndarray, lengths: np.ndarray, batch: Batch, most: int | None) -> bool:
+    """Write a batch; True where the tokens asked for are reached."""
+    sizes = [len(text.encode()) for text in batch.texts]
+    count = len(lengths)
+    if most is not None:
+        totals = shards.tokens + np.cumsum(lengths)
+        count = min(count, int(np.searchsorted(totals, most)) + 1)
+    shards.append(ids[: int(lengths[:count].sum())], lengths[:count], sum(sizes[:count]))
+    return most is not None and shards.tokens >= most
+
+
+def _end(
+    work: Path, options: Options, pinned: dict[str, Any], vocabulary: int, mark: Mark, shards: ShardWriter
+) -> None:
+    """The index, and with it the end of the work."""
+    if not mark.heldout_documents:  # max_tokens came before chance, or the end, held a document out
+        _, name, text = mark.waiting[-1]
+        mark.heldout_documents, mark.heldout_bytes = 1, len(text.encode())
+        line = json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n"
+        (work / "heldout.jsonl").write_text(line, encoding="utf-8")
+    entries = shards.end()
+    digest = hashlib.sha256(json.dumps([asdict(options), entries], sort_keys=True).encode())
+    digest.update(sha256_of(work / "tokenizer" / "tokenizer.json", work / "heldout.jsonl").encode())
+    index = {
+        "dtype": shards.dtype.name,
+        "tokens": shards.tokens,
+        "vocab_size": vocabulary,
+        "documents": shards.documents,
+        "bytes": shards.bytes,
+        "heldout_documents": mark.heldout_documents,
+        "heldout_bytes": mark.heldout_bytes,
+        "skipped": {reason: {"count": count} for reason, count in sorted(mark.skipped.items())},
+        "shard_tokens": options.shard_tokens,
+        "shards": entries,
+        "source": pinned,
+        "options": asdict(options),
+        "fingerprint": digest.hexdigest(),
+    }
+    write_json(work / "index.json", index)
+
+
+# --- the command ------------------------------------------------------------------------------------------
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    index = prepare(args.source, args.out, args.vocab_size, args.max_bytes, args.heldout_share, args.context)
+    if args.verify:
+        TokenData(args.out).verify()
+        print(f"{args.out}: every shard is what index.json says")
+        return
+    if args.max_bytes is None and args.max_tokens is None and args.source == INSTALLED:
+        args.max_bytes = 8_000_000
+    chosen = {
+        name: getattr(args, name) for name in Options.__dataclass_fields__ if name not in ("source", "vocab_size")
+    }
+    print(f"reading text from {args.source}")
+    index = prepare(
+        args.source,
+        args.out,
+        args.vocab_size,
+        workers=args.workers,
+        save_seconds=args.save_seconds,
+        tiktoken_file=args.tiktoken_file,
+        bar=args.bar,
+        **chosen,
+    )
     skipped = ", ".join(f"{v['count']} {k}" for k, v in index["skipped"].items()) or "none"
     print(
         f"{args.out}: {index['documents']} documents, {index['bytes'] / 1e6:.1f} MB, {index['tokens']:,} tokens of "
@@ -148,14 +360,39 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
+def whole_number(text: str) -> int:
+    """A whole number, 8e9 and 2**27 included."""
+    base, power = text.split("**") if "**" in text else (text, "1")
+    number = float(base) ** int(power)
+    if number != int(number):
+        raise ValueError(text)
+    return int(number)
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m scripts.prepare_data", "Text to a tokenizer and token files.")
-    parser.add_argument("--source", default=INSTALLED, help=f"'{INSTALLED}', or a folder of .txt/.jsonl/.parquet")
-    parser.add_argument("--out", type=Path, required=True, help="data folder to write")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="entries of the byte-level BPE")
-    parser.add_argument("--max-bytes", type=int, default=8_000_000, help="read at most so much text")
-    parser.add_argument("--heldout-share", type=float, default=0.02, help="share of documents held out")
-    parser.add_argument("--context", type=int, default=512, help="the tokenizer's model_max_length")
+    parser = make_parser("python -m scripts.prepare_data", "Text to a tokenizer and token shards.")
+    add = parser.add_argument
+    add("--source", default=DEFAULT_SOURCE, help=f"'{INSTALLED}', a file or folder of text, or {HUB}DATASET")
+    add("--out", type=Path, required=True, help="data folder to write")
+    add("--dataset-config", help="configuration of the Hub dataset")
+    add("--split", default="train", help="split of the Hub dataset")
+    add("--revision", help="commit, tag or branch of the Hub dataset")
+    add("--text-column", default="text", help="where the text stands, in .jsonl, .parquet and datasets")
+    add("--tokenizer", default=BPE, help=f"'{BPE}' (trained on the text), {', '.join(TIKTOKEN)}, a folder or Hub id")
+    add("--tokenizer-revision", help="commit, tag or branch of a Hub tokenizer")
+    add("--tiktoken-file", help="rank file (.tiktoken), instead of the one that tiktoken loads")
+    add("--vocab-size", type=whole_number, help=f"entries of the {BPE} (default there: 2048)")
+    add("--sample-bytes", type=whole_number, default=1 << 26, help=f"text from which the {BPE} is trained")
+    add("--context", type=whole_number, help="the tokenizer's model_max_length (512 for the BPE)")
+    add("--max-bytes", type=whole_number, help=f"read at most so much text (8 MB of {INSTALLED})")
+    add("--max-tokens", type=whole_number, help="end with the document that reaches so many tokens; 8e9, say")
+    add("--heldout-share", type=float, default=0.02, help="share of documents held out")
+    add("--heldout-documents", type=whole_number, help="hold out so many documents at most")
+    add("--max-document-bytes", type=whole_number, help="skip longer documents")
+    add("--shard-tokens", type=whole_number, default=1 << 27, help="tokens in a shard")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="tokenizing processes")
+    add("--save-seconds", type=float, default=SAVE_SECONDS, help="a kill costs at most so much work")
+    add("--verify", action="store_true", help="only compare the shards in --out with the hashes in their index")
     return parser.parse_args(argv)
 
 
