@@ -46,11 +46,40 @@ TP_PLAN = {
     "layers.*.mlp.down_proj": "rowwise",
 }
 # Keyword arguments of older or generic configurations that Transformers itself understands.
-_PASSED_THROUGH = {"auto_map", "rope_theta", "rope_scaling", "torch_dtype", "num_labels", "name_or_path"}
-_PASSED_THROUGH |= {"attn_implementation", "output_attentions", "experts_implementation", "model_type"}
-_PASSED_THROUGH |= {"quantization_config"}
+_PASSED_THROUGH = {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "rope_scaling",
+    "rope_theta",
+    "torch_dtype",
+}
 # Fields that Transformers' caches and masks read from any configuration, and that this family does not have.
 _REFUSED = ("sliding_window", "attention_chunk_size", "layer_types", "is_causal")
+# Every key that a type of rotary embedding reads.
+_ROPE_KEYS = {
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "factor",
+    "high_freq_factor",
+    "long_factor",
+    "low_freq_factor",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "rope_theta",
+    "rope_type",
+    "short_factor",
+    "truncate",
+    "type",
+}
 
 
 @strict
@@ -122,7 +151,10 @@ class PeriLlamaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
         if "rms_norm_eps" in kwargs:  # the alias, before the checks below
-            self.norm_eps = kwargs.pop("rms_norm_eps")
+            alias = kwargs.pop("rms_norm_eps")
+            if self.norm_eps not in (alias, type(self).norm_eps):
+                raise ValueError(f"norm_eps={self.norm_eps!r} and its alias rms_norm_eps={alias!r} are both given")
+            self.norm_eps = alias
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.validate_sizes()
@@ -240,6 +272,16 @@ class PeriLlamaConfig(PreTrainedConfig):
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in kinds:
             raise ValueError(f"rope_parameters['rope_type']={kind!r} must be one of {sorted(kinds)}")
+        unknown = rope.keys() - _ROPE_KEYS
+        if unknown:
+            name = min(unknown)
+            close = get_close_matches(name, _ROPE_KEYS, n=1, cutoff=0.5)
+            raise ValueError(f"rope_parameters has an unknown key {name!r}: use one of {close or sorted(_ROPE_KEYS)}")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            share = rope["partial_rotary_factor"]
+            raise ValueError(
+                f"rope_parameters['partial_rotary_factor']={share!r}: all dimensions of a head are rotated"
+            )
         for name in ("rope_theta", "factor"):
             value = rope.get(name, 1)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < float("inf"):

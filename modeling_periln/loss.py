@@ -19,11 +19,6 @@ def shift_labels(labels: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torc
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
 
 
-def chunked_cross_entropy(*args, **kwargs) -> torch.Tensor:
-    """The loss alone; see `chunked_losses`."""
-    return chunked_losses(*args, **kwargs)[0]
-
-
 def chunked_losses(
     hidden_states: torch.Tensor,
     lm_head: Callable[[torch.Tensor], torch.Tensor],

@@ -39,9 +39,23 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_periln import PeriLlamaConfig
-from .loss import chunked_losses, shift_labels
+from .loss import IGNORE_INDEX, chunked_losses, shift_labels
 from .norms import NORMS
 from .placements import LayerPlan
+
+
+def build_norm(
+    config: PeriLlamaConfig,
+    slot: str,
+    size: int | None = None,
+    layer_idx: int | None = None,
+    present: bool = True,
+    learnable: bool = True,
+) -> nn.Module:
+    """The norm of a slot, over `size` channels (the hidden size by default); an identity where there is none."""
+    if not present:
+        return nn.Identity()
+    return NORMS[config.norm_type](size or config.hidden_size, config.eps_of(slot, layer_idx), learnable)
 
 
 class PeriLlamaResidual(nn.Module):
@@ -98,12 +112,11 @@ class PeriLlamaAttention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
 
         # QK-norm: over all heads before they are split, or over each head after it.
-        norm = NORMS[config.norm_type]
         sizes = {"full": (q_size, kv_size), "head": (self.head_dim, self.head_dim)}.get(config.qk_norm)
         self.qk_norm = config.qk_norm
         if sizes is not None:
-            self.q_norm = norm(sizes[0], eps=config.eps_of("q_norm", layer_idx))
-            self.k_norm = norm(sizes[1], eps=config.eps_of("k_norm", layer_idx))
+            self.q_norm = build_norm(config, "q_norm", sizes[0], layer_idx)
+            self.k_norm = build_norm(config, "k_norm", sizes[1], layer_idx)
 
     def forward(
         self,
@@ -151,9 +164,7 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
 
         def norm(slot: str, present: bool, learnable: bool = True) -> nn.Module:
-            if not present:
-                return nn.Identity()
-            return NORMS[config.norm_type](config.hidden_size, config.eps_of(slot, layer_idx), learnable)
+            return build_norm(config, slot, layer_idx=layer_idx, present=present, learnable=learnable)
 
         gamma = config.output_norm_learnable
         self.c = plan.c
@@ -189,7 +200,7 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         # Attention
-        branch = self._scaled(self.attn_input_norm(hidden_states), module_dtype)
+        branch = self._sublayer_input(self.attn_input_norm(hidden_states), module_dtype)
         branch, _ = self.self_attn(
             branch,
             position_embeddings=position_embeddings,
@@ -203,16 +214,28 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
         hidden_states = self.attn_residual_norm(self.attn_residual(hidden_states, branch))
 
         # MLP
-        branch = self._scaled(self.mlp_input_norm(hidden_states), module_dtype)
+        branch = self._sublayer_input(self.mlp_input_norm(hidden_states), module_dtype)
         branch = self.mlp_output_norm(self.mlp(branch))
         hidden_states = self.mlp_residual_norm(self.mlp_residual(hidden_states, branch))
         return hidden_states
 
-    def _scaled(self, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-        """What a sublayer reads: c * x, in `dtype` if the stream's is not the module's."""
+    def _sublayer_input(self, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        """c * x, in `dtype` if the stream's is not the module's."""
         if self.c != 1.0:
             x = self.c * x
         return x if dtype is None else x.to(dtype)
+
+
+class PeriLlamaRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's, whose frequencies stay in FP32: `model.to(torch.bfloat16)` would turn late positions by radians."""
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
 
 
 class PeriLlamaPreTrainedModel(PreTrainedModel):
@@ -234,7 +257,9 @@ class PeriLlamaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
-        """As Transformers', whose pipeline stages leave out a final norm by the name `norm` and no embedding norm."""
+        """As Transformers', whose pipeline knows a final norm by the name `norm` only, and no embedding norm: a stage
+        that does not hold an end of the stream has no norm there.
+        """
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
         stage = getattr(model, "_pp_stage", None)
         if stage is not None:
@@ -267,18 +292,16 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
     """Everything up to the head: embedding, its norm, the layers, the final norm."""
 
     def __init__(self, config: PeriLlamaConfig):
-        config.validate_norms()  # a field may have been set since the configuration was made
+        config.validate_sizes()  # a field may have been set since the configuration was made
+        config.validate_norms()
         super().__init__(config)
         plan = config.stream_plan()
-        norm = NORMS[config.norm_type]
         # No padding_idx: with pad = eos it would keep the document separator's row at zero.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_norm = (
-            norm(config.hidden_size, config.eps_of("embed_norm")) if plan.embedding_norm else nn.Identity()
-        )
+        self.embed_norm = build_norm(config, "embed_norm", present=plan.embedding_norm)
         self.layers = nn.ModuleList(PeriLlamaDecoderLayer(config, i, row) for i, row in enumerate(plan.layers))
-        self.final_norm = norm(config.hidden_size, config.eps_of("final_norm")) if plan.final_norm else nn.Identity()
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.final_norm = build_norm(config, "final_norm", present=plan.final_norm)
+        self.rotary_emb = PeriLlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -351,7 +374,9 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
                 module_dtype=module_dtype,
                 **kwargs,
             )
-        hidden_states = self.final_norm(hidden_states).to(dtype=module_dtype)
+        hidden_states = self.final_norm(hidden_states)
+        if module_dtype is not None:
+            hidden_states = hidden_states.to(module_dtype)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
@@ -428,9 +453,12 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
             targets = kwargs.get("shift_labels")
             if targets is None and labels is None:
                 raise ValueError("skip_logits=True needs labels: without them there is nothing to return")
-            targets = shift_labels(labels) if targets is None else targets
+            ignored = kwargs.get("ignore_index", IGNORE_INDEX)
+            targets = shift_labels(labels, ignored) if targets is None else targets
             items = kwargs.get("num_items_in_batch")
-            loss, z_term = chunked_losses(hidden_states, self.lm_head, targets, items, z_loss=z_loss)
+            loss, z_term = chunked_losses(
+                hidden_states, self.lm_head, targets, items, ignore_index=ignored, z_loss=z_loss
+            )
             loss = loss if z_term is None else loss + z_term
         else:
             logits = self.lm_head(_slice_logits_to_keep(hidden_states, logits_to_keep))

@@ -42,6 +42,17 @@ class FusedBackwardRMSNorm(torch.autograd.Function):
         x, weight, ctx.eps = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, weight, output[1])
+        ctx.save_for_forward(x, weight, output[1])
+
+    @staticmethod
+    def jvp(ctx, dx: torch.Tensor | None, dweight: torch.Tensor | None, _) -> tuple[torch.Tensor, None]:
+        x, weight, rstd = ctx.saved_tensors
+        normed = x.to(rstd.dtype) * rstd
+        dy = torch.zeros_like(normed) if dweight is None else dweight * normed
+        if dx is not None:
+            dx = dx.to(rstd.dtype) * rstd
+            dy = dy + weight * (dx - normed * (normed * dx).mean(-1, keepdim=True))
+        return dy.to(x.dtype), None
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:

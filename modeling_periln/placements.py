@@ -16,7 +16,7 @@ Peri-LN; it is not.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -148,6 +148,23 @@ class StreamPlan:
     layers: tuple[LayerPlan, ...]
 
 
+def _layer_plan(row: Placement, l: int, L: int, residual_scale: float | str) -> LayerPlan:  # noqa: E741
+    """The row in layer l of L (1 to L)."""
+
+    def value(name: str) -> float:
+        return evaluate_rule(getattr(row, name), l, L, name)
+
+    return LayerPlan(
+        input_norm=row.input_norm,
+        output_norm=row.output_norm,
+        residual_norm=row.residual_norm,
+        alpha=value("alpha"),
+        s=value("s") * evaluate_rule(residual_scale, l, L, field="residual_scale"),
+        c=value("c"),
+        init_gain=value("init_gain"),
+    )
+
+
 def plan_stream(
     norm_placement: str | Mapping[str, Any],
     num_layers: int,
@@ -164,24 +181,18 @@ def plan_stream(
     Raises:
         ValueError: as `get_placement` and `evaluate_rule`, or a list of the wrong length.
     """
-    if not (isinstance(norm_placement, str) and norm_placement in MIXTURES):
-        get_placement(norm_placement)  # a list overrides it; it is checked all the same
-    names = layer_placements
-    if names is None and isinstance(norm_placement, str) and norm_placement in MIXTURES:
+    names, mixture = layer_placements, isinstance(norm_placement, str) and norm_placement in MIXTURES
+    row = PLACEMENTS["pre"] if mixture else get_placement(norm_placement)  # checked even where a list overrides it
+    if names is None and mixture:
         names = MIXTURES[norm_placement](num_layers)
     if names is None:
-        rows, ends = [get_placement(norm_placement)] * num_layers, get_placement(norm_placement)
+        rows, ends = [row] * num_layers, row
     else:
         if len(names) != num_layers:
             raise ValueError(f"layer_placements has {len(names)} entries for num_hidden_layers={num_layers}")
         rows = [get_placement(n, field=f"layer_placements[{i}]") for i, n in enumerate(names)]
         ends = PLACEMENTS["pre"]
-    layers = []
-    for l, row in enumerate(rows, start=1):  # noqa: E741
-        scale = evaluate_rule(residual_scale, l, num_layers, field="residual_scale")
-        numbers = {k: evaluate_rule(getattr(row, k), l, num_layers, k) for k in ("alpha", "s", "c", "init_gain")}
-        flags = {f.name: getattr(row, f.name) for f in fields(LayerPlan) if f.name not in numbers}
-        layers.append(replace(LayerPlan(**flags, **numbers), s=numbers["s"] * scale))
+    layers = [_layer_plan(row, l, num_layers, residual_scale) for l, row in enumerate(rows, start=1)]  # noqa: E741
     return StreamPlan(
         embedding_norm=ends.embedding_norm if embedding_norm is None else embedding_norm,
         final_norm=ends.final_norm if final_norm is None else final_norm,

@@ -385,3 +385,16 @@ def test_epsilons_of_another_number_of_layers_are_refused_when_the_model_is_buil
     config.num_hidden_layers = 2
     with pytest.raises(ValueError, match="3 entries for num_hidden_layers=2"):
         PeriLlamaForCausalLM(config)
+
+
+def test_the_model_checks_a_field_that_was_set_after_the_configuration_was_made():
+    config = tiny_config()
+    config.num_key_value_heads = 3
+    with pytest.raises(ValueError, match="num_attention_heads=4 is not a multiple of num_key_value_heads=3"):
+        PeriLlamaForCausalLM(config)
+
+
+def test_an_epsilon_and_its_alias_that_disagree_are_refused():
+    with pytest.raises(ValueError, match="norm_eps=0.1 and its alias rms_norm_eps=0.2 are both given"):
+        tiny_config(norm_eps=0.1, rms_norm_eps=0.2)
+    assert tiny_config(rms_norm_eps=0.2).norm_eps == 0.2

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from modeling_periln.loss import IGNORE_INDEX, chunked_cross_entropy, chunked_losses, shift_labels
+from modeling_periln.loss import IGNORE_INDEX, chunked_losses, shift_labels
 from runkit.fp16 import HalfMatmul
 
 
@@ -24,6 +24,11 @@ def problem(batch=2, length=11, hidden=8, vocab=31, ignored=0.3, seed=0):
     targets[torch.rand(batch, length, generator=generator) < ignored] = IGNORE_INDEX
     targets[0, 0] = 1
     return states, head, targets
+
+
+def chunked_cross_entropy(*args, **kwargs):
+    """The chunked loss without its z term."""
+    return chunked_losses(*args, **kwargs)[0]
 
 
 def plain_cross_entropy(states, head, targets, num_items_in_batch=None):
@@ -338,3 +343,12 @@ def test_the_model_adds_the_z_term_and_says_how_much_it_is():
     torch.testing.assert_close(with_z.loss - with_z.z_loss, plain.loss)
     with pytest.raises(ValueError, match="z_loss=0.01.*skip_logits"):
         model(ids, labels=ids, z_loss=0.01)
+
+
+def test_another_ignored_label_counts_as_little_as_in_the_plain_loss():
+    model, ids = shaken_model(), random_ids(2, 9)
+    labels = ids.clone()
+    labels[:, ::3] = 7
+    plain = model(ids, labels=labels, ignore_index=7).loss
+    torch.testing.assert_close(model(ids, labels=labels, ignore_index=7, skip_logits=True).loss, plain)
+    assert not torch.isclose(model(ids, labels=labels, skip_logits=True).loss, plain)

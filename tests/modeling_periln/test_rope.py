@@ -158,3 +158,23 @@ def test_bad_parameters_are_refused_by_name(case):
     parameters, message = BAD[case]
     with pytest.raises((ValueError, KeyError), match=message):
         tiny_config(rope_parameters=dict(parameters))
+
+
+def test_frequencies_stay_in_fp32_whatever_the_model_is_cast_to():
+    rotary = tiny_model().model.rotary_emb
+    before = rotary.inv_freq.clone()
+    model = tiny_model().to(torch.bfloat16)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+    assert tiny_model().half().model.rotary_emb.inv_freq.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert tiny_model().to("meta").model.rotary_emb.inv_freq.is_meta
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("rope_thetta", 1e4, "'rope_thetta'.*rope_theta"), ("partial_rotary_factor", 0.5, "partial_rotary_factor'.=0.5")],
+)
+def test_a_rotary_key_that_nothing_reads_is_refused(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(rope_parameters={"rope_type": "default", key: value})
