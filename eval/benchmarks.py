@@ -15,13 +15,9 @@ from typing import Any
 from runkit.errors import UsageError, UserError, did_you_mean
 
 from .checkpoints import Target
+from .suites import METRICS, SUITES
 
 MINI_FOLDER = Path(__file__).parent / "tasks"
-SUITES = {
-    "mini": ("mini_arc_easy", "mini_hellaswag", "mini_piqa", "mini_social_iqa", "mini_winogrande"),
-    "hub": ("arc_easy", "hellaswag", "piqa", "social_iqa", "winogrande"),
-}
-METRICS = ("acc", "acc_norm")
 FEWSHOT_SEED = 1234  # the harness's own default
 
 

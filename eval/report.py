@@ -26,20 +26,9 @@ from runkit.recipes import dump_yaml
 
 from .figures import Drawing, draw_all
 from .records import Frames, at_edge, by_depth, differing, load, printable, rate_text
-from .tables import (
-    CHANCE,
-    MISSING,
-    TASKS,
-    Table,
-    build,
-    cell_numbers,
-    plural,
-    stability,
-    status_text,
-    suites,
-    to_html,
-    to_terminal,
-)
+from .render import Table, to_html, to_terminal
+from .suites import CHANCE, SUITES
+from .tables import MISSING, build, cell_numbers, plural, stability, status_text, suites
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 _PATH_INSIDE = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+([^\s/\\'\"]*)")
@@ -76,8 +65,13 @@ def _fate(runs: pd.DataFrame) -> str:
 
 
 def _loss(frames: Frames, rate: float) -> list[str]:
-    cells = {p: cell_numbers(frames, TASKS["mini"], rate, p).set_index("column").loc["loss"] for p in frames.placements}
-    parts = [f"{p} {row['mean']:.3f} (n={row.n:g})" for p, row in cells.items() if row.n]
+    found = cell_numbers(frames, "mini")
+    found = found[(found.learning_rate == rate) & (found.column == "loss") & (found.n > 0)]
+    sized = found["size"].nunique() > 1
+    parts = [
+        " ".join([row.placement, *([row["size"]] if sized else []), f"{row['mean']:.3f} (n={row.n:g})"])
+        for _, row in found.iterrows()
+    ]
     return [f"Held-out loss in nats a token, mean of the seeds that completed: {', '.join(parts)}."] if parts else []
 
 
@@ -122,16 +116,13 @@ def noise(frames: Frames, suite: str) -> dict[str, Any] | None:
     """
     completed = frames.pretrained[frames.pretrained.status == "completed"]
     scores = frames.scores[(frames.scores.metric == "acc") & frames.scores.run.isin(completed.run)]
-    scores = scores[scores.task.isin(TASKS[suite]) & scores.value.notna() & (scores.stderr > 0)]
+    scores = scores[scores.task.isin(SUITES[suite]) & scores.value.notna() & (scores.stderr > 0)]
     if scores.empty:
         return None
-    near = scores.value - scores.task.map(dict(zip(TASKS[suite], CHANCE, strict=True))) / 100
-    gaps = []
-    for rate in frames.learning_rates:
-        cells = [cell_numbers(frames, TASKS[suite], rate, placement) for placement in frames.placements]
-        averages = [n.set_index("column").loc["Avg.", "mean"] for n in cells]
-        averages = [x for x in averages if not math.isnan(x)]
-        gaps += [max(averages) - min(averages)] if len(averages) > 1 else []
+    near = scores.value - scores.task.map(dict(zip(SUITES[suite], CHANCE, strict=True))) / 100
+    averages = cell_numbers(frames, suite).query("column == 'Avg.'").dropna(subset="mean")
+    blocks = [same["mean"] for _, same in averages.groupby(["size", "learning_rate"])]
+    gaps = [means.max() - means.min() for means in blocks if len(means) > 1]
     errors = scores.groupby("task").stderr.max() * 100
     return {
         "sizes": sorted({int(n) for n in scores.n.dropna()}),
@@ -219,7 +210,7 @@ def environment(frames: Frames) -> dict[str, str]:
     packages = sorted({p for e in frames.environments.values() for p in e.get("versions") or {}})
     rows |= {package: values(lambda e, p=package: (e.get("versions") or {}).get(p)) for package in packages}
     harness = " | ".join(sorted(set(frames.scores.harness.dropna())))
-    return {name: x for name, x in (rows | {"benchmarks by": harness}).items() if x not in (MISSING, "")}
+    return {name: x for name, x in (rows | {"scores by": harness}).items() if x not in (MISSING, "")}
 
 
 def _samples(frames: Frames) -> list[dict[str, Any]]:

@@ -1,31 +1,38 @@
-"""The tables of the report: scores in the shape of the Peri-LN paper's Table 2, and the stability of every run.
+"""Tables of scores as the Peri-LN paper has them, drawn from run folders or from a file of scores.
 
-A table holds the strings that are shown and the numbers they were made from; it is rendered as text for a
-terminal, as Markdown and as HTML.
+    python -m eval.tables runs/400m-*                    # Table 2, Tables 6 to 11, paired differences
+    python -m eval.tables runs --compare-paper --format markdown --out tables.md
+    python -m eval.tables --scores scores.csv --format csv
+
+A pure function of the records; what is missing is not filled in, and what is not alike is said under the table. The
+two tables of the report (`eval.report`) are built here as well.
 """
 
-import html
+import argparse
 import math
-import textwrap
+import shutil
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .records import Frames, differing, final_loss, headroom, largest, spikes
+from runkit.errors import UsageError, UserError, make_parser, run_command
+from runkit.folder import write_text
 
-TASKS = {
-    "mini": ("mini_arc_easy", "mini_hellaswag", "mini_piqa", "mini_social_iqa", "mini_winogrande"),
-    "hub": ("arc_easy", "hellaswag", "piqa", "social_iqa", "winogrande"),
-}
-CHANCE = (25.0, 25.0, 50.0, 100 / 3, 50.0)  # percent, in the order of TASKS
+from .paired import paired_table
+from .paper_numbers import compare
+from .records import Frames, differing, final_loss, headroom, largest, load_all, spikes
+from .render import Table, to_csv, to_latex, to_markdown, to_terminal
+from .score_files import read_scores
+from .score_notes import limit_words, notes
+from .scores import Scores, from_runs
+from .suites import CHANCE, METRICS, SUITES
+from .table2 import means_table, seed_tables, seeds_csv, summarize
+
 MISSING = "n/a"
-DIVERGED = "Diverged"
-SCORES_NOTE = (
-    "Tasks: accuracy (acc) in percent, mean ± sample standard deviation (n-1) over the seeds that completed; n=1: "
-    "one such seed, no deviation. Avg. is the plain mean of the five task means. Held-out loss in nats a token."
-)
 SPIKES_NOTE = (
     "Final loss: mean of the finite training losses in the last tenth of the recorded steps. Gradient spike: a step "
     "whose gradient norm, before clipping, exceeds the mean of the 128 steps before it (all there are, at least 16) "
@@ -40,23 +47,8 @@ HEADROOM_NOTE = (
     "statistics were recorded; other steps were not looked at."
 )
 STREAM, MODULES = ("stream",), ("residual_add", "branch")
-
-
-@dataclass(frozen=True)
-class Table:
-    """`text` is what is shown, a block for each value of its first column; `numbers` is what it was made from."""
-
-    title: str
-    text: pd.DataFrame
-    numbers: pd.DataFrame
-    notes: tuple[str, ...] = ()
-    keys: int = 1  # columns of a block that name its rows
-
-    @property
-    def blocks(self) -> list[tuple[str, pd.DataFrame]]:
-        """Heading and rows of every block, in order."""
-        first = self.text.columns[0]
-        return [(str(key), rows.drop(columns=first)) for key, rows in self.text.groupby(first, sort=False)]
+TABLES = ("means", "seeds", "paired", "paper")
+FORMATS = ("terminal", "markdown", "csv", "latex")
 
 
 def plural(count: int, noun: str) -> str:
@@ -64,113 +56,40 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-# --- Table 2 -------------------------------------------------------------------------------------------------
+# --- Table 2 in the report -----------------------------------------------------------------------------------
 
 
 def suites(frames: Frames) -> list[str]:
     """The task suites that were evaluated; the one the demo's recipe names where none was yet."""
     tasks = set(frames.scores.task)
     asked = (frames.recipe.get("evaluation") or {}).get("suite")
-    return [s for s in TASKS if tasks & set(TASKS[s])] or [asked if asked in TASKS else "mini"]
+    return [s for s in SUITES if tasks & set(SUITES[s])] or [asked if asked in SUITES else "mini"]
 
 
-def _statistics(values: pd.Series) -> dict[str, float]:
-    values = values.dropna()
-    return {"mean": values.mean(), "std": values.std(ddof=1), "n": len(values)}
-
-
-def _numbers(frames: Frames, tasks: Sequence[str], runs: Sequence[str]) -> list[dict]:
-    """Mean, sample standard deviation and n of every column over some runs, in the units shown."""
-    scores = frames.scores
-    wanted = [(task, "acc", 100.0) for task in tasks] + [("heldout", "loss", 1.0), ("heldout", "bits_per_byte", 1.0)]
-    rows = []
-    for task, metric, unit in wanted:
-        of = scores[(scores.task == task) & (scores.metric == metric) & scores.run.isin(list(runs))]
-        rows.append({"column": task if metric == "acc" else metric} | _statistics(of.value * unit))
-    return rows
-
-
-def _average(numbers: list[dict]) -> dict[str, float]:
-    """Avg.: the plain mean of the task means, if every task has one; no deviation is given for it."""
-    means = [row["mean"] for row in numbers if row["column"] not in ("loss", "bits_per_byte")]
-    return {"mean": sum(means) / len(means), "std": math.nan, "n": min(row["n"] for row in numbers[: len(means)])}
-
-
-def cell_numbers(frames: Frames, tasks: Sequence[str], learning_rate: float, placement: str) -> pd.DataFrame:
-    """The numbers of one row of the table: column, mean, std, n, over the seeds that completed."""
-    completed = frames.cell(learning_rate, placement).query("status == 'completed'").run
-    tuned = frames.fine_tuned(completed).query("status == 'completed'").run
-    rows = _numbers(frames, tasks, completed)
-    after = _average(_numbers(frames, tasks, tuned))
-    rows += [{"column": "Avg."} | _average(rows), {"column": "SFT Avg."} | after]
-    return pd.DataFrame(rows).assign(learning_rate=learning_rate, placement=placement)
-
-
-def _shown(row: pd.Series, digits: int) -> str:
-    if row.n == 0 or math.isnan(row["mean"]):
-        return MISSING
-    if row.n == 1:
-        return f"{row['mean']:.{digits}f} (n=1)"
-    return f"{row['mean']:.{digits}f}" + ("" if math.isnan(row["std"]) else f" ± {row['std']:.{digits}f}")
-
-
-def survival(runs: pd.DataFrame) -> str:
-    """`2/2`: completed of all; what neither completed nor diverged is named."""
-    open_ = runs.status[~runs.status.isin(["completed", "diverged"])].value_counts()
-    rest = ", ".join(f"{n} {status}" for status, n in sorted(open_.items()))
-    return f"{(runs.status == 'completed').sum()}/{len(runs)}" + (f" ({rest})" if rest else "")
-
-
-def _limit(frames: Frames, tasks: Sequence[str], runs: Sequence[str]) -> str:
-    scores = frames.scores[frames.scores.task.isin(tasks) & frames.scores.run.isin(list(runs))]
-    if scores.empty:
-        return ""
-    limits = sorted(scores.limit.dropna().unique())
-    return ", ".join([f"limit {x:g}" for x in limits] + ["none"] * bool(scores.limit.isna().any()))
-
-
-def _row(frames: Frames, tasks: Sequence[str], numbers: pd.DataFrame, runs: pd.DataFrame) -> dict[str, str]:
-    gone = len(runs) > 0 and (runs.status == "diverged").all()
-    tuned = frames.fine_tuned(runs.run)
-    tuned_gone = gone or (len(tuned) > 0 and (tuned.status == "diverged").all())
-    by = numbers.set_index("column")
-    shown = {c: DIVERGED if gone else _shown(by.loc[c], 1) for c in (*tasks, "Avg.")}
-    shown["held-out loss"] = DIVERGED if gone else _shown(by.loc["loss"], 3)
-    shown["bits per byte"] = DIVERGED if gone else _shown(by.loc["bits_per_byte"], 3)
-    shown["SFT Avg."] = DIVERGED if tuned_gone else _shown(by.loc["SFT Avg."], 1)
-    shown["seeds survived"] = survival(runs)
-    shown["limit"] = _limit(frames, tasks, [*runs.run, *tuned.run])
-    return shown
+def cell_numbers(frames: Frames, suite: str) -> pd.DataFrame:
+    """size, learning_rate, placement, column, mean, std (sample, n-1), n; accuracies in percent."""
+    return summarize(from_runs(frames, suite))
 
 
 def build(frames: Frames, suite: str) -> Table:
-    """The scores of one suite: a block a learning rate, a row a placement.
+    """The scores of one suite for the report: a block a learning rate (and size), a row a placement.
 
-    `numbers` has learning_rate, placement, column, mean, std (sample, n-1) and n, accuracies in percent.
+    `numbers` is that of `cell_numbers`.
     """
-    tasks, rows, numbers = TASKS[suite], [], []
-    for rate in frames.learning_rates:
-        for placement in frames.placements:
-            runs = frames.cell(rate, placement)
-            if runs.empty:
-                continue
-            numbers.append(cell_numbers(frames, tasks, rate, placement))
-            head = {"block": f"learning rate {rate:g}", "placement": placement}
-            rows.append(head | _row(frames, tasks, numbers[-1], runs))
-    chance = {task: f"{x:.1f}" for task, x in zip(tasks, CHANCE, strict=True)}
-    text = pd.DataFrame(rows)
-    if not text["limit"].str.contains("limit").any():
-        text = text.drop(columns="limit")
+    scores = from_runs(frames, suite)
+    title = f"Scores, suite {suite}{limit_words(scores)}"
+    sizes = scores.rows["size"].nunique()
+    losses = ("loss", "bits_per_byte")
+    found = means_table(scores, title, ["size", "learning_rate"], 1, MISSING, losses, show_size=sizes > 1)
+    chance = {task: f"{x:.1f}" for task, x in zip(SUITES[suite], CHANCE, strict=True)}
     rows_at_chance = {"block": "for comparison", "placement": "chance", "Avg.": f"{np.mean(CHANCE):.1f}", **chance}
-    text = pd.concat([text, pd.DataFrame([rows_at_chance])], ignore_index=True).fillna("")
-    return Table(f"Scores, suite {suite}", text, pd.concat(numbers, ignore_index=True), _notes(frames))
+    text = pd.concat([found.text, pd.DataFrame([rows_at_chance])], ignore_index=True).fillna("")
+    return Table(title, text, found.numbers, notes(scores, _recipe_notes(frames)))
 
 
-def _notes(frames: Frames) -> tuple[str, ...]:
-    notes = [SCORES_NOTE]
-    if other := differing(frames):
-        notes.append(f"These runs differ in more than placement, learning rate and seed: {', '.join(other)}.")
-    return tuple(notes)
+def _recipe_notes(frames: Frames) -> list[str]:
+    other = differing(frames)
+    return [f"These runs differ in more than placement, learning rate and seed: {', '.join(other)}."] if other else []
 
 
 # --- stability -----------------------------------------------------------------------------------------------
@@ -246,85 +165,103 @@ def stability(frames: Frames) -> Table:
     return Table("Stability", text, pd.DataFrame(numbers), (SPIKES_NOTE, SKIPS_NOTE, HEADROOM_NOTE), keys=2)
 
 
-# --- rendering -----------------------------------------------------------------------------------------------
+# --- the command ---------------------------------------------------------------------------------------------
 
 
-def _head_lines(head: str, width: int) -> list[str]:
-    """A column's head on as many lines as its width asks for; task names break after an underscore."""
-    lines = textwrap.wrap(head.replace("_", "_ "), width, break_long_words=False)
-    return [line.replace("_ ", "_") for line in lines]
+def _from_arguments(args: argparse.Namespace) -> list[tuple[Scores, list[str]]]:
+    """The scores of every suite that is there, with further notes for each."""
+    if args.scores:
+        return [(read_scores(args.scores), [])]
+    frames = load_all(args.runs, measurements=False)
+    named = [args.suite] if args.suite else suites(frames)
+    more = _recipe_notes(frames)
+    if args.format == "csv" and len(named) > 1:  # one table a file: the benchmarks before our own sets
+        more = [*more, f"The suite {named[0]} was evaluated too: --suite {named[0]}."]
+        named = named[-1:]
+    return [(from_runs(frames, suite, args.metric), more) for suite in named]
 
 
-def _spread(columns: Sequence[list[str]], width: int, keys: int) -> list[list[int]]:
-    """Column numbers in as many pieces as the width asks for; every piece starts with the columns of the row names."""
-    names = list(range(keys))
-    start = sum(2 + len(columns[i][0]) for i in names) - 2
-    pieces, used = [names.copy()], start
-    for i in range(keys, len(columns)):
-        wide = 2 + len(columns[i][0])
-        if used + wide > width and len(pieces[-1]) > keys:
-            pieces.append(names.copy())
-            used = start
-        pieces[-1].append(i)
-        used += wide
-    return pieces
+def drawn(scores: Scores, more: Sequence[str], args: argparse.Namespace) -> list[Table]:
+    """The tables that were asked for: all when none was named, for CSV then Table 2, or the paper beside ours."""
+    asked = args.table or (["means", "seeds", "paired"] + ["paper"] * args.compare_paper)
+    if args.format == "csv" and not args.table:
+        asked = ["paper"] if args.compare_paper else ["means"]
+    tables = []
+    if "means" in asked:
+        tables.append(means_table(scores, f"Table 2: means over seeds, {scores.name}{limit_words(scores)}"))
+    if "seeds" in asked and args.format == "csv":
+        tables.append(Table("", pd.DataFrame(), seeds_csv(scores)))
+    elif "seeds" in asked:
+        tables += seed_tables(scores)
+    if "paired" in asked:
+        tables.append(paired_table(scores, args.confidence) or _no_pairs(scores))
+    if "paper" in asked:
+        tables.append(compare(scores))
+    said = notes(scores, more)  # under the first table, whichever it is
+    return [replace(table, notes=(*said, *table.notes) if i == 0 else table.notes) for i, table in enumerate(tables)]
 
 
-def to_terminal(table: Table, width: int = 120) -> str:
-    """Plain text; what is wider than `width` goes on below, with its row names again."""
-    heads = list(table.text.columns[1:])
-    body = [rows.to_numpy().tolist() for _, rows in table.blocks]
-    columns, tall = [], 1
-    for i, head in enumerate(heads):
-        cells = [str(row[i]) for rows in body for row in rows]
-        lines = _head_lines(head, max(8, *map(len, cells)))
-        columns.append((lines, cells, max(map(len, lines + cells))))
-        tall = max(tall, len(lines))
-    padded = []
-    for i, (lines, cells, wide) in enumerate(columns):
-        fit = str.ljust if i == 0 else str.rjust
-        padded.append([fit(x, wide) for x in [""] * (tall - len(lines)) + lines + cells])
-    out = [table.title]
-    for piece in _spread(padded, width, table.keys):
-        lines = ["  ".join(padded[i][k] for i in piece).rstrip() for k in range(len(padded[0]))]
-        out += ["", *filter(None, lines[:tall])]
-        at = tall
-        for name, rows in table.blocks:
-            out += [f"-- {name}", *lines[at : at + len(rows)]]
-            at += len(rows)
-    return "\n".join([*out, "", *(line for note in table.notes for line in textwrap.wrap(note, width))])
+def _no_pairs(scores: Scores) -> Table:
+    note = "Only one placement: nothing to pair."
+    text = pd.DataFrame([{"block": "no pairs", "pair": "-"}])
+    return Table("Paired differences between placements", text, pd.DataFrame(columns=["placement", "minus"]), (note,))
 
 
-def to_markdown(table: Table) -> str:
-    """A Markdown table; the heading of a block is a row of its own."""
+def _write(text: str, out: Path, overwrite: bool) -> None:
+    """Write the file; what stands there already and is something else is kept unless told otherwise."""
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder, not a file")
+    if out.exists():
+        if out.read_bytes() == text.encode():
+            return
+        if not overwrite:
+            raise UserError(f"{out} exists and holds something else; it is left alone: --overwrite replaces it")
+        print(f"{out} is overwritten", file=sys.stderr)
+    write_text(out, text)
 
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
-    heads = list(table.text.columns[1:])
-    out = [line(heads), line(["---"] + ["---:"] * (len(heads) - 1))]
-    for name, rows in table.blocks:
-        out.append(line([f"**{name}**"] + [""] * (len(heads) - 1)))
-        out += [line(row) for row in rows.to_numpy().tolist()]
-    return "\n".join([*out, "", *table.notes]) + "\n"
+def main(args: argparse.Namespace) -> None:
+    if bool(args.runs) == bool(args.scores):
+        raise UsageError("give run folders or --scores FILE, " + ("not both" if args.runs else "one of the two"))
+    if not 0 < args.confidence < 1:
+        raise UsageError(f"--confidence must lie between 0 and 1, not {args.confidence:g}")
+    if args.scores and (args.metric != "acc" or args.suite):
+        raise UsageError(f"--{'suite' if args.suite else 'metric'} needs run folders: a scores file has one of each")
+    if args.format == "csv" and len(args.table or []) > 1:
+        raise UsageError(f"a CSV file holds one table, not {len(args.table)}: name one with --table")
+    tables = [table for scores, more in _from_arguments(args) for table in drawn(scores, more, args)]
+    if args.format == "csv":
+        text = to_csv(tables[0])
+        print(*tables[0].notes, sep="\n", file=sys.stderr)
+    elif args.format == "terminal":
+        width = 120 if args.out else shutil.get_terminal_size((120, 24)).columns
+        text = "\n\n".join(to_terminal(table, width).rstrip() for table in tables) + "\n"
+    else:
+        text = "\n".join({"markdown": to_markdown, "latex": to_latex}[args.format](table) for table in tables)
+    if args.out is None:
+        print(text, end="")
+    else:
+        _write(text, args.out, args.overwrite)
+        print(args.out)
 
 
-def to_html(table: Table) -> str:
-    """A `<table>` with a caption and a row group a block; every text is escaped."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("python -m eval.tables", "The paper's Table 2 and Tables 6 to 11 from your own runs.")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders, or folders of runs")
+    parser.add_argument("--scores", type=Path, metavar="FILE", help="a CSV with a row a seed, in place of runs")
+    parser.add_argument("--format", choices=FORMATS, default="terminal", help="CSV holds one table, see --table")
+    parser.add_argument(
+        "--table", choices=TABLES, action="append", help="only this one (repeatable); for CSV means when left out"
+    )
+    parser.add_argument("--compare-paper", action="store_true", help="set the paper's Table 2 beside ours")
+    parser.add_argument("--metric", choices=METRICS, default="acc", help="where a task has it; acc elsewhere")
+    parser.add_argument("--suite", choices=tuple(SUITES), help="only this suite; all that were evaluated when left out")
+    parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals of paired differences")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write there and not to the terminal")
+    parser.add_argument("--overwrite", action="store_true", help="replace what stands at --out")
+    return parser.parse_args(argv)
 
-    def cell(i: int, text: str) -> str:
-        return f'<th scope="row">{html.escape(text)}</th>' if i < table.keys else f"<td>{html.escape(text)}</td>"
 
-    heads = list(table.text.columns[1:])
-    out = [f"<table><caption>{html.escape(table.title)}</caption>", "<thead><tr>"]
-    out += [f'<th scope="col">{html.escape(head).replace("_", "_<wbr>")}</th>' for head in heads]
-    out.append("</tr></thead>")
-    for name, rows in table.blocks:
-        out.append(
-            f'<tbody><tr><th class="block" scope="rowgroup" colspan="{len(heads)}">{html.escape(name)}</th></tr>'
-        )
-        out += [
-            "<tr>" + "".join(cell(i, str(x)) for i, x in enumerate(row)) + "</tr>" for row in rows.to_numpy().tolist()
-        ]
-        out.append("</tbody>")
-    return "\n".join([*out, "</table>"])
+if __name__ == "__main__":
+    arguments = parse()
+    sys.exit(run_command(main, arguments))

@@ -8,10 +8,12 @@ import pandas as pd
 import pytest
 from synthetic_runs import write_demo, write_layers, write_run, write_scores, write_sft
 
-from eval.records import Frames, final_loss, headroom, largest, load, placement_name, spikes
-from eval.tables import build, cell_numbers, stability, suites, to_html, to_markdown, to_terminal
+from eval.records import PLACEMENTS, Frames, final_loss, headroom, largest, load, placement_name, spikes
+from eval.render import to_html, to_markdown, to_terminal
+from eval.suites import SUITES
+from eval.tables import build, cell_numbers, stability, suites
 
-TASKS = ["mini_arc_easy", "mini_hellaswag", "mini_piqa", "mini_social_iqa", "mini_winogrande"]
+TASKS = list(SUITES["mini"])
 
 
 def row(frames: Frames, placement: str, rate: float = 0.002, suite: str = "mini") -> dict[str, str]:
@@ -62,7 +64,8 @@ def test_a_single_survivor_has_no_deviation(tmp_path):
 def test_without_a_survivor_the_row_says_diverged(tmp_path):
     write_run(tmp_path, "post", seed=1, diverges_at=90)
     shown = row(load(tmp_path), "post")
-    assert {shown[c] for c in (*TASKS, "Avg.", "held-out loss", "SFT Avg.")} == {"Diverged"}
+    assert {shown[c] for c in (*TASKS, "Avg.", "held-out loss")} == {"Diverged"}
+    assert shown["SFT Avg."] == "N/A"
     assert shown["seeds survived"] == "0/1"
 
 
@@ -100,7 +103,7 @@ def test_sft_average_comes_from_the_runs_inside(two_seeds):
 
 
 def test_numbers_beside_the_text(two_seeds):
-    numbers = cell_numbers(load(two_seeds), TASKS, 0.002, "pre").set_index("column")
+    numbers = cell_numbers(load(two_seeds), "mini").set_index("column")
     assert numbers.loc["mini_arc_easy", "mean"] == pytest.approx(30)
     assert numbers.loc["mini_arc_easy", "std"] == pytest.approx(math.sqrt(50))
     assert numbers.loc["mini_arc_easy", "n"] == 2
@@ -115,11 +118,13 @@ def test_columns_have_the_names_of_the_tasks_and_chance_stands_below(two_seeds):
     assert "limit" not in table.text
 
 
-def test_a_limit_stands_beside_the_scores(tmp_path):
+def test_a_limit_stands_in_the_title_and_different_ones_are_noted(tmp_path):
     write_scores(write_run(tmp_path, "pre"), [0.25] * 5, limit=20)
-    assert row(load(tmp_path), "pre")["limit"] == "limit 20"
+    assert to_terminal(build(load(tmp_path), "mini")).startswith("Scores, suite mini, limit 20 items a task\n")
     write_scores(write_run(tmp_path, "pre", seed=2), [0.25] * 5)
-    assert row(load(tmp_path), "pre")["limit"] == "limit 20, none"
+    table = build(load(tmp_path), "mini")
+    assert table.title == "Scores, suite mini, limits differ (20; none)"
+    assert "Different limits (items a task): 20 (pre seed 1), none (pre seed 2)." in table.notes
 
 
 def test_an_unfinished_run_is_named(two_seeds):
@@ -135,7 +140,9 @@ def test_other_differences_between_recipes_are_noted(two_seeds):
     assert len(build(load(two_seeds), "mini").notes) == 1
     file = two_seeds / "pre_lr0.002_seed2" / "recipe.yaml"
     file.write_text(file.read_text().replace("steps: 200", "steps: 400"))
-    assert build(load(two_seeds), "mini").notes[1].endswith("and seed: steps.")
+    notes = build(load(two_seeds), "mini").notes
+    assert any(note.endswith("and seed: steps.") for note in notes)
+    assert "Scored before the end of the run" not in " ".join(notes)
 
 
 def test_the_newest_of_two_results_counts(two_seeds):
@@ -224,6 +231,60 @@ def test_stability_of_a_run_that_overflowed_or_recorded_nothing(tmp_path):
     frame.loc[(frame.layer == 3) & (frame.stat == "max_abs") & (frame.tensor == "branch"), "value"] = math.inf
     frame.to_parquet(file)
     assert stability(load(tmp_path)).text.iloc[0]["least headroom, bits"] == "overflow (branch, layer 3 attn, step 0)"
+
+
+# --- several folders, several results --------------------------------------------------------------------------
+
+
+def test_a_seed_that_stands_twice_counts_once(tmp_path):
+    for folder, value in (("a", 0.2), ("b", 0.6)):
+        write_scores(write_run(tmp_path / folder, "pre"), [value] * 5, loss=4.0)
+    frames = load(tmp_path)
+    assert row(frames, "pre")["mini_piqa"] == "20.0 (n=1)"
+    said = " ".join(build(frames, "mini").notes)
+    assert "stands 2 times (a/pre_lr0.002_seed1, b/pre_lr0.002_seed1): only a/pre_lr0.002_seed1 counts." in said
+
+
+def test_sizes_are_not_mixed(tmp_path):
+    for folder, width, value in (("a", 64, 0.2), ("b", 128, 0.6)):
+        run = write_run(tmp_path / folder, "pre")
+        write_scores(run, [value] * 5)
+        file = run / "recipe.yaml"
+        file.write_text(file.read_text().replace("hidden_size: 64", f"hidden_size: {width}"))
+    table = build(load(tmp_path), "mini")
+    assert [name for name, _ in table.blocks[:2]] == [
+        "8 layers, width 64, learning rate 0.002",
+        "8 layers, width 128, learning rate 0.002",
+    ]
+    assert list(table.text.mini_piqa[:2]) == ["20.0 (n=1)", "60.0 (n=1)"]
+
+
+def test_the_latest_checkpoint_counts_then_the_one_with_all_items(tmp_path):
+    run = write_run(tmp_path, "pre")
+    for name, step, value, limit in (("z", 100, 0.1, None), ("y", 200, 0.2, 20), ("a", 200, 0.3, None)):
+        write_scores(run, [value] * 5, limit=limit)
+        file = run / "eval" / "benchmarks-mini.json"
+        record = json.loads(file.read_text())
+        record["evaluated"]["path"] = f"checkpoints/step_{step:08d}"
+        (run / "eval" / f"{name}.json").write_text(json.dumps(record))
+        file.unlink()
+    assert row(load(tmp_path), "pre")["mini_piqa"] == "30.0 (n=1)"
+    for name in ("a", "y"):
+        (run / "eval" / f"{name}.json").unlink()
+    table = build(load(tmp_path), "mini")
+    assert "Scored before the end of the run: pre seed 1." in table.notes
+
+
+def test_the_names_of_placements_are_those_of_the_family():
+    from modeling_periln import PLACEMENT_NAMES
+
+    assert PLACEMENTS == PLACEMENT_NAMES
+
+
+def test_the_suites_are_those_that_are_evaluated():
+    from eval import benchmarks
+
+    assert benchmarks.SUITES == SUITES
 
 
 # --- names and rendering -------------------------------------------------------------------------------------
