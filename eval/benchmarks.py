@@ -7,6 +7,7 @@ five schemas, which are never called by the benchmarks' names.
 import io
 import logging
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from importlib import metadata
 from pathlib import Path
@@ -22,14 +23,14 @@ FEWSHOT_SEED = 1234  # the harness's own default
 
 
 class Benchmarks:
-    """The tasks of one suite, loaded once and used for every checkpoint.
+    """The tasks of one suite, or any tasks of the harness, loaded once and used for every checkpoint.
 
     Raises:
-        UsageError: an unknown suite.
+        UsageError: an unknown suite or task.
         UserError: a data set that cannot be had; one sentence that says why.
     """
 
-    def __init__(self, suite: str, limit: int | None = None, num_fewshot: int = 0):
+    def __init__(self, suite: str, limit: int | None = None, num_fewshot: int = 0, tasks: Sequence[str] | None = None):
         if suite not in SUITES:
             raise UsageError(f"suite {suite!r} is unknown{did_you_mean(suite, list(SUITES))}: use {', '.join(SUITES)}")
         if limit is not None and limit < 1:
@@ -38,10 +39,14 @@ class Benchmarks:
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.suite, self.limit, self.num_fewshot = suite, limit, num_fewshot
-        mini = {"include_path": str(MINI_FOLDER), "include_defaults": False}
-        self._manager = TaskManager(**(mini if suite == "mini" else {}))
+        self.tasks = tuple(tasks or SUITES[suite])
+        own = all(task in SUITES["mini"] for task in self.tasks)  # the harness's thousands take seconds to list
+        self._manager = TaskManager(include_path=str(MINI_FOLDER), include_defaults=not own)
+        for name in self.tasks:
+            if name not in self._manager.all_tasks:
+                raise UsageError(f"task {name!r} is unknown to lm-eval{did_you_mean(name, self._manager.all_tasks)}")
         self._loaded: dict[str, Any] = {}
-        for name in SUITES[suite]:
+        for name in self.tasks:
             one = self._load(name)
             for key, value in one.items():
                 self._loaded.setdefault(key, {}).update(value)
@@ -64,10 +69,10 @@ class Benchmarks:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=device)
         # The mini tasks take seconds, and the harness's own progress bars would bury ours; on the real ones, which
         # take hours on a large model, they are what one wants to see.
-        with redirect_stderr(io.StringIO()) if self.suite == "mini" else nullcontext():
+        with redirect_stderr(io.StringIO()) if self.tasks == SUITES["mini"] else nullcontext():
             answer = evaluate(lm=lm, task_dict=self._loaded, limit=self.limit, log_samples=False)
         results = []
-        for task in SUITES[self.suite]:
+        for task in self.tasks:
             scores, items = answer["results"][task], answer["n-samples"][task]["effective"]
             for metric in METRICS:
                 if f"{metric},none" in scores:
@@ -77,7 +82,8 @@ class Benchmarks:
         return {
             "evaluated": target.evaluated(),
             "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
-            "suite": self.suite,
+            "suite": self.suite if self.tasks == SUITES[self.suite] else None,
+            "tasks": list(self.tasks),
             "num_fewshot": self.num_fewshot,
             "limit": self.limit,
             "batch_size": batch_size,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -42,7 +43,8 @@ def evaluate_target(
 ) -> None:
     """All that is asked of one checkpoint; what is there already is not computed again."""
     weights = weights_hash(target.checkpoint)
-    asked = {"suite": args.suite, "limit": args.limit, "num_fewshot": args.num_fewshot}
+    tasks = {"suite": args.suite} if args.tasks is None else {"tasks": list(benchmarks.tasks)}
+    asked = tasks | {"limit": args.limit, "num_fewshot": args.num_fewshot}
     more = {"batch_size": args.batch_size}
     which = {"text_sha256": hashlib.sha256("\0".join(texts or []).encode()).hexdigest(), "context": args.context}
 
@@ -62,8 +64,11 @@ def evaluate_target(
         prompts = list(CHAT_PROMPTS if chat else PROMPTS)
         return {"evaluated": target.evaluated(), "samples": generate_samples(model, tokenizer, prompts, chat)}
 
-    _once(target.results / f"benchmarks-{args.suite}.json", asked | more, weights, scores)
+    _once(args.out or target.results / f"benchmarks-{args.suite}.json", asked | more, weights, scores)
     bar.update(1)
+    if args.out is not None:
+        bar.update(2)
+        return
     if texts is not None:
         _once(target.results / "heldout.json", which | more, weights, loss)
     bar.update(1)
@@ -77,11 +82,18 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"batch size and context must be at least 1, not {args.batch_size} and {args.context}")
     if not args.targets and not args.check_data:
         raise UsageError("name at least one run or checkpoint folder")
+    if args.tasks is not None and args.out is None:
+        raise UsageError("--tasks needs --out FILE: a suite's results have names of their own in a run folder")
+    if args.out is not None and len(args.targets) != 1:
+        raise UsageError(f"--out holds the results of one target, not of {len(args.targets)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     targets = [(path, find_target(path)) for path in args.targets]
     texts = read_texts(args.heldout) if args.heldout else None
-    benchmarks = Benchmarks(args.suite, args.limit, args.num_fewshot)
+    names = None if args.tasks is None else [name for name in args.tasks.split(",") if name]
+    benchmarks = Benchmarks(args.suite, args.limit, args.num_fewshot, names)
     if args.check_data:
         return
     with progress_bar(args, 3 * len(targets), "evaluation", "part") as bar:
@@ -99,6 +111,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("targets", type=Path, nargs="*", metavar="RUN_OR_CHECKPOINT", help="run or checkpoint folders")
     parser.add_argument("--check-data", action="store_true", help="only load the tasks' data, and stop")
     parser.add_argument("--suite", default="mini", help="'mini' (our own items) or 'hub' (the real tasks)")
+    parser.add_argument("--tasks", metavar="A,B,...", help="any lm-eval tasks in the suite's place; needs --out")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the scores of one target there, and no more")
     parser.add_argument("--limit", type=int, default=None, help="items a task; all of them when left out")
     parser.add_argument("--num-fewshot", type=int, default=0, help="examples before each item")
     parser.add_argument("--batch-size", type=int, default=16, help="requests a batch")
