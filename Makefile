@@ -13,6 +13,9 @@ DEMO_FLAGS = --out "$(OUT)" $(if $(DEVICE),--device "$(DEVICE)") $(if $(TEXT),--
 	$(if $(filter-out 0,$(HUB)),--hub) $(if $(LIMIT),--limit "$(LIMIT)") \
 	$(if $(PLACEMENTS),--placements "$(PLACEMENTS)") $(if $(DEBUG),--debug)
 
+# A file's tests stay together; every test has one thread (tests/conftest.py).
+PARALLEL = --numprocesses logical --maxprocesses 8 --dist loadfile
+
 .PHONY: demo test test-slow test-fast test-hf lint setup clean
 .DEFAULT_GOAL := help
 
@@ -35,13 +38,13 @@ demo: $(STAMP) ## the Peri-LN study in miniature: ends with report.html
 	@exec $(BIN)/python -m scripts.demo $(DEMO_FLAGS) --stop-with-parent $$PPID
 
 test: $(STAMP) ## the whole test suite, the fast tests first
-	$(BIN)/python -m pytest -m 'not kills' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not kills' $(PARALLEL) $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## what takes minutes by itself: a run killed sixty times
 	$(BIN)/python -m pytest -m kills $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## the tests that train nothing and start nothing
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL) $(PYTEST_ARGS)
 
 # Their markers are not ours, hence no strict ones; and the reasons of their skips come counted.
 test-hf: $(STAMP) ## Transformers' own common model tests; TRANSFORMERS_SRC=/path/to/its/source, see tests/README.md
