@@ -70,7 +70,14 @@ class Benchmarks:
         # The mini tasks take seconds, and the harness's own progress bars would bury ours; on the real ones, which
         # take hours on a large model, they are what one wants to see.
         with redirect_stderr(io.StringIO()) if self.tasks == SUITES["mini"] else nullcontext():
-            answer = evaluate(lm=lm, task_dict=self._loaded, limit=self.limit, log_samples=False)
+            try:
+                answer = evaluate(lm=lm, task_dict=self._loaded, limit=self.limit, log_samples=False)
+            except AssertionError as error:  # the harness's only word for an item that does not fit
+                positions = getattr(model.config, "max_position_embeddings", None)
+                raise UserError(
+                    f"{target.name}: lm-eval refuses an item; an answer is probably longer than the model's "
+                    f"{positions} positions in its tokenizer's tokens"
+                ) from error
         results = []
         for task in self.tasks:
             scores, items = answer["results"][task], answer["n-samples"][task]["effective"]

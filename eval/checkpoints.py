@@ -1,4 +1,4 @@
-"""What is evaluated: a run folder's newest checkpoint, a checkpoint folder, or a model on the Hub."""
+"""What is evaluated: a run folder's newest checkpoint, or a checkpoint folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ def find_target(path: Path) -> Target | None:
         if not run.checkpoints():
             raise UserError(f"{path} has no checkpoint (status: {run.status or 'not started'})")
         checkpoint, results, name = run.checkpoints()[-1], path / "eval", path.name
-    elif (path / "config.json").exists():
+    elif (path / "config.json").exists() or (path / "adapter_config.json").exists():
         # A checkpoint of a run writes to the run; any other to a folder beside it.
         run = path.parent.parent if (path.parent.parent / "recipe.yaml").exists() else path.parent
         checkpoint, results, name = path, run / "eval" if run != path.parent else path / "eval", path.name
@@ -56,6 +56,10 @@ def find_target(path: Path) -> Target | None:
         return None
     else:
         raise UserError(f"{path} is neither a run folder (recipe.yaml) nor a checkpoint (config.json)")
+    if (checkpoint / "adapter_config.json").exists():
+        raise UserError(
+            f"{checkpoint} holds an adapter alone: merge it (sft.train --peft --merge), and evaluate merged/"
+        )
     if not (checkpoint / "tokenizer_config.json").exists():
         raise UserError(f"{checkpoint} has no tokenizer (tokenizer_config.json)")
     return Target(name, checkpoint, results)

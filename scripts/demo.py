@@ -171,7 +171,7 @@ def _minutes(seconds: float) -> str:
 
 def run_stage(stage: Stage, stop: StopRequest, debug: bool) -> None:
     """Run a stage's processes to their end; a signal that reaches the demo is handed on to each, once, as SIGTERM:
-    pretraining saves, the others end at once and begin their current run again.
+    pretraining and fine-tuning save, evaluation ends at once and begins its current checkpoint again.
 
     Raises:
         StoppedBySignal: the demo was asked to stop, and the stage has stopped.

@@ -1,14 +1,18 @@
 """Conversations in LIMA's schema, and the chat template that they are written with.
 
-A row is {"conversations": [user, assistant, ...], "source": ...}. `mini` is our own small set; `hub` is the
-real GAIR/lima (its single-turn rows, as in the Peri-LN paper: 1,000 of them).
+A row is {"conversations": [user, assistant, ...], "source": ...}, or {"messages": [{"role", "content"}, ...]}. `hub`
+is the real GAIR/lima (its 1,000 single-turn rows, as in the Peri-LN paper; the 30 others on demand), `mini` our own
+small set, anything else the path of a .jsonl.
 """
 
+import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runkit.errors import UserError
+from runkit.folder import write_text
 
 MINI_FILE = Path(__file__).parent / "data" / "mini_conversations.jsonl"
 LIMA = "GAIR/lima"
@@ -25,6 +29,29 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
 )
 END_OF_TURN = "<|end_of_turn|>"
+ROLES = ("user", "assistant")
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """What is trained on: chat messages, the name of each one's row, and where they are from."""
+
+    messages: list[list[dict[str, str]]]
+    rows: list[int]  # row numbers in the source, from 1
+    name: str
+    revision: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.messages, ensure_ascii=False).encode()).hexdigest()
+
+    def export(self, path: Path) -> None:
+        """Write a .jsonl with the one column `messages`, as the `trl sft` command line reads it."""
+        lines = (json.dumps({"messages": one}, ensure_ascii=False) + "\n" for one in self.messages)
+        write_text(path, "".join(lines))
 
 
 def to_messages(conversation: list[str], where: str) -> list[dict[str, str]]:
@@ -33,6 +60,8 @@ def to_messages(conversation: list[str], where: str) -> list[dict[str, str]]:
     Raises:
         UserError: no assistant turn, an odd number of turns, or an empty one; names the row.
     """
+    if not isinstance(conversation, list):
+        raise UserError(f"{where}: `conversations` must be a list of turns, not {type(conversation).__name__}")
     if len(conversation) < 2:
         raise UserError(f"{where}: a conversation with {len(conversation)} turn(s) has no assistant's answer")
     if len(conversation) % 2:
@@ -40,39 +69,117 @@ def to_messages(conversation: list[str], where: str) -> list[dict[str, str]]:
     for turn, text in enumerate(conversation):
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: turn {turn + 1} is empty")
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(conversation)]
+    return [{"role": ROLES[i % 2], "content": text} for i, text in enumerate(conversation)]
 
 
-def _mini_rows() -> list[dict[str, Any]]:
-    lines = MINI_FILE.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
+def check_messages(messages: Any, where: str) -> list[dict[str, str]]:
+    """Chat messages, if user and assistant take turns in them.
+
+    Raises:
+        UserError: an unknown role, no assistant turn, two turns of one role in a row; names the row.
+    """
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise UserError(f"{where}: `messages` must be a list of role and content")
+    roles = [m.get("role") for m in messages]
+    for turn, role in enumerate(roles):
+        if role not in ROLES:
+            raise UserError(f"{where}: turn {turn + 1} has the role {role!r}; only user and assistant are known")
+        if turn and role == roles[turn - 1]:
+            raise UserError(f"{where}: turns {turn} and {turn + 1} are both the {role}'s")
+    if "assistant" not in roles:
+        raise UserError(f"{where}: a conversation with {len(roles)} turn(s) has no assistant's answer")
+    if roles[0] != "user":
+        raise UserError(f"{where}: the first turn is the assistant's, not a user's")
+    return to_messages([m.get("content") for m in messages], where)
 
 
-def _lima_rows() -> list[dict[str, Any]]:
+def _file_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"data: {path} cannot be read ({reason}): give hub, mini, or a .jsonl") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path.name}, row {number}: not valid JSON: {error}") from error
+            if not isinstance(row, dict) or not {"conversations", "messages"} & set(row):
+                raise UserError(f"{path.name}, row {number}: has neither `conversations` nor `messages`")
+            rows.append(row)
+    return rows
+
+
+def _why_missing(error: Exception) -> str:
+    """One sentence on why LIMA could not be had."""
+    text, seen = "", error
+    for _ in range(8):
+        text += f"{type(seen).__name__}: {seen} "
+        seen = seen.__cause__ or seen.__context__
+        if seen is None:
+            break
+    short = f"({' '.join(text.split())[:200]})"
+    if "gated" in text.lower():
+        return f"{LIMA} is gated: accept its terms on its Hub page and log in with `hf auth login` {short}"
+    if "RevisionNotFound" in text:
+        return f"{LIMA} has no such data_revision {short}"
+    if "offline" in text.lower():
+        return f"{LIMA} is not on this machine and the Hub is switched off (HF_HUB_OFFLINE) {short}"
+    if "reach" in text.lower() or "connect" in text.lower():
+        return f"{LIMA} cannot be loaded: the Hub does not answer {short}"
+    return f"{LIMA} cannot be loaded: the Hub has it not, or not without a login (`hf auth login`) {short}"
+
+
+def _revision_of(rows: Any) -> str | None:
+    """The Hub's commit that a data set was read from: the folder of its cached file is named after it."""
+    for file in getattr(rows, "cache_files", None) or []:
+        name = Path(file["filename"]).parent.name
+        if len(name) == 40 and all(c in "0123456789abcdef" for c in name):
+            return name
+    return None
+
+
+def _lima_rows(revision: str | None) -> tuple[list[dict[str, Any]], str | None]:
     from datasets import load_dataset
+    from datasets.utils import logging as datasets_logging
+    from huggingface_hub.utils import logging as hub_logging
 
+    for each in (datasets_logging, hub_logging):  # every retry is a line; the one sentence below says it all
+        each.set_verbosity_error()
     try:
         try:
-            rows = load_dataset(LIMA, split="train")
+            rows = load_dataset(LIMA, split="train", revision=revision)
         except RuntimeError as error:
             # A repository with a loading script, which `datasets` no longer runs: the Hub keeps its rows as parquet.
-            if "script" not in str(error):
+            if "script" not in str(error) or revision is not None:
                 raise
             rows = load_dataset(LIMA, split="train", revision="refs/convert/parquet")
     except Exception as error:  # datasets and the Hub raise a dozen kinds; the user needs one sentence
-        raise UserError(
-            f"{LIMA} cannot be loaded: it is gated, so accept its terms on its Hub page and log in (hf auth login); "
-            f"or the Hub does not answer ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        ) from error
-    return [row for row in rows if row["source"] != "multi_turn"]
+        raise UserError(_why_missing(error)) from error
+    return list(rows), _revision_of(rows)
 
 
-def load_conversations(data: str) -> list[list[dict[str, str]]]:
-    """The conversations of `mini` or `hub`, as chat messages.
+def load_conversations(data: str, multi_turn: bool = False, revision: str | None = None) -> Conversations:
+    """The conversations of `hub`, `mini` or a .jsonl; those of a source `...multi_turn` only where asked for.
 
     Raises:
         UserError: a data set that cannot be had, or a malformed row; names it.
     """
-    rows = _lima_rows() if data == "hub" else _mini_rows()
-    name = LIMA if data == "hub" else MINI_FILE.name
-    return [to_messages(row["conversations"], f"{name}, row {i + 1}") for i, row in enumerate(rows)]
+    if data == "hub":
+        name, (rows, revision) = LIMA, _lima_rows(revision)
+    else:
+        path = MINI_FILE if data == "mini" else Path(data)
+        name, rows = path.name, _file_rows(path)
+    messages, numbers = [], []
+    for number, row in enumerate(rows, start=1):
+        if str(row.get("source", "")).endswith("multi_turn") and not multi_turn:
+            continue
+        where = f"{name}, row {number}"
+        chat = "messages" in row
+        messages.append(check_messages(row["messages"], where) if chat else to_messages(row["conversations"], where))
+        numbers.append(number)
+    if not messages:
+        raise UserError(f"{name} holds no conversation to train on")
+    return Conversations(messages, numbers, name, revision if data == "hub" else None)

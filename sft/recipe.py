@@ -1,9 +1,29 @@
-"""The fine-tuning recipe. Defaults follow the Peri-LN paper: LIMA, 15 epochs, batch 128, 1e-5, cosine."""
+"""The fine-tuning recipe. Defaults follow the Peri-LN paper: LIMA, 15 epochs, batch 128, AdamW, 1e-5, cosine."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from runkit.errors import UsageError
+from runkit.recipes import from_mapping, to_mapping
+
+
+@dataclass
+class Lora:
+    """The recipe's section `peft`: low-rank adapters in place of the weights themselves."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: list[str] | None = None  # null: PEFT's own for the model's type (q_proj and v_proj for ours)
+
+    def check(self) -> None:
+        """Raise UsageError for a value that cannot be; names field and value."""
+        if self.r < 1 or self.alpha < 1:
+            raise UsageError(f"peft.r and peft.alpha must be at least 1, not {self.r} and {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"peft.dropout must be at least 0 and below 1, not {self.dropout}")
+        if self.target_modules is not None and not self.target_modules:
+            raise UsageError("peft.target_modules is empty: name modules, or leave it out")
 
 
 @dataclass
@@ -13,7 +33,10 @@ class Recipe:
     stage: Literal["sft"] = "sft"
     model: str = ""  # weights' hash of the checkpoint that is fine-tuned; filled in
     placement: str | dict = ""  # filled in
-    data: Literal["mini", "hub"] = "hub"
+    data: str = "hub"  # `hub` (GAIR/lima), `mini` (our own few), or a .jsonl with `conversations` or `messages`
+    data_revision: str | None = None  # the Hub's commit; filled in where the recipe does not pin one
+    data_sha256: str = ""  # of the conversations as they were read; filled in
+    include_multi_turn: bool = False  # the paper takes the single-turn rows
     epochs: int = 15
     batch_size: int = 128
     micro_batch_size: int | None = None
@@ -22,7 +45,12 @@ class Recipe:
     weight_decay: float = 0.0  # ours
     gradient_clip: float = 1.0  # ours
     max_length: int = 2048
+    packing: bool = False
     seed: int = 1
+    peft: dict[str, Any] | None = None  # null: all weights are trained; else the fields of `Lora`
+    save_strategy: Literal["epoch", "end"] = "epoch"
+    save_every: int | None = None  # steps; more checkpoints to resume from, of which only the newest stay
+    keep: int | None = None  # epoch checkpoints that stay, the newest; null: all
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     residual_dtype: Literal["float16", "bfloat16", "float32"] | None = "float16"
     initial_loss_scale: float = 65536.0
@@ -33,6 +61,9 @@ class Recipe:
         for name in ("epochs", "batch_size", "max_length"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("save_every", "keep"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, or null, not {getattr(self, name)}")
         if self.learning_rate <= 0:
             raise UsageError(f"learning_rate must be above 0, not {self.learning_rate}")
         if not 0 <= self.warmup <= 1:
@@ -42,3 +73,13 @@ class Recipe:
         micro = self.micro_batch_size or self.batch_size
         if micro < 1 or self.batch_size % micro:
             raise UsageError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {micro}")
+        if self.data_revision is not None and self.data != "hub":
+            raise UsageError(f"data_revision is the Hub's, but data is {self.data!r}")
+        if self.lora is not None:
+            self.lora.check()
+            self.peft = to_mapping(self.lora)
+
+    @property
+    def lora(self) -> Lora | None:
+        """The section `peft`, its defaults filled in."""
+        return None if self.peft is None else from_mapping(Lora, self.peft, "peft.")

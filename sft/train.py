@@ -2,179 +2,139 @@
 
     python -m sft.train --config sft/recipes/lima.yaml --model RUN_OR_CHECKPOINT...
 
-Each result is a run folder of its own, `sft/` inside the run that it starts from.
+Each result is a run folder of its own, `sft/` (with --peft `sft-lora/`) inside the run that it starts from. Killed or
+interrupted, it goes on from its newest checkpoint when it is started again, and ends as if nothing had happened.
 """
 
 import argparse
-import json
+import dataclasses
 import math
+import os
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
-from trl import SFTConfig, SFTTrainer
 
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
-from runkit.checkpoints import damage_of, latest_whole, write_checkpoint
-from runkit.environment import DtypeWitness, describe_environment
-from runkit.errors import UsageError, UserError, make_parser, run_command
-from runkit.folder import RunFolder, room_for, weights_hash, write_json, write_text
+from runkit.checkpoints import damage_of, latest_whole
+from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
+from runkit.folder import RunFolder, read_json, room_for, weights_hash, write_json
 from runkit.fp16 import make_fp16_real
-from runkit.process import start_stage
+from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
-from runkit.recipes import from_mapping, read_yaml, to_mapping
+from runkit.recipes import apply_overrides, from_mapping, read_yaml, to_mapping
 
-from .conversations import CHAT_TEMPLATE, END_OF_TURN, load_conversations
+from . import lora
+from .before_after import record_before_after
+from .checkpointing import latest_resumable
+from .conversations import Conversations, load_conversations
 from .recipe import Recipe
+from .tokens import Tokens, chat_tokenizer, marked, tokenize
+from .trainer import ExactTrainer, Recorder, arguments
 
 
-class Recorder(TrainerCallback):
-    """Writes metrics.jsonl and environment.json from inside TRL's trainer, and moves the progress bar."""
+@dataclass
+class Job:
+    """One fine-tuning that was found possible: nothing of it is written yet."""
 
-    def __init__(self, run: RunFolder, model: torch.nn.Module, bar: tqdm):
-        self.run, self.model, self.bar = run, model, bar
-        self.trainer: SFTTrainer | None = None
-        self.lines: list[str] = []
-        self.skips = self.consecutive = 0
-        self._witness = DtypeWitness(model)
-        self._scale, self._start, self._found_inf = 1.0, 0.0, False
+    recipe: Recipe
+    checkpoint: Path
+    run: RunFolder
+    conversations: Conversations
+    tokens: Tokens
+    tokenizer: PreTrainedTokenizerBase
 
     @property
-    def scale(self) -> float:
-        scaler = self.trainer.accelerator.scaler
-        return scaler.get_scale() if scaler is not None else 1.0
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if state.global_step == 0:
-            self._witness.__enter__()
-        self._scale, self._start = self.scale, time.perf_counter()
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        if state.global_step == 0:
-            self._witness.__exit__()
-            environment = describe_environment(self.trainer.accelerator.device)
-            environment["loss_scaler"] = self.trainer.accelerator.scaler is not None
-            write_json(self.run.path / "environment.json", environment | self._witness.report())
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self._found_inf = self.scale < self._scale
-        self.skips += self._found_inf
-        self.consecutive = self.consecutive + 1 if self._found_inf else 0
-        self.bar.update(1)
-
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
-        if not logs or "loss" not in logs or "learning_rate" not in logs:
-            return
-        loss, norm, seconds = logs["loss"], logs.get("grad_norm", math.nan), time.perf_counter() - self._start
-        record = {
-            "step": state.global_step - 1,
-            "loss": loss if math.isfinite(loss) else None,
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": float(norm) if math.isfinite(norm) else None,
-            "loss_scale": self._scale,
-            "found_inf": self._found_inf,
-            "skip_kind": None if not self._found_inf else "backward" if math.isfinite(loss) else "forward",
-            "skips_consecutive": self.consecutive,
-            "skips_total": self.skips,
-            "tokens": int(logs.get("num_tokens", 0)),
-            "tokens_per_second": None,
-            "step_seconds": seconds,
-            "data_wait": None,
-            "mfu": None,
-            "peak_memory_bytes": None,
-        }
-        self.lines.append(json.dumps(record, allow_nan=False))
+    def steps(self) -> int:
+        """Exact without packing."""
+        return self.recipe.epochs * math.ceil(len(self.tokens.ids) / self.recipe.batch_size)
 
 
-def _arguments(recipe: Recipe, scratch: str) -> SFTConfig:
-    micro = recipe.micro_batch_size or recipe.batch_size
-    return SFTConfig(
-        output_dir=scratch,
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=recipe.batch_size // micro,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.warmup,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.gradient_clip,
-        max_length=recipe.max_length,
-        fp16=recipe.precision == "fp16",
-        bf16=recipe.precision == "bf16",
-        assistant_only_loss=True,
-        packing=False,
-        use_cpu=recipe.device == "cpu",
-        dataloader_pin_memory=False,
-        activation_checkpointing=False,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        save_strategy="no",
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # a loss that is not finite is recorded as such, not averaged away
-        report_to="none",
-        disable_tqdm=True,
-    )
-
-
-def fine_tune(recipe: Recipe, checkpoint: Path, run: RunFolder, messages: list[list[dict]], bar: tqdm) -> None:
-    """One fine-tuning, from a checkpoint into a run folder of its own."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    missing = [t for t in ("<|user|>", "<|assistant|>", END_OF_TURN) if t not in tokenizer.get_vocab()]
-    if missing:
-        raise UserError(f"the tokenizer of {checkpoint} has no token {', '.join(missing)} for conversations")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    if recipe.max_length > model.config.max_position_embeddings:
-        limit = model.config.max_position_embeddings
-        raise UsageError(f"max_length {recipe.max_length} exceeds the {limit} positions of {checkpoint}")
+def _build_trainer(job: Job, recorder_bar: tqdm, stop: StopRequest, scratch: str) -> ExactTrainer:
+    recipe = job.recipe
+    # An absolute path: it is what an adapter names as its base.
+    model = AutoModelForCausalLM.from_pretrained(job.checkpoint.resolve(), dtype=torch.float32)
     model.config.residual_dtype = recipe.residual_dtype
+    if recipe.lora is not None:
+        model = lora.add_adapters(model, recipe.lora, recipe.seed)
+    trainer = ExactTrainer(
+        job.run,
+        recipe,
+        Recorder(job.run, model, recorder_bar),
+        stop,
+        model=model,
+        args=arguments(recipe, scratch),
+        train_dataset=Dataset.from_dict({"messages": job.conversations.messages}),
+        processing_class=job.tokenizer,
+    )
+    if not recipe.packing and len(trainer.train_dataset) != len(job.tokens.ids):
+        raise RuntimeError(f"TRL kept {len(trainer.train_dataset)} conversations, we {len(job.tokens.ids)}")
+    return trainer
+
+
+def fine_tune(job: Job, bar: tqdm, stop: StopRequest) -> None:
+    """One fine-tuning from a checkpoint into its run folder, or the rest of one.
+
+    Raises:
+        StoppedBySignal: after saving.
+    """
+    run, recipe = job.run, job.recipe
+    rows = {"truncated_rows": job.tokens.truncated, "dropped_rows": job.tokens.dropped}
+    of = {"name": job.conversations.name, "revision": job.conversations.revision, "sha256": job.conversations.sha256}
+    write_json(run.path / "data.json", of | job.tokens.counts() | rows)
+    checkpoint = latest_resumable(run, tqdm.write)
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
-        recorder = Recorder(run, model, bar)
-        trainer = SFTTrainer(
-            model=model,
-            args=_arguments(recipe, scratch),
-            train_dataset=Dataset.from_dict({"messages": messages}),
-            processing_class=tokenizer,
-            callbacks=[recorder],
-        )
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
-        recorder.trainer = trainer
+        trainer = _build_trainer(job, bar, stop, scratch)
+        stack.callback(trainer.recorder.close)
         # TRL's fp16 on a CPU is FP32 unless this is done; on a GPU nothing is changed.
         stack.enter_context(make_fp16_real(trainer.accelerator, {"init_scale": recipe.initial_loss_scale}))
-        trainer.train()
-        steps = trainer.state.global_step
-    write_text(run.metrics_path, "".join(line + "\n" for line in recorder.lines))
+        trainer.train_from(checkpoint)
+    step, recorder, model = trainer.state.global_step, trainer.recorder, trainer.model
+    known = {"step": step, "steps_per_epoch": trainer.steps_per_epoch, "data": job.conversations.name}
+    if stop.exit_code is not None and step < trainer.state.max_steps:
+        _interrupted(job, stop, known)
     records = run.metrics()
-    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
-    model.generation_config.eos_token_id = ends
-    model.config.use_cache = True  # the Trainer switches it off, and would leave it so in config.json
-    with write_checkpoint(run.checkpoint_path(steps), model, tokenizer):
-        pass
-    trained = bool(records) and recorder.skips < steps
+    if len(records) != step:
+        raise RuntimeError(f"{run.metrics_path} has {len(records)} records after {step} steps")
+    trained = bool(records) and recorder.skips < step
     finite = trained and records[-1]["loss"] is not None and all(p.isfinite().all() for p in model.parameters())
-    loss = records[-1]["loss"] if records else None
+    if finite:
+        trainer.prune(finished=True)
+
+        def pulse() -> None:
+            if stop.exit_code is not None:
+                _interrupted(job, stop, known)
+
+        latest = run.checkpoint_path(step)
+        device = trainer.accelerator.device
+        record_before_after(run, job.checkpoint, latest, job.tokens, job.tokenizer, device, pulse)
     run.set_status(
         "completed" if finite else "diverged",
-        step=steps,
+        **known,
         reason=None if finite else "every step was skipped, or the last loss or a weight is not finite",
-        final_loss=loss,
-        conversations=len(messages),
+        final_loss=records[-1]["loss"] if records else None,
         skipped_steps=recorder.skips,
+        **job.tokens.counts(),
+        parameters=sum(p.numel() for p in model.parameters()),
+        parameters_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
 
 
-def _source_of(path: Path) -> tuple[Path, Path] | None:
+def _interrupted(job: Job, stop: StopRequest, known: dict) -> None:
+    job.run.set_status("interrupted", **known, reason=f"signal (exit {stop.exit_code})")
+    raise StoppedBySignal(stop.exit_code, f"stopped after step {known['step']} of {job.run.path}; saved")
+
+
+# --- what is asked for, and whether it can be had ------------------------------------------------------------
+def _source_of(path: Path, name: str) -> tuple[Path, Path] | None:
     """(checkpoint, folder for the result) of a run or checkpoint folder; None for a diverged run."""
     if (path / "recipe.yaml").exists():
         run = RunFolder(path)
@@ -183,61 +143,155 @@ def _source_of(path: Path) -> tuple[Path, Path] | None:
         checkpoint = latest_whole(run)
         if checkpoint is None:
             raise UserError(f"{path} has no whole checkpoint (status: {run.status or 'not started'})")
-        return checkpoint, path / "sft"
+        return checkpoint, path / name
     if (path / "config.json").exists():
         run = path.parent.parent  # a checkpoint of a run writes to the run; any other to a folder beside it
-        return path, run / "sft" if (run / "recipe.yaml").exists() else path.with_name(path.name + "-sft")
+        return path, run / name if (run / "recipe.yaml").exists() else path.with_name(f"{path.name}-{name}")
     raise UserError(f"{path} is neither a run folder (recipe.yaml) nor a checkpoint (config.json)")
+
+
+def load_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe's file with what the flags say.
+
+    Raises:
+        UsageError, UserError: names the field.
+    """
+    recipe = from_mapping(Recipe, apply_overrides(read_yaml(args.config), args.set, Recipe))
+    if args.peft and recipe.peft is None:
+        recipe.peft = {}
+    recipe.check()
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device: cuda was asked for, but torch sees no CUDA device")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("sft.train runs in one process: start it without torchrun or accelerate launch")
+    return recipe
+
+
+def plan(recipe: Recipe, path: Path, conversations: Conversations, name: str) -> Job | None:
+    """The fine-tuning of one run or checkpoint, checked; None for a run that has diverged.
+
+    Raises:
+        UsageError, UserError: names the path.
+    """
+    source = _source_of(path, name)
+    if source is None:
+        return None
+    checkpoint, folder = source
+    tokenizer = chat_tokenizer(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"the tokenizer of {checkpoint} has {len(tokenizer)} tokens, its model {config.vocab_size}")
+    positions = config.max_position_embeddings
+    if recipe.max_length > positions:
+        raise UsageError(f"max_length {recipe.max_length} exceeds the {positions} positions of {checkpoint}")
+    mine = dataclasses.replace(
+        recipe,
+        model=weights_hash(checkpoint),
+        placement=read_json(checkpoint / "config.json").get("norm_placement", ""),
+        data_revision=conversations.revision,
+        data_sha256=conversations.sha256,
+    )
+    return Job(
+        mine,
+        checkpoint,
+        RunFolder(folder),
+        conversations,
+        tokenize(conversations, tokenizer, recipe.max_length),
+        tokenizer,
+    )
+
+
+def _run_job(job: Job, bar: tqdm, stop: StopRequest) -> None:
+    run = job.run
+    if run.finished and (run.status == "diverged" or damage_of(run.checkpoints()[-1]) is None):
+        bar.update(job.steps)
+        return
+    bar.set_postfix_str(run.path.parent.name)
+    run.set_status("running")
+    try:
+        with room_for(run.path):
+            fine_tune(job, bar, stop)
+    except StoppedBySignal:
+        raise
+    except BaseException as error:
+        try:
+            run.set_status("failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        except (OSError, UserError):
+            pass  # a full disk, say: the error itself is what counts
+        raise
+
+
+def merge_adapter(run: RunFolder) -> None:
+    """Write `merged/` of a LoRA run: of the checkpoint that was selected (best.json), else of its last."""
+    best = run.path / "best.json"
+    whole = run.path / read_json(best)["checkpoint"] if best.exists() else latest_whole(run, tqdm.write)
+    if whole is None:
+        raise UserError(f"{run.path} has no whole checkpoint to merge")
+    out = run.path / "merged" / whole.name
+    difference = lora.merge(whole, out)
+    tqdm.write(f"{out}: the adapter of {whole.name} merged in; logits differ by at most {difference:.1e}")
 
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    recipe = from_mapping(Recipe, read_yaml(args.config))
-    recipe.check()
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device: cuda was asked for, but torch sees no CUDA device")
+    recipe = load_recipe(args)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    sources = [(path, _source_of(path)) for path in args.model]
-    messages = load_conversations(recipe.data)
-    if args.check_data:
+    if args.merge and recipe.peft is None:
+        raise UsageError("--merge: only adapters are merged; give --peft too")
+    name = args.name or ("sft" if recipe.peft is None else "sft-lora")
+    conversations = load_conversations(recipe.data, recipe.include_multi_turn, recipe.data_revision)
+    if args.export_data is not None:
+        conversations.export(args.export_data)
+        print(f"{args.export_data}: {len(conversations)} conversations of {conversations.name}")
+    if args.check_data or (args.export_data is not None and not args.model):
         return
-    if not sources:
+    if not args.model:
         raise UsageError("--model: name at least one run or checkpoint folder")
-    steps = recipe.epochs * math.ceil(len(messages) / recipe.batch_size)
-    with progress_bar(args, steps * len(sources), "fine-tuning", "step") as bar:
-        for path, source in sources:
-            if source is None:
+    stop = StopRequest().install()
+    jobs = [(path, plan(recipe, path, conversations, name)) for path in args.model]
+    if args.show_labels is not None:
+        for job in (job for _, job in jobs if job is not None):
+            print("\n\n".join(marked(job.tokens, job.tokenizer, args.show_labels)))
+        return
+    for _, job in jobs:
+        if job is not None:
+            job.run.claim(to_mapping(job.recipe))
+    total = sum(job.steps for _, job in jobs if job is not None)
+    with progress_bar(args, total, "fine-tuning", "step") as bar:
+        for path, job in jobs:
+            if job is None:
                 tqdm.write(f"{path.name}: diverged, not fine-tuned")
-                bar.update(steps)
                 continue
-            checkpoint, folder = source
-            run = RunFolder(folder)
-            recipe.model, recipe.placement = weights_hash(checkpoint), _placement(checkpoint)
-            run.claim(to_mapping(recipe))
-            with run.locked(wait_seconds=30, tell=tqdm.write):
-                if run.finished and (run.status == "diverged" or damage_of(run.checkpoints()[-1]) is None):
-                    bar.update(steps)
-                    continue
-                bar.set_postfix_str(path.name)
-                run.set_status("running")
-                with room_for(run.path):
-                    fine_tune(recipe, checkpoint, run, messages, bar)
-
-
-def _placement(checkpoint: Path) -> Any:
-    return json.loads((checkpoint / "config.json").read_text()).get("norm_placement", "")
+            with job.run.locked(wait_seconds=30, tell=tqdm.write):
+                _run_job(job, bar, stop)
+                if args.merge and job.run.status == "completed":
+                    merge_adapter(job.run)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("python -m sft.train", "Supervised fine-tuning on LIMA-format conversations.")
     parser.add_argument("--config", type=Path, default=Path("sft/recipes/lima.yaml"), help="recipe (YAML)")
     parser.add_argument("--model", type=Path, nargs="+", action="extend", default=[], help="run or checkpoint folders")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="change the recipe"
+    )
+    parser.add_argument("--name", help="folder of the result inside each run; sft, or sft-lora with --peft")
+    parser.add_argument("--peft", action="store_true", help="train LoRA adapters (the recipe's section peft)")
+    parser.add_argument(
+        "--merge", action="store_true", help="with --peft: write merged/, a model without adapters, too"
+    )
     parser.add_argument("--check-data", action="store_true", help="only load the conversations, and stop")
+    parser.add_argument(
+        "--export-data", type=Path, metavar="FILE", help="write them as .jsonl (messages) for `trl sft`"
+    )
+    parser.add_argument(
+        "--show-labels", type=int, metavar="N", help="print N conversations, >>>what is trained<<<; stop"
+    )
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))
+    arguments_given = parse()
+    sys.exit(run_command(main, arguments_given))

@@ -186,7 +186,7 @@ def test_any_tasks_go_to_a_file_of_their_own_and_are_computed_once(run_folder, t
     [
         (
             ["--tasks", "mini_piqua", "--out", "x.json"],
-            "XX",
+            "'mini_piqua' is unknown to lm-eval (did you mean 'mini_piqa'",
         ),
         (["--tasks", "mini_piqa"], "--tasks needs --out FILE"),
         (["--out", "x.json", "--device", "cuda"], "torch sees no CUDA device"),
@@ -196,3 +196,17 @@ def test_a_task_that_does_not_exist_or_has_no_place_is_said(run_folder, words, m
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert evaluate_command(run_folder.path, *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_bare_adapter_and_an_answer_that_does_not_fit_are_said(run_folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert evaluate_command(tmp_path / "adapter") == 1
+    assert "holds an adapter alone: merge it" in capsys.readouterr().err
+
+    def refuse(**kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", refuse)
+    assert evaluate_command(run_folder.path, "--limit", 1) == 1
+    assert "longer than the model's 256 positions" in capsys.readouterr().err

@@ -6,10 +6,21 @@ import pytest
 from jinja2 import Environment
 
 from runkit.errors import UsageError, UserError
+from runkit.recipes import from_mapping, read_yaml
 from scripts.prepare_data import train_tokenizer
 from sft import conversations
-from sft.conversations import CHAT_TEMPLATE, END_OF_TURN, load_conversations, to_messages
+from sft.conversations import (
+    CHAT_TEMPLATE,
+    END_OF_TURN,
+    Conversations,
+    check_messages,
+    load_conversations,
+    to_messages,
+)
 from sft.recipe import Recipe
+from sft.tokens import IGNORED, marked, tokenize
+
+LIMA_RECIPE = conversations.MINI_FILE.parents[1] / "recipes" / "lima.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +78,96 @@ def test_the_template_is_valid_jinja():
     assert text == f"<|user|>hi{END_OF_TURN}"
 
 
+def chat(*roles):
+    return [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (chat("user", "user", "assistant"), "x, row 3: turns 1 and 2 are both the user's"),
+        (chat("user", "assistant", "assistant"), "x, row 3: turns 2 and 3 are both the assistant's"),
+        (chat("user"), "x, row 3: a conversation with 1 turn"),
+        (chat("assistant", "user"), "x, row 3: the first turn is the assistant's"),
+        (chat("system", "user", "assistant"), "x, row 3: turn 1 has the role 'system'"),
+        (chat("user", "assistant", "user"), "x, row 3: 3 turns: the last one is a user's"),
+        ("hi", "x, row 3: `messages` must be a list"),
+    ],
+)
+def test_chat_messages_that_do_not_take_turns_are_named(messages, message):
+    with pytest.raises(UserError, match=message):
+        check_messages(messages, "x, row 3")
+
+
 def test_the_bundled_set_loads_whole():
     rows = conversations.MINI_FILE.read_text().splitlines()
-    loaded = load_conversations("mini")
+    loaded = load_conversations("mini", multi_turn=True)
     assert len(loaded) == len(rows) >= 60
-    assert [m["content"] for m in loaded[0]] == json.loads(rows[0])["conversations"]
+    assert [m["content"] for m in loaded.messages[0]] == json.loads(rows[0])["conversations"]
+    single = load_conversations("mini")
+    assert {len(messages) for messages in single.messages} == {2}
+    assert len(rows) - len(single) == sum("multi_turn" in row for row in rows) > 0
+
+
+def test_a_file_is_read_with_either_column_and_its_rows_keep_their_numbers(tmp_path):
+    file = tmp_path / "own.jsonl"
+    rows = [
+        {"conversations": ["a", "b", "c", "d"], "source": "multi_turn"},
+        {"conversations": ["q", "a"], "source": "own"},
+        {"messages": chat("user", "assistant")},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    loaded = load_conversations(str(file))
+    assert loaded.rows == [2, 3]
+    assert [m[-1]["content"] for m in loaded.messages] == ["a", "assistant 1"]
+    file.write_text(file.read_text() + "\n" + json.dumps({"messages": chat("user", "user")}))
+    with pytest.raises(UserError, match=r"own.jsonl, row 4: turns 1 and 2 are both the user's"):
+        load_conversations(str(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "own.jsonl, row 1: not valid JSON"),
+        ('{"text": "x"}', "own.jsonl, row 1: has neither `conversations` nor `messages`"),
+        ("", "own.jsonl holds no conversation"),
+        (None, "own.jsonl cannot be read .* give hub, mini, or a .jsonl"),
+    ],
+)
+def test_a_file_of_something_else_is_one_sentence(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "own.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_conversations(str(tmp_path / "own.jsonl"))
+
+
+def test_what_is_exported_is_what_was_loaded(tmp_path):
+    loaded = load_conversations("mini", multi_turn=True)
+    loaded.export(tmp_path / "mini.jsonl")
+    assert all(set(json.loads(line)) == {"messages"} for line in (tmp_path / "mini.jsonl").read_text().splitlines())
+    assert load_conversations(str(tmp_path / "mini.jsonl")).sha256 == loaded.sha256
+
+
+def test_rows_that_are_cut_or_left_out_are_counted_by_number(tokenizer):
+    turns = [["egg", "water"], ["egg", "water " * 30], ["egg " * 30, "water"]]
+    some = Conversations([to_messages(t, "row") for t in turns], [4, 7, 9], "own")
+    lengths = [len(tokenizer.apply_chat_template(m)["input_ids"]) for m in some.messages]
+    tokens = tokenize(some, tokenizer, max_length=lengths[0])
+    assert (tokens.truncated, tokens.dropped) == ([7], [9])
+    counts = tokens.counts()
+    assert (counts["conversations"], counts["all_tokens"]) == (2, 2 * lengths[0])
+    assert counts["assistant_tokens"] == sum(label != IGNORED for row in tokens.labels for label in row)
+    with pytest.raises(UserError, match="own: no answer begins within max_length 2"):
+        tokenize(some, tokenizer, max_length=2)
+
+
+def test_what_is_trained_on_can_be_read(tokenizer):
+    messages = to_messages(["How long?", "Seven.", "And soft?", "Five."], "row")
+    tokens = tokenize(Conversations([messages], [1], "own"), tokenizer, 100)
+    assert next(marked(tokens, tokenizer, 1)) == (
+        f"<|user|>How long?{END_OF_TURN}<|assistant|>>>>Seven.{END_OF_TURN}<<<"
+        f"<|user|>And soft?{END_OF_TURN}<|assistant|>>>>Five.{END_OF_TURN}<<<"
+    )
 
 
 def test_a_repository_with_a_loading_script_is_read_from_its_parquet_rows(monkeypatch):
@@ -91,20 +187,31 @@ def test_a_repository_with_a_loading_script_is_read_from_its_parquet_rows(monkey
     assert asked == [("GAIR/lima", "train", None), ("GAIR/lima", "train", "refs/convert/parquet")]
 
 
-def test_a_gated_set_is_one_sentence_that_says_what_to_do(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("no\nroute"), r"the Hub does not answer.*no route"),
+        (RuntimeError("Dataset 'GAIR/lima' is a gated dataset"), "GAIR/lima is gated: accept its terms .*log in"),
+        (ConnectionError("offline mode is enabled"), "the Hub is switched off"),
+    ],
+)
+def test_a_set_that_cannot_be_had_is_one_sentence_that_says_what_to_do(monkeypatch, error, message):
     def load_dataset(*args, **kwargs):
-        raise ConnectionError("no\nroute")
+        raise error
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"accept its terms on its Hub page and log in .*no route") as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_conversations("hub")
     assert "\n" not in str(caught.value)
 
 
 def test_the_paper_is_the_default():
-    recipe = Recipe()
-    recipe.check()
-    assert (recipe.data, recipe.epochs, recipe.batch_size, recipe.learning_rate) == ("hub", 15, 128, 1e-5)
+    shipped = from_mapping(Recipe, read_yaml(LIMA_RECIPE))
+    for recipe in (Recipe(), shipped):
+        recipe.check()
+        assert (recipe.data, recipe.epochs, recipe.batch_size, recipe.learning_rate) == ("hub", 15, 128, 1e-5)
+        assert not recipe.include_multi_turn and not recipe.packing
+        assert (recipe.save_strategy, recipe.keep) == ("epoch", None)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +221,10 @@ def test_the_paper_is_the_default():
         ("learning_rate", 0.0, "learning_rate must be above 0"),
         ("micro_batch_size", 3, "batch_size 128 is not a multiple of micro_batch_size 3"),
         ("warmup", 2.0, "warmup is a share of the steps"),
+        ("keep", 0, "keep must be at least 1, or null, not 0"),
+        ("peft", {"r": 0}, "peft.r and peft.alpha must be at least 1"),
+        ("peft", {"rank": 4}, "unknown field peft.rank"),
+        ("peft", {"dropout": 1.0}, "peft.dropout must be at least 0 and below 1"),
     ],
 )
 def test_recipe_mistakes_name_field_and_value(field, value, message):

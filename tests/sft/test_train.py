@@ -1,52 +1,262 @@
-"""Fine-tuning: a run that overflows is recorded as it was."""
+"""Fine-tuning: what is recorded and kept, runs that are stopped and damaged, runs that overflow, bad input."""
+
+import json
+import math
+import os
+import shutil
+import signal
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from small import make_run, timeless, tune, write_conversations, write_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
 
-from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
-from runkit.checkpoints import write_checkpoint
-from runkit.errors import run_command
-from runkit.folder import RunFolder
-from runkit.recipes import dump_yaml
-from scripts.prepare_data import train_tokenizer
-from sft import train
+from runkit.checkpoints import damage_of
+from runkit.folder import RunFolder, weights_hash
+from sft import train, trainer
+from sft.conversations import CHAT_TEMPLATE, END_OF_TURN
+from sft.tokens import tokenize
+
+EPOCHS = ["step_00000004", "step_00000008", "step_00000012"]
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """A command takes over the signals of the process; give them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps one precision for a process; a test may have its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A fine-tuning that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("tuned")
+    run = make_run(folder)
+    assert tune(write_recipe(folder), run) == 0
+    return RunFolder(run.path / "sft")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blown_up", [False, True])
-def test_a_fine_tuning_that_overflows_is_diverged_and_its_losses_are_not_numbers(tmp_path, blown_up):
-    tokenizer = train_tokenizer(["a little text about eggs and water"], 300, 128)
-    torch.manual_seed(0)
-    config = PeriLlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        norm_placement="pre",
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = PeriLlamaForCausalLM(config)
-    if blown_up:
-        model.model.layers[0].mlp.down_proj.weight.data.mul_(1e9)
-    run = RunFolder(tmp_path / "run")
-    run.claim({"stage": "pretrain"})
-    with write_checkpoint(run.checkpoint_path(1), model, tokenizer):
-        pass
-    run.set_status("completed", step=1)
-    recipe = {"data": "mini", "epochs": 1, "batch_size": 24, "learning_rate": 1e-3, "max_length": 96}
-    (tmp_path / "sft.yaml").write_text(dump_yaml(recipe))
-    words = ["--config", str(tmp_path / "sft.yaml"), "--model", str(run.checkpoints()[-1])]
-    assert run_command(train.main, train.parse(words)) == 0
-    tuned = RunFolder(run.path / "sft")  # a checkpoint of a run writes to the run, and is not taken for a newer one
-    assert run.checkpoints() == [run.checkpoint_path(1)]
-    losses = [r["loss"] for r in tuned.metrics()]
-    assert len(losses) == 3
-    if blown_up:
-        assert losses == [None] * 3
-        assert {r["skip_kind"] for r in tuned.metrics()} == {"forward"}
-        assert tuned.status == "diverged"
-    else:
-        assert all(loss > 1 for loss in losses)
-        assert tuned.status == "completed"
+def test_a_run_records_every_step_and_what_it_was_trained_on(tuned):
+    assert tuned.status == "completed"
+    records, summary = tuned.metrics(), tuned.summary
+    assert [r["step"] for r in records] == list(range(12))
+    assert records[-1]["loss"] < records[0]["loss"] - 0.3
+    conversations = train.load_conversations(tuned.recipe["data"])
+    counts = tokenize(conversations, AutoTokenizer.from_pretrained(tuned.checkpoints()[-1]), 64).counts()
+    assert {key: summary[key] for key in counts} == counts
+    assert (counts["conversations"], counts["truncated"], counts["dropped"]) == (14, 1, 0)
+    data = json.loads((tuned.path / "data.json").read_text())
+    assert (data["name"], data["truncated_rows"], data["dropped_rows"]) == ("talk.jsonl", [14], [])
+    assert records[-1]["tokens"] == 3 * counts["all_tokens"]
+    assert (summary["steps_per_epoch"], summary["step"]) == (4, 12)
+    half = 0.5 * 1e-3 * (1 + math.cos(math.pi * 6 / 12))
+    assert records[6]["learning_rate"] == pytest.approx(half)
+    assert tuned.recipe["data_sha256"] == conversations.sha256
+
+
+@pytest.mark.slow
+def test_it_is_fp16_that_is_fp16(tuned):
+    seen = json.loads((tuned.path / "environment.json").read_text())
+    assert seen["loss_scaler"] is True
+    assert {dtype for add in seen["residual_adds"].values() for dtype in add.values()} == {"float16"}
+    assert seen["linear_outputs"] == {"float16": 2 * 7}  # TRL multiplies by the head's weight itself
+    assert seen["parameters"] == seen["gradients"] == ["float32"]
+
+
+@pytest.mark.slow
+def test_every_epoch_stays_as_a_model_folder_without_a_pickle(tuned):
+    assert [p.name for p in tuned.checkpoints()] == EPOCHS
+    assert [(p / "trainer_state").exists() for p in tuned.checkpoints()] == [False, False, True]
+    files = [p for p in tuned.path.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} <= {".safetensors", ".json", ".py", ".jinja", ".yaml", ".jsonl", ".lock"}
+    assert all(damage_of(p) is None for p in tuned.checkpoints())
+    assert len({weights_hash(p) for p in tuned.checkpoints()}) == 3
+    tokenizer = AutoTokenizer.from_pretrained(tuned.checkpoints()[0])
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    model = AutoModelForCausalLM.from_pretrained(tuned.checkpoints()[0])
+    assert model.config.use_cache is True and model.config.residual_dtype is None
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
+    assert model.generation_config.eos_token_id == ends
+
+
+@pytest.mark.slow
+def test_before_and_after_are_recorded(tuned):
+    record = json.loads((tuned.path / "eval" / "before_after.json").read_text())
+    before, after = record["before"], record["after"]
+    assert after["loss"] < before["loss"] - 0.3
+    assert after["loss"] == pytest.approx(tuned.metrics()[-1]["loss"], abs=0.3)
+    assert before["weights_sha256"] == tuned.recipe["model"]
+    assert after["weights_sha256"] == weights_hash(tuned.checkpoints()[-1])
+    assert len(before["samples"]) == len(after["samples"]) == 5
+    assert [s["text"] for s in before["samples"]] != [s["text"] for s in after["samples"]]
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_alone_unless_its_last_checkpoint_is_damaged(tuned, tmp_path, monkeypatch):
+    run = RunFolder(shutil.copytree(tuned.path.parent, tmp_path / "run"))
+    shutil.copy(tuned.path.parent.parent / "talk.jsonl", tmp_path)
+    file = write_recipe(tmp_path, data=tuned.recipe["data"])
+    monkeypatch.setattr(train, "fine_tune", lambda *args: pytest.fail("trained again"))
+    assert tune(file, run) == 0
+    last = run.path / "sft" / "checkpoints" / EPOCHS[-1] / "model.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        tune(file, run)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_and_damaged_goes_on_as_if_nothing_had_happened(tuned, tmp_path, monkeypatch, capsys):
+    run, file = make_run(tmp_path), write_recipe(tmp_path, data=tuned.recipe["data"])
+    at: dict[int, int] = {2: signal.SIGTERM, 6: signal.SIGINT}
+    plain = trainer.Recorder.on_step_begin
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step in at:
+            os.kill(os.getpid(), at.pop(state.global_step))
+        plain(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(trainer.Recorder, "on_step_begin", on_step_begin)
+    stopped = RunFolder(run.path / "sft")
+    assert tune(file, run) == 143
+    assert (stopped.status, stopped.summary["step"], len(stopped.metrics())) == ("interrupted", 3, 3)
+    assert tune(file, run) == 130
+    assert (stopped.status, stopped.summary["step"], len(stopped.metrics())) == ("interrupted", 7, 7)
+    assert [p.name for p in stopped.checkpoints()] == ["step_00000004", "step_00000007"]
+    state = stopped.checkpoint_path(7) / "trainer_state" / "optimizer.safetensors"
+    damaged = bytearray(state.read_bytes())
+    damaged[-1] ^= 1
+    state.write_bytes(damaged)
+    capsys.readouterr()
+    assert tune(file, run) == 0
+    assert "passing over a checkpoint" in capsys.readouterr().out
+    assert timeless(stopped) == timeless(tuned)
+    assert [p.name for p in stopped.checkpoints()] == EPOCHS
+    assert [weights_hash(p) for p in stopped.checkpoints()] == [weights_hash(p) for p in tuned.checkpoints()]
+
+
+@pytest.mark.slow
+def test_packed_rows_are_trained_on_and_only_what_is_to_be_kept_is_kept(tmp_path):
+    run = make_run(tmp_path)
+    recipe = write_recipe(tmp_path, packing=True, keep=1, epochs=2, precision="fp32", residual_dtype=None)
+    assert tune(recipe, run, "--name", "packed") == 0
+    packed = RunFolder(run.path / "packed")
+    assert len(packed.checkpoints()) == 1
+    assert packed.summary["steps_per_epoch"] < 4
+    assert packed.metrics()[-1]["tokens"] == 2 * packed.summary["all_tokens"]
+    assert packed.metrics()[-1]["loss_scale"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_fine_tuning_that_overflows_is_diverged_and_its_losses_are_not_numbers(tmp_path):
+    run = make_run(tmp_path, "pre", scale=1e9)
+    assert tune(write_recipe(tmp_path, epochs=1), run) == 0
+    tuned = RunFolder(run.path / "sft")
+    assert [r["loss"] for r in tuned.metrics()] == [None] * 4
+    assert {r["skip_kind"] for r in tuned.metrics()} == {"forward"}
+    assert tuned.status == "diverged"
+    assert not (tuned.path / "eval").exists()
+
+
+@pytest.mark.slow
+def test_an_exception_leaves_the_status_failed(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path)
+
+    def training_step(*args, **kwargs):
+        raise ValueError("a\nbug")
+
+    monkeypatch.setattr(trainer.ExactTrainer, "training_step", training_step)
+    assert tune(write_recipe(tmp_path), run) == 1
+    failed = RunFolder(run.path / "sft")
+    assert (failed.status, failed.summary["reason"]) == ("failed", "ValueError: a bug")
+    assert "error: ValueError: a bug" in capsys.readouterr().err
+
+
+def _no_tokenizer(run):
+    (run.checkpoints()[-1] / "tokenizer_config.json").unlink()
+
+
+def _other_token(run, *names):
+    for file in (run.checkpoints()[-1] / name for name in names):
+        file.write_text(file.read_text().replace("<|assistant|>", "<|other|>"))
+
+
+def _no_tokens(run):
+    _other_token(run, "tokenizer.json", "tokenizer_config.json")
+
+
+def _new_token(run):
+    _other_token(run, "tokenizer.json")  # the configuration still names it, as one more
+
+
+def _bad_row(run):
+    with open(run.path.parent / "talk.jsonl", "a") as file:
+        file.write(json.dumps({"conversations": ["alone"]}) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fields", "message", "code"),
+    [
+        (_no_tokenizer, {}, "step_00000001 has no tokenizer", 1),
+        (_no_tokens, {}, "has no token <|assistant|> for conversations", 1),
+        (_new_token, {}, "has 287 tokens, its model 286", 1),
+        (_bad_row, {}, "talk.jsonl, row 15: a conversation with 1 turn(s) has no assistant's answer", 1),
+        (None, {"max_length": 129}, "max_length 129 exceeds the 128 positions of", 2),
+        (None, {"max_length": 3}, "no answer begins within max_length 3", 1),
+        (None, {"data": "nowhere.jsonl"}, "data: nowhere.jsonl cannot be read", 1),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, capsys, spoil, fields, message, code):
+    run = make_run(tmp_path)
+    write_conversations(tmp_path)
+    if spoil is not None:
+        spoil(run)
+        if spoil is not _bad_row:  # a checkpoint that was made so, not one that was damaged since
+            (run.checkpoints()[-1] / "manifest.json").write_text("{}")
+    assert tune(write_recipe(tmp_path, **fields), run) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (run.path / "sft").exists()
+
+
+def test_labels_can_be_printed_and_the_conversations_exported(tmp_path, capsys):
+    run, out = make_run(tmp_path), tmp_path / "messages.jsonl"
+    assert tune(write_recipe(tmp_path), run, "--show-labels", 1, "--export-data", out) == 0
+    assert f"<|user|>how many eggs?{END_OF_TURN}<|assistant|>>>>eggs{END_OF_TURN}<<<" in capsys.readouterr().out
+    assert len(out.read_text().splitlines()) == 14
+    assert not (run.path / "sft").exists()
+
+
+def test_one_gpu_is_used_of_many():
+    config = SFTConfig(output_dir="unused", use_cpu=True, bf16=False, per_device_train_batch_size=8)
+    config._n_gpu = 4
+    assert config.train_batch_size == 32
+    assert trainer.one_device(config).train_batch_size == 8
+
+
+def test_weights_that_are_not_the_models_are_refused(tmp_path):
+    from sft.checkpointing import load_weights
+
+    run = make_run(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(run.checkpoints()[-1])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_weights(run.checkpoints()[-1], model)
+    saved = load_file(run.checkpoints()[-1] / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+    del model.model.final_norm
+    with pytest.raises(train.UserError, match=r"does not fit the model .*unexpected \['model.final_norm.weight'\]"):
+        load_weights(run.checkpoints()[-1], model)

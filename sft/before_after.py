@@ -1,0 +1,98 @@
+"""A model before and after its fine-tuning: loss on the conversations, and the same five questions answered by both."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from runkit.folder import RunFolder, read_json, weights_hash, write_json
+
+from .conversations import END_OF_TURN
+from .tokens import IGNORED, Tokens
+
+FILE = "before_after.json"
+LOSS_CONVERSATIONS = 200  # the first so many
+NEW_TOKENS = 60
+QUESTIONS = (
+    "How do I boil an egg?",
+    "Write a Python function that adds two numbers.",
+    "What is the difference between weather and climate?",
+    "Give me three ideas for a rainy Sunday afternoon.",
+    "Explain to a child why the sky is blue.",
+)
+
+
+@torch.no_grad()
+def conversation_loss(model: PreTrainedModel, tokens: Tokens, pulse: Callable[[], None]) -> dict[str, Any]:
+    """Mean loss of an assistant's token over the first conversations, in the model's own precision."""
+    total, count = 0.0, 0
+    for ids, labels in zip(tokens.ids[:LOSS_CONVERSATIONS], tokens.labels[:LOSS_CONVERSATIONS], strict=True):
+        pulse()
+        batch = {
+            name: torch.tensor([row], device=model.device) for name, row in (("input_ids", ids), ("labels", labels))
+        }
+        kept = sum(label != IGNORED for label in labels[1:])
+        total += model(**batch, use_cache=False).loss.item() * kept if kept else 0.0
+        count += kept
+    mean = total / max(count, 1)
+    finite = mean if torch.isfinite(torch.tensor(mean)) else None
+    return {"loss": finite, "conversations": min(len(tokens.ids), LOSS_CONVERSATIONS), "assistant_tokens": count}
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pulse: Callable[[], None]) -> list[dict]:
+    """The greedy answer to each of the five questions."""
+    out = []
+    for question in QUESTIONS:
+        pulse()
+        turns = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        ids = ids.to(model.device)
+        answer = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(NEW_TOKENS, max(1, model.config.max_position_embeddings - ids.shape[1])),
+            do_sample=False,
+            eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)],
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        text = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+        out.append({"prompt": question, "text": text})
+    return out
+
+
+def record_before_after(
+    run: RunFolder,
+    before: Path,
+    after: Path,
+    tokens: Tokens,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    pulse: Callable[[], None],
+) -> None:
+    """Write eval/before_after.json of two checkpoints, unless it stands there for these weights.
+
+    `pulse` is called between two pieces of work and may raise.
+    """
+    file = run.path / "eval" / FILE
+    hashes = {"before": weights_hash(before), "after": weights_hash(after)}
+    if file.exists():
+        old = read_json(file)
+        if {name: old[name]["weights_sha256"] for name in hashes} == hashes:
+            return
+    record: dict[str, Any] = {
+        "evaluated": {"path": str(after.relative_to(run.path)), "revision": None, "weights_sha256": hashes["after"]},
+        "harness": None,
+        "suite": None,
+        "limit": None,
+        "loss_on": "the conversations that were trained on, assistant's tokens only",
+        "answers": "greedy",
+        "dtype": "float32",
+    }
+    for name, checkpoint in (("before", before), ("after", after)):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
+        record[name] = {"weights_sha256": hashes[name]} | conversation_loss(model, tokens, pulse)
+        record[name]["samples"] = answers(model, tokenizer, pulse)
+    write_json(file, record)

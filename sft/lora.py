@@ -1,0 +1,73 @@
+"""LoRA through PEFT: adapters for a model, and merged back into one that needs no PEFT."""
+
+import json
+from pathlib import Path
+
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer, PreTrainedModel
+
+import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
+from runkit.checkpoints import damage_of, write_checkpoint
+from runkit.errors import UserError
+
+from .conversations import END_OF_TURN
+from .recipe import Lora
+
+PROBE = (2, 16)  # rows and tokens of the batch on which a merged model is compared
+
+
+def is_adapter(checkpoint: Path) -> bool:
+    return (checkpoint / "adapter_config.json").exists()
+
+
+def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
+    """The model with adapters that alone are trained; what they start from follows from the seed.
+
+    Raises:
+        UserError: no module has one of the names of `target_modules`.
+    """
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"peft.target_modules: {' '.join(str(error).split())[:300]}") from error
+
+
+@torch.no_grad()
+def merge(checkpoint: Path, out: Path) -> float:
+    """Write the model of an adapter checkpoint with the adapter merged in, to the folder `out`.
+
+    Returns:
+        the largest difference of a logit before and after, on random tokens.
+
+    Raises:
+        UserError: no adapter, or one whose base model is gone; names the path.
+    """
+    if not is_adapter(checkpoint):
+        raise UserError(f"{checkpoint} holds no adapter (adapter_config.json): there is nothing to merge")
+    base = json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"]
+    if not Path(base).exists():
+        raise UserError(f"the base model of {checkpoint} is missing: {base}")
+    model = AutoPeftModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, PROBE, generator=generator)
+    before = model(input_ids=ids).logits
+    merged = model.merge_and_unload()
+    difference = (merged(input_ids=ids).logits - before).abs().max().item()
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)}
+    merged.generation_config.eos_token_id = sorted(ends)
+    with write_checkpoint(out, merged, tokenizer):
+        pass
+    damage = damage_of(out)
+    if damage is not None:
+        raise UserError(f"the merged model was not written: {damage}")
+    return difference

@@ -1,0 +1,228 @@
+"""Choose among the epoch checkpoints of a fine-tuning, by tasks that are not the five benchmarks.
+
+    python -m sft.select RUN...      ->  RUN/best.json; the best one's benchmarks go to RUN/eval/
+
+The score of a checkpoint is the plain mean of `acc` over OpenBookQA, CommonsenseQA, RTE and MNLI; of equal ones the
+earlier epoch's wins. The paper (Peri-LN, arXiv 2502.02732) names the tasks, but no aggregate.
+
+Each evaluation is a process of its own (`python -m eval.evaluate`), whose result stays in RUN/selection/: started
+again after an interruption, what is there is not computed again.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from runkit.checkpoints import damage_of
+from runkit.errors import StoppedBySignal, UserError, make_parser, run_command
+from runkit.folder import RunFolder, read_json, weights_hash, write_json
+from runkit.process import StopRequest, start_stage
+from runkit.progress import progress_bar
+
+from .checkpointing import ADAPTER, step_of
+
+TASKS = {
+    "hub": ("openbookqa", "commonsense_qa", "rte", "mnli"),
+    "mini": ("mini_arc_easy", "mini_hellaswag", "mini_piqa", "mini_social_iqa", "mini_winogrande"),
+}
+METRIC = "acc"
+RULE = "plain mean of acc over the tasks; of equal ones the earlier epoch"
+BEST = "best.json"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An epoch's checkpoint."""
+
+    epoch: int
+    path: Path
+
+    @property
+    def weights(self) -> str:
+        return weights_hash(self.path)
+
+
+def find_run(path: Path) -> RunFolder:
+    """The fine-tuning that a run folder is or holds.
+
+    Raises:
+        UserError: none, or one that is not completed.
+    """
+    for folder in (path, path / "sft"):
+        if (folder / "recipe.yaml").exists() and RunFolder(folder).recipe.get("stage") == "sft":
+            run = RunFolder(folder)
+            if run.status != "completed":
+                raise UserError(f"{folder} is not completed (status: {run.status or 'not started'})")
+            return run
+    raise UserError(f"{path} is no fine-tuning run and holds none (sft/recipe.yaml with stage: sft)")
+
+
+def candidates(run: RunFolder) -> list[Candidate]:
+    """The checkpoints at the ends of epochs, the earliest first.
+
+    Raises:
+        UserError: there are none, or one is damaged: a choice among the others would not be the one asked for.
+    """
+    steps = run.summary.get("steps_per_epoch") or 0
+    found = [Candidate(step_of(p) // steps, p) for p in run.checkpoints() if steps and step_of(p) % steps == 0]
+    if not found:
+        raise UserError(f"{run.path} has no epoch checkpoints: fine-tune with save_strategy epoch")
+    for one in found:
+        damage = damage_of(one.path)
+        if damage is not None:
+            raise UserError(f"epoch {one.epoch} cannot be scored: {damage}")
+    return found
+
+
+def choose(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """The entry of the highest mean, of equal ones that of the earliest epoch."""
+    return min(scores, key=lambda entry: (-entry["mean"], entry["epoch"]))
+
+
+def evaluation(*words: object) -> list[str]:
+    """The command of an evaluation."""
+    return [sys.executable, "-m", "eval.evaluate", *map(str, words)]
+
+
+def run_evaluation(command: list[str], stop: StopRequest) -> None:
+    """Run an evaluation to its end; a signal that reaches us is handed on to it.
+
+    Raises:
+        StoppedBySignal: we were asked to stop.
+        UserError: the evaluation failed; it has said why itself.
+    """
+    child = subprocess.Popen([*command, "--stop-with-parent", str(os.getpid())], start_new_session=True)
+    told = False
+    while (code := child.poll()) is None:
+        if stop.exit_code is not None and not told:
+            child.terminate()
+            told = True
+        time.sleep(0.05)
+    if stop.exit_code is not None:
+        raise StoppedBySignal(stop.exit_code, "stopped; start the selection again and it goes on from here")
+    if code:
+        error = UserError(f"the evaluation failed (exit code {code}); see above")
+        error.exit_code = code if code in (1, 2) else 1
+        raise error
+
+
+class Selection:
+    """The scores of one run's epochs, and the choice."""
+
+    def __init__(self, run: RunFolder, args: argparse.Namespace, stop: StopRequest):
+        self.run, self.args, self.stop = run, args, stop
+        self.tasks = TASKS[args.suite]
+        self.folder = run.path / "selection"
+        self.options: list[object] = ["--batch-size", args.batch_size, "--device", args.device]
+        if args.limit is not None:
+            self.options += ["--limit", args.limit]
+        if args.threads is not None:
+            self.options += ["--threads", args.threads]
+
+    def score(self, one: Candidate) -> dict[str, Any]:
+        """An epoch's `acc` on each task and their mean, from its record in selection/ if it is there."""
+        file = self.folder / f"{self.args.suite}-{one.path.name}.json"
+        if not self._is_result(file, one):
+            fresh = file.with_name(f".{file.name}")
+            self.folder.mkdir(exist_ok=True)
+            fresh.unlink(missing_ok=True)
+            asked = ("--tasks", ",".join(self.tasks), "--out", fresh, *self.options)
+            run_evaluation(evaluation(self._loadable(one), *asked), self.stop)
+            write_json(file, read_json(fresh) | {"epoch": one.epoch, "selected_from": one.weights})
+            fresh.unlink()
+        record = read_json(file)
+        acc = {r["task"]: r["value"] for r in record["results"] if r["metric"] == METRIC}
+        if missing := [task for task in self.tasks if task not in acc]:
+            raise UserError(f"{file} has no {METRIC} of {', '.join(missing)}")
+        scores = {task: acc[task] for task in self.tasks}
+        return {
+            "epoch": one.epoch,
+            "step": step_of(one.path),
+            "weights_sha256": one.weights,
+            "mean": sum(scores.values()) / len(scores),
+            "scores": scores,
+            "n": {r["task"]: r["n"] for r in record["results"] if r["metric"] == METRIC},
+            "harness": record.get("harness"),
+        }
+
+    def _loadable(self, one: Candidate) -> Path:
+        """The checkpoint, or of an adapter the merged model, which stays only as long as it is needed."""
+        if not (one.path / ADAPTER).exists():
+            return one.path
+        from . import lora
+
+        out = self.run.path / "merged" / one.path.name
+        if not out.exists() or damage_of(out) is not None:
+            lora.merge(one.path, out)
+        return out
+
+    def _is_result(self, file: Path, one: Candidate) -> bool:
+        if not file.exists():
+            return False
+        record, asked = read_json(file), {"limit": self.args.limit, "batch_size": self.args.batch_size}
+        return record["selected_from"] == one.weights and all(record.get(k) == v for k, v in asked.items())
+
+    def select(self, bar: tqdm) -> dict[str, Any]:
+        """Score every epoch, write best.json, evaluate the best one; returns the record."""
+        scores, found = [], candidates(self.run)
+        for one in found:
+            bar.set_postfix_str(f"{self.run.path.parent.name}, epoch {one.epoch}")
+            scores.append(self.score(one))
+            bar.update(1)
+        best = choose(scores)
+        winner = next(one for one in found if one.epoch == best["epoch"])
+        record = {
+            "checkpoint": str(winner.path.relative_to(self.run.path)),
+            **{key: best[key] for key in ("epoch", "step", "weights_sha256", "mean")},
+            "rule": RULE,
+            "suite": self.args.suite,
+            "tasks": list(self.tasks),
+            "limit": self.args.limit,
+            "batch_size": self.args.batch_size,
+            "epochs": scores,
+        }
+        model = self._loadable(winner)
+        write_json(self.run.path / BEST, record)
+        for one in found:  # merged copies of the others have served
+            if one is not winner and (one.path / ADAPTER).exists():
+                shutil.rmtree(self.run.path / "merged" / one.path.name, ignore_errors=True)
+        run_evaluation(evaluation(model, "--suite", self.args.suite, *self.options), self.stop)
+        bar.update(1)
+        return record
+
+
+def main(args: argparse.Namespace) -> None:
+    start_stage(args)
+    stop = StopRequest().install()
+    runs = [find_run(path) for path in args.runs]
+    total = sum(len(candidates(run)) + 1 for run in runs)
+    with progress_bar(args, total, "selection", "evaluation") as bar:
+        for run in runs:
+            with run.locked(wait_seconds=30, tell=tqdm.write):
+                record = Selection(run, args, stop).select(bar)
+            tqdm.write(f"{run.path}: epoch {record['epoch']} (step {record['step']}), mean acc {record['mean']:.4f}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("python -m sft.select", "Choose a fine-tuning's epoch, and evaluate it.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="fine-tuning runs, or runs that hold one")
+    parser.add_argument(
+        "--suite", default="hub", choices=tuple(TASKS), help="the four real tasks, or our own small ones"
+    )
+    parser.add_argument("--limit", type=int, default=None, help="items a task; all of them when left out")
+    parser.add_argument("--batch-size", type=int, default=16, help="requests a batch")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to evaluate")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    sys.exit(run_command(main, arguments))

@@ -1,0 +1,91 @@
+"""Conversations as tokens: what the loss is taken on, what is cut off, and what is left out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from runkit.errors import UserError
+
+from .conversations import CHAT_TEMPLATE, END_OF_TURN, Conversations
+
+IGNORED = -100
+ROLE_TOKENS = ("<|user|>", "<|assistant|>", END_OF_TURN)
+
+
+def chat_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer with our chat template in place of its own, if it has one.
+
+    Raises:
+        UserError: no tokenizer, or one that lacks the tokens of the template; names the checkpoint.
+    """
+    if not (checkpoint / "tokenizer_config.json").exists():
+        raise UserError(f"{checkpoint} has no tokenizer (tokenizer_config.json)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except Exception as error:  # a tokenizer.json that is missing or damaged shows itself in many ways
+        raise UserError(
+            f"the tokenizer of {checkpoint} cannot be read ({' '.join(str(error).split())[:200]})"
+        ) from error
+    missing = [token for token in ROLE_TOKENS if token not in tokenizer.get_vocab()]
+    if missing:
+        raise UserError(f"the tokenizer of {checkpoint} has no token {', '.join(missing)} for conversations")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@dataclass
+class Tokens:
+    """Conversations as they are trained on: `ids` and `labels` (IGNORED where no loss is taken), a list each.
+
+    `truncated` are the rows of which the end is cut off, `dropped` those of which no assistant's token is left.
+    """
+
+    ids: list[list[int]] = field(default_factory=list)
+    labels: list[list[int]] = field(default_factory=list)
+    truncated: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+
+    def counts(self) -> dict[str, int]:
+        """For summary.json: what was trained on, and how many conversations were cut or left out."""
+        trained = sum(label != IGNORED for row in self.labels for label in row)
+        head = {"conversations": len(self.ids), "assistant_tokens": trained, "all_tokens": sum(map(len, self.ids))}
+        return head | {"truncated": len(self.truncated), "dropped": len(self.dropped)}
+
+
+def tokenize(conversations: Conversations, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
+    """What TRL makes of the conversations (its truncation keeps the start), with the rows it cuts and drops.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
+    tokens = Tokens()
+    for row, messages in zip(conversations.rows, conversations.messages, strict=True):
+        out = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, add_generation_prompt=False
+        )
+        ids, mask = out["input_ids"][:max_length], out["assistant_masks"][:max_length]
+        if not any(mask):
+            tokens.dropped.append(row)
+            continue
+        if len(out["input_ids"]) > max_length:
+            tokens.truncated.append(row)
+        tokens.ids.append(ids)
+        tokens.labels.append([i if kept else IGNORED for i, kept in zip(ids, mask, strict=True)])
+    if not tokens.ids:
+        raise UserError(f"{conversations.name}: no answer begins within max_length {max_length}; nothing to train on")
+    return tokens
+
+
+def marked(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[str]:
+    """The first conversations as text, with >>> and <<< around what the loss is taken on."""
+    for ids, labels in zip(tokens.ids[:count], tokens.labels[:count], strict=True):
+        text, run, trained = "", [], False
+        for token, label in [*zip(ids, labels, strict=True), (None, None)]:
+            if token is None or (label != IGNORED) != trained:
+                piece = tokenizer.decode(run)
+                text += f">>>{piece}<<<" if trained else piece
+                run, trained = [], not trained
+            run.append(token)
+        yield text
