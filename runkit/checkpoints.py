@@ -61,7 +61,10 @@ def damage_of(path: Path) -> str | None:
         manifest = read_json(path / "manifest.json")
     except UserError as error:
         return str(error)
-    for name, entry in manifest.items():
+    entries = manifest.items() if isinstance(manifest, dict) else [("", None)]
+    for name, entry in entries:
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= set(entry):
+            return f"{path / 'manifest.json'} is damaged"
         file = path / name
         if not file.exists():
             return f"{file} is missing"

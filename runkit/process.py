@@ -13,13 +13,17 @@ from .errors import INTERRUPTED, TERMINATED
 
 
 class StopRequest:
-    """Set by SIGINT or SIGTERM; asked for between two steps. A second signal interrupts at once.
+    """Set by SIGINT or SIGTERM; asked for between two steps. A second SIGINT, two seconds later, interrupts at once.
+
+    Sooner, and SIGTERM at any time, it is the same request once more: a terminal signals a whole group of processes,
+    and a launcher that dies of it has its child sent another.
 
     `exit_code` is None until then, 130 after SIGINT, 143 after SIGTERM.
     """
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
+        self._since = 0.0
 
     def install(self) -> "StopRequest":
         """Handle SIGINT and SIGTERM from here on (main thread only)."""
@@ -29,7 +33,10 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.exit_code is not None:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT and time.monotonic() - self._since > 2:
+                raise KeyboardInterrupt
+            return
+        self._since = time.monotonic()
         self.exit_code = INTERRUPTED if number == signal.SIGINT else TERMINATED
 
 

@@ -13,12 +13,20 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradScalerKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -51,7 +59,9 @@ def pick_device(asked: str) -> str:
     """
     if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError("device: cuda was asked for, but torch sees no CUDA device")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
+    return asked
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,7 +93,13 @@ class Engine:
             cpu=device == "cpu",
             fsdp_plugin=plugin if device == "cuda" else None,
             # Gradients are views of DDP's buckets: 4 bytes a parameter less.
-            kwargs_handlers=[GradScalerKwargs(**scaler), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                GradScalerKwargs(**scaler),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # the others wait while the main rank writes
+            ],
+            # Ours to normalize; without a plugin Accelerate reads a divisor from the environment.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise UsageError("DeepSpeed was asked for: this trainer runs one process, DDP or FSDP2")
@@ -109,9 +125,9 @@ class Engine:
     @property
     def name(self) -> str:
         """`single`, `ddp` or `fsdp2`."""
-        if self.processes == 1:
-            return "single"
-        return "fsdp2" if self.accelerator.is_fsdp2 else "ddp"
+        if self.accelerator.is_fsdp2:
+            return "fsdp2"
+        return "single" if self.processes == 1 else "ddp"
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +168,11 @@ class Engine:
         self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def arithmetic(self) -> AbstractContextManager:
-        """The precision of forward and backward: autocast, and on a CPU tensor-core products."""
+        """The precision of one micro batch's forward and backward: autocast, and on a CPU tensor-core products.
+
+        Of one only: autocast keeps its half-precision copies of the weights until it ends, and under FSDP2 the gradient
+        of a copy made in one micro batch is lost in the next.
+        """
         stack = ExitStack()
         stack.enter_context(self._half_products)
         if self._autocast_dtype is not None:
@@ -200,12 +220,13 @@ class Engine:
     def step(self, finite: bool) -> bool:
         """Update the weights, unless gradients overflowed; returns whether the step was skipped.
 
-        With a scaler it decides, and its scale tells (`step_was_skipped` misses fused AdamW); else `finite` does.
+        With a scaler it decides, and its own `found_inf` tells: `step_was_skipped` misses fused AdamW, and a scale that
+        has come down to 0 falls no more. Without one `finite` does.
         """
         if self.scaler is not None:
-            before = self.loss_scale
+            states = self.scaler._per_optimizer_states.values()
+            skipped = any(whole(x).item() > 0 for state in states for x in state["found_inf_per_device"].values())
             self.optimizer.step()
-            skipped = self.loss_scale < before
         else:
             skipped = not finite
             if finite:

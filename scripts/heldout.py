@@ -46,8 +46,8 @@ def heldout_loss(engine: Engine, inputs: torch.Tensor, targets: torch.Tensor, mi
     total = torch.zeros((), device=engine.device)
     engine.prepared.eval()
     try:
-        with engine.arithmetic():
-            for i in range(0, share, micro_batch):
+        for i in range(0, share, micro_batch):
+            with engine.arithmetic():
                 total += engine.prepared(
                     input_ids=inputs[i : i + micro_batch].to(engine.device),
                     shift_labels=mine[i : i + micro_batch].to(engine.device),

@@ -19,7 +19,7 @@ from runkit.progress import progress_bar
 from runkit.recipes import apply_overrides, from_mapping, read_yaml, to_mapping
 
 from .data import TokenData
-from .engine import LAUNCHED, pick_device, process_count, process_rank
+from .engine import LAUNCHED, Engine, pick_device, process_count, process_rank
 from .recipe import Recipe
 from .tracking import check_trackers
 from .trainer import Trainer
@@ -71,10 +71,11 @@ def main(args: argparse.Namespace) -> None:
         for recipe, data, _ in planned:
             run = RunFolder(args.runs / recipe.name)
             with run.locked(wait_seconds=30, tell=tqdm.write) if is_main else nullcontext():
-                if run.finished:
+                engine = Engine(recipe)
+                if engine.gather(run.finished)[0]:  # the main rank holds the lock, and knows
                     bar.update(recipe.steps)
                     continue
-                _train_one(Trainer(recipe, run, data), stop, bar)
+                _train_one(Trainer(recipe, run, data, engine), stop, bar)
                 summary = run.summary
                 if is_main:
                     reason = f", {summary['reason']}" if summary["reason"] else ""

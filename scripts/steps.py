@@ -50,24 +50,27 @@ class StepBook:
     in metrics.jsonl: after a resume, `replay` brings it back.
     """
 
-    def __init__(self, divergence: Divergence, spikes: Spikes | None = None):
+    def __init__(self, divergence: Divergence, spikes: Spikes | None = None, scaled: bool = True):
         self.rules = divergence
         self._spikes = SpikeCounter(spikes or Spikes())
         self.total = self.consecutive = self.nonfinite = 0
         self.window: deque[float] = deque(maxlen=divergence.window)
         self.lowest = math.inf
-        self._highest_proven_scale = 0.0
+        self._scale = self._proven_scale = 0.0 if scaled else math.inf  # without a loss scale there is none to probe
 
     def record(self, loss: float, found_inf: bool, scale: float) -> str | None:
         """Enter one step, computed at loss scale `scale`; returns the kind of its skip, or None."""
         finite = math.isfinite(loss)
+        if scale > self._scale:  # doubled: unproven, whatever was proven before it came down
+            self._proven_scale = min(self._proven_scale, self._scale)
+        self._scale = scale
         self.nonfinite = 0 if finite else self.nonfinite + 1
         kind = None
         if found_inf:
             self.total, self.consecutive = self.total + 1, self.consecutive + 1
-            kind = "forward" if not finite else "backward" if scale <= self._highest_proven_scale else "probe"
+            kind = "forward" if not finite else "backward" if scale <= self._proven_scale else "probe"
         else:
-            self.consecutive, self._highest_proven_scale = 0, max(scale, self._highest_proven_scale)
+            self.consecutive, self._proven_scale = 0, max(scale, self._proven_scale)
         if finite:
             self.window.append(loss)
             if len(self.window) == self.window.maxlen:

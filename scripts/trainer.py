@@ -21,7 +21,7 @@ from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from runkit.checkpoints import latest_whole
 from runkit.environment import DtypeWitness, describe_environment
 from runkit.errors import StoppedBySignal, UserError
-from runkit.folder import RunFolder, read_json, write_json
+from runkit.folder import RunFolder, write_json
 from runkit.process import StopRequest
 
 from .checkpoint import BEST, load_trainer_state, save_checkpoint
@@ -62,10 +62,12 @@ def peak_flops(device: torch.device) -> float | None:
 class Trainer:
     """One run in one process, or in one of several."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder, data: TokenData):
+    def __init__(self, recipe: Recipe, run: RunFolder, data: TokenData, engine: Engine | None = None):
         self.recipe, self.run, self.data = recipe, run, data
-        self.engine = Engine(recipe)
+        self.engine = engine or Engine(recipe)
         self.device, self.is_main = self.engine.device, self.engine.is_main
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.micro = recipe.micro_batch_size or recipe.batch_size // self.engine.processes
         self.order = FixedOrder(data, recipe.sequence_length, recipe.batch_size, recipe.seed)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(data.tokenizer_path)
@@ -80,7 +82,7 @@ class Trainer:
         if recipe.heldout_every is not None:
             asked = (recipe.sequence_length, recipe.heldout_sequences)
             self.heldout = heldout_sequences(data.path, self.tokenizer, *asked)
-        self.book = StepBook(recipe.divergence, recipe.spikes)
+        self.book = StepBook(recipe.divergence, recipe.spikes, scaled=self.engine.scaler is not None)
         self.flops_per_token = flops_per_token(self.model.config, recipe.sequence_length)
         self.peak_flops = peak_flops(self.device)
         self.step = 0
@@ -113,7 +115,7 @@ class Trainer:
         """Forward and backward over the global batch: its mean loss, without the z term."""
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            with self.engine.no_sync(last=batch is batches[-1]):
+            with self.engine.no_sync(last=batch is batches[-1]), self.engine.arithmetic():
                 output = self.engine.prepared(**batch)
                 self.engine.backward(output.loss)
             total += output.loss.detach() if output.z_loss is None else (output.loss - output.z_loss).detach()
@@ -129,7 +131,7 @@ class Trainer:
         observe = step % recipe.layer_stats_every == 0
         stats = LayerStats(self.model, step) if observe else nullcontext()
         plain = engine.uncompiled() if observe or witness else nullcontext()
-        with plain, engine.arithmetic(), stats, DtypeWitness(self.model) if witness else nullcontext() as seen:
+        with plain, stats, DtypeWitness(self.model) if witness else nullcontext() as seen:
             loss = self._gradients(batches)
         if observe:
             stats.write(self.run.path / "layers", scale, self.is_main)
@@ -169,9 +171,10 @@ class Trainer:
 
         The weights are the step's own: it was skipped.
         """
-        with self.engine.uncompiled(), self.engine.arithmetic(), FirstNonFinite(self.model) as seen:
+        with self.engine.uncompiled(), FirstNonFinite(self.model) as seen:
             for batch in batches:
-                self.engine.prepared(**batch)
+                with self.engine.arithmetic():
+                    self.engine.prepared(**batch)
         names = self.engine.gather(seen.name)
         return next((name for name in names if name is not None), None)
 
@@ -205,6 +208,8 @@ class Trainer:
             for left_over in self.run.checkpoints_path.glob(".step_*"):
                 shutil.rmtree(left_over)  # of a save or a removal that was killed
             path = latest_whole(self.run, tqdm.write)
+            if path is None and self.run.checkpoints():
+                raise UserError(f"{self.run.checkpoints_path}: every checkpoint is damaged; remove them to start again")
         path = self.engine.gather(str(path) if path else None)[0]
         if path is not None:
             self.step = load_trainer_state(Path(path), self.engine)
@@ -221,24 +226,25 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint after `self.step` steps; those that the recipe does not keep are removed."""
         recipe = self.recipe
-        steps = [int(path.name.removeprefix("step_")) for path in self.run.checkpoints()]
-        keep = set([*steps, self.step][-recipe.keep_last :])
+        found = [int(path.name.removeprefix("step_")) for path in self.run.checkpoints()]
+        steps = sorted({s for s in found if s < self.step} | {self.step})  # later ones were damaged: see `resume`
+        keep = set(steps[-recipe.keep_last :])
         if recipe.keep_every is not None:
             keep |= {s for s in steps if s % recipe.keep_every == 0}
-        if recipe.keep_best and self.is_main:
-            keep.add(self._best_step())
+        best = self._best(steps) if recipe.keep_best and self.is_main else None
+        keep |= {best["step"]} if best else set()
         save_checkpoint(self.run, self.step, self.engine, self.tokenizer, keep)
+        if best:
+            write_json(self.run.path / BEST, best)
 
-    def _best_step(self) -> int:
-        """The checkpoint of lowest held-out loss, this one included; best.json names it."""
+    def _best(self, steps: list[int]) -> dict[str, Any] | None:
+        """Of the checkpoints after `steps` the one of lowest held-out loss, by the records alone."""
         records = {r["step"] + 1: r.get("heldout_loss") for r in self.run.metrics()}
-        file = self.run.path / BEST
-        best = read_json(file) if file.exists() else None
-        here = records.get(self.step)
-        if here is not None and (best is None or best["step"] > self.step or here < best["heldout_loss"]):
-            best = {"step": self.step, "heldout_loss": here}
-            write_json(file, best)
-        return best["step"] if best else self.step
+        held = {step: records[step] for step in steps if records.get(step) is not None}
+        if not held:
+            return None
+        step = min(held, key=held.get)
+        return {"step": step, "heldout_loss": held[step]}
 
     def train(self, stop: StopRequest, bar: tqdm) -> None:
         """Train to the end, to divergence, or until asked to stop.
@@ -273,6 +279,7 @@ class Trainer:
                     saved = self.step
                 if stopped and self.step < recipe.steps and not reason:
                     self._set_status("interrupted", step=self.step, reason=f"signal (exit {stopped})")
+                    self.engine.wait()  # a rank that ends first may have the others killed
                     raise StoppedBySignal(stopped, f"stopped after step {saved} of {recipe.name}; saved")
         self._final_stats()
         self._finish(reason, time.monotonic() - start)
@@ -287,7 +294,7 @@ class Trainer:
 
     def _final_stats(self) -> None:
         """The same statistics once more at the final weights, on the batch that would come next; no update."""
-        with self.engine.uncompiled(), self.engine.arithmetic(), LayerStats(self.model, self.step) as stats:
+        with self.engine.uncompiled(), LayerStats(self.model, self.step) as stats:
             self._gradients(self._micro_batches(self.step))
         stats.write(self.run.path / "layers", self.engine.loss_scale, self.is_main)
         self.engine.optimizer.zero_grad(set_to_none=True)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from runkit.checkpoints import damage_of
 from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json, write_folder, write_json, write_text
 
@@ -112,3 +113,10 @@ def test_a_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
     finally:
         holder.kill()
         holder.wait()
+
+
+@pytest.mark.parametrize("manifest", ['{"a": {"bites": 1, "sha256": "0"}}', '{"a": 3}', "[]", "{"])
+def test_a_damaged_manifest_is_damage_and_no_crash(tmp_path, manifest):
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "manifest.json").write_text(manifest)
+    assert "manifest.json" in damage_of(tmp_path)

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 FP32 = {"mode": "fp32", "residual_dtype": None}
 STEPS = 20
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "scripts.pretrain"]
 ENGINES = {"ddp": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true"}}
 
 
@@ -46,12 +47,15 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(place):
-    """Every run by (engine, precision): two recipes for one start of the processes."""
+    """Every run by (engine, precision)."""
     found = {}
     for precision, fields in (("fp32", FP32), ("fp16", {})):
         shared = {
             "steps": STEPS,
             "precision": fields,
+            "device": "cpu",
+            "batch_size": 8,
+            "micro_batch_size": 2,  # two a rank
             "checkpoint_every": 10,
             "keep_last": 2,
             "heldout_every": 10,
@@ -105,6 +109,8 @@ def test_fp16_is_fp16_under_every_engine(runs, engine):
 def test_losses_and_norms_are_those_of_one_process(runs, engine):
     assert difference(runs[engine, "fp32"], runs["single", "fp32"]) < 1e-5
     assert 0 < difference(runs[engine, "fp16"], runs["single", "fp16"]) < 1e-3
+    for ours, theirs in zip(runs[engine, "fp16"].metrics(), runs["single", "fp16"].metrics(), strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5e-3)
     for ours, theirs in zip(runs[engine, "fp32"].metrics(), runs["single", "fp32"].metrics(), strict=True):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         assert ours.get("heldout_loss") == pytest.approx(theirs.get("heldout_loss"), abs=1e-5)
@@ -142,13 +148,16 @@ def test_a_checkpoint_of_one_engine_is_resumed_by_another(runs, place, writer, r
     assert difference(copy, runs["single", "fp32"]) < 1e-5
 
 
-def stop_after_some_steps(folder: RunFolder, process: subprocess.Popen) -> None:
-    """SIGTERM once the run has taken a few steps."""
+def stop_after_some_steps(folder: RunFolder, process: subprocess.Popen, whole_group: bool) -> None:
+    """SIGTERM, or SIGINT to all, once the run has taken a few steps."""
     deadline = time.monotonic() + 90
     while len(folder.metrics()) < 3:
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()[-2000:]
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    if whole_group:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGTERM)
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -159,19 +168,26 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "command"),
+    ("name", "command", "whole_group"),
     [
-        ("torchrun", torchrun("ddp")),
+        ("torchrun", torchrun("ddp"), False),
         # The simple launcher dies of SIGTERM and tells its child nothing; the child sees that its parent has gone.
-        ("accelerate", [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "scripts.pretrain"]),
+        ("accelerate", ACCELERATE, False),
+        # Ctrl-C goes to launcher and child alike, and the launcher's death is a second request half a second later.
+        ("ctrl_c", ACCELERATE, True),
     ],
 )
-def test_sigterm_to_the_launcher_stops_the_run_after_a_step_and_saves_it(place, name, command):
-    file = write_recipe(place, place / "data", f"long_{name}", steps=5000, checkpoint_every=1000)
+def test_a_signal_to_the_launcher_stops_the_run_after_a_step_and_saves_it(place, name, command, whole_group):
+    more = {"steps": 5000, "checkpoint_every": 1000, "device": "cpu"}
+    if whole_group:  # steps that last longer than it takes to see that the parent has gone
+        more |= {"batch_size": 256, "micro_batch_size": 8, "sequence_length": 128}
+    file = write_recipe(place, place / "data", f"long_{name}", **more)
     folder = RunFolder(place / name / f"long_{name}")
     words = [*command, "--config", str(file), "--runs", str(folder.path.parent)]
-    process = subprocess.Popen(words, cwd=ROOT, env=environment("ddp"), stderr=subprocess.PIPE, text=True)
-    stop_after_some_steps(folder, process)
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment("ddp"), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    stop_after_some_steps(folder, process, whole_group)
     process.wait(timeout=60)
     wait_for(lambda: folder.status == "interrupted")
     step = folder.summary["step"]

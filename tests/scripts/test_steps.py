@@ -101,3 +101,19 @@ def test_replay_from_the_records_gives_the_same_book():
     spikes = [vars(book).pop("_spikes") for book in (lived, replayed)]
     assert vars(lived) == vars(replayed)
     assert vars(spikes[0]) == vars(spikes[1])
+
+
+def test_a_scale_that_has_just_doubled_is_a_probe_even_where_it_stood_before():
+    b = book()
+    b.record(3.0, False, 65536.0)
+    assert b.record(3.0, True, 65536.0) == "backward"
+    b.record(3.0, False, 32768.0)
+    assert b.record(3.0, True, 65536.0) == "probe"
+    b.record(3.0, False, 32768.0)
+    b.record(3.0, False, 65536.0)
+    assert b.record(3.0, True, 65536.0) == "backward"
+
+
+def test_without_a_loss_scale_nothing_is_a_probe():
+    unscaled = StepBook(Divergence(), scaled=False)
+    assert unscaled.record(3.0, True, 1.0) == "backward"

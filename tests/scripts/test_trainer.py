@@ -208,3 +208,15 @@ def test_mfu_is_a_share_of_a_known_devices_peak_and_else_absent(tmp_path, data, 
     assert peak_flops(torch.device("cuda")) == 989e12
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Another GPU")
     assert peak_flops(torch.device("cuda")) is None
+
+
+def test_a_damaged_checkpoint_that_is_written_again_does_not_push_a_good_one_out(tmp_path, data):
+    trainer = trainer_of(tmp_path, data, keep_last=2)
+    for step in (3, 6):
+        trainer.step = step
+        trainer.save()
+    trainer.save()  # step 6 once more, as after a resume from step 3
+    assert [int(path.name[5:]) for path in trainer.run.checkpoints()] == [3, 6]
+    trainer.step = 5  # stopped before it came to the damaged one again
+    trainer.save()
+    assert [int(path.name[5:]) for path in trainer.run.checkpoints()] == [3, 5]
