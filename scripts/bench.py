@@ -37,7 +37,7 @@ from runkit.progress import progress_bar
 
 WARM_UP = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SMALL = {  # half a second a pair on two cores
+SMALL = {
     "vocab_size": 8192,
     "hidden_size": 512,
     "intermediate_size": 2048,
