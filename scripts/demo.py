@@ -36,6 +36,11 @@ class Stage:
     title: str
     commands: list[list[str]]
     seconds: float
+    runs: tuple[Path, ...] = ()  # the run folders that it trains; with all of them at their end there is nothing to do
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.runs) and all(RunFolder(run).status in ("completed", "diverged") for run in self.runs)
 
 
 def _started(out: Path) -> bool:
@@ -145,6 +150,7 @@ def plan_stages(recipe: DemoRecipe, out: Path) -> list[Stage]:
                 "scripts.pretrain", "--runs", out, of=lambda c: ["--config", str(out / "recipes" / f"{c.name}.yaml")]
             ),
             10 + len(cells) * pretraining.steps * step,
+            runs=tuple(out / cell.name for cell in cells),
         ),
         Stage(
             "evaluation",
@@ -155,6 +161,7 @@ def plan_stages(recipe: DemoRecipe, out: Path) -> list[Stage]:
             "fine-tuning in FP16",
             side_by_side("sft.train", *tune, of=lambda c: ["--model", str(out / c.name)]),
             12 + (2000 if hub else 7) * len(cells),
+            runs=tuple(out / c.name / "sft" for c in cells if RunFolder(out / c.name).status != "diverged"),
         ),
         Stage(
             "evaluation after fine-tuning",
@@ -220,6 +227,7 @@ def main(args: argparse.Namespace) -> None:
 
 def _run_stages(stages: list[Stage], stop: StopRequest, args: argparse.Namespace, run: RunFolder) -> None:
     start, planned_done = time.monotonic(), 0.0
+    stages = [stage for stage in stages if not stage.finished]
     for number, stage in enumerate(stages, start=1):
         elapsed = time.monotonic() - start
         pace = min(3.0, max(0.2, elapsed / planned_done)) if planned_done else 1.0

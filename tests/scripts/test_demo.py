@@ -250,6 +250,24 @@ def test_a_finished_demo_started_again_computes_nothing(finished):
     done = run("scripts.demo", "--out", out)
     assert done.returncode == 0, done.stderr
     assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert "pretraining" not in done.stdout and "fine-tuning in" not in done.stdout  # not even started
+
+
+@pytest.mark.slow
+def test_a_stage_with_one_run_unfinished_is_not_passed_over(finished):
+    out = finished[0] / "out"
+    by_title = {
+        stage.title: stage for stage in demo.plan_stages(demo.resolve_recipe(demo.parse(["--out", str(out)])), out)
+    }
+    trained, tuned = by_title["pretraining in FP16"], by_title["fine-tuning in FP16"]
+    assert trained.finished and tuned.finished
+    for stage in (trained, tuned):
+        run = RunFolder(stage.runs[0])
+        kept = run.summary
+        run.set_status("interrupted")
+        assert not stage.finished
+        run.set_status(**kept)
+    assert not by_title["evaluation"].finished  # it knows by itself what it has
 
 
 @pytest.mark.slow
