@@ -417,7 +417,9 @@ class Handler(BaseHTTPRequestHandler):
         self.json({"transfer": "basic", "objects": objects}, headers={"Content-Type": "application/vnd.git-lfs+json"})
 
     def lfs_object(self, query, oid):
-        if self.faults.get("cuts", 0) > 0:
+        if self.faults.get("pass", 0) > 0:
+            self.faults["pass"] -= 1
+        elif self.faults.get("cuts", 0) > 0:
             self.faults["cuts"] -= 1
             self.rfile.read(min(self.faults.get("after", 0), int(self.headers.get("Content-Length") or 0)))
             self.close_connection = True
@@ -452,7 +454,7 @@ class LocalHub:
     """The server as a context manager; the attributes are for the test.
 
     `.url`, `.token`; `.requests`: method and path of each; `.received`: bodies of uploads and commits;
-    `.faults`: {"cuts": N, "after": B} cuts the next N uploads of a file after B bytes.
+    `.faults`: {"pass": P, "cuts": N, "after": B} lets P uploads of a file pass and cuts the next N after B bytes.
     """
 
     def __init__(self, root: str | Path, port: int = 0):
