@@ -89,7 +89,7 @@ def eval_results(subject: Subject) -> list[EvalResult]:
 def card_data(subject: Subject, options: CardOptions) -> ModelCardData:
     """The metadata."""
     placement, scores = placement_name(subject.config), eval_results(subject)
-    datasets = list(options.datasets)
+    datasets = list(options.datasets) or _recorded_datasets(subject)
     if subject.recipe.get("stage") == "sft" and subject.recipe.get("data") == "hub" and "GAIR/lima" not in datasets:
         datasets.append("GAIR/lima")
     tags = ["peri-llama" if subject.config.get("model_type") == "peri_llama" else subject.config.get("model_type")]
@@ -103,6 +103,13 @@ def card_data(subject: Subject, options: CardOptions) -> ModelCardData:
         eval_results=scores or None,
         tags=[t for t in [*tags, placement if " " not in placement else None, f"arxiv:{PAPER}"] if t],
     )
+
+
+def _recorded_datasets(subject: Subject) -> list[str]:
+    """The data set of the Hub that the tokens are from; a fine-tuning's are those of its pretraining."""
+    owner = Subject(None, subject.parent) if subject.parent is not None else subject
+    source = str((owner.environment.get("data") or {}).get("source") or "")
+    return [source.removeprefix("hf:")] if source.startswith("hf:") else []
 
 
 def _sizes(subject: Subject) -> list[tuple[str, str]]:

@@ -84,7 +84,9 @@ def recipe_rows(subject: Subject) -> list[Row]:
         names += ("weight_decay", "gradient_clip", "packing", "precision", "residual_dtype", "peft", "seed")
         return [(name.replace("_", " "), text(r.get(name))) for name in names]
     optimizer, precision = r.get("optimizer") or {}, r.get("precision") or {}
-    rows = [(name.replace("_", " "), text(r.get(name))) for name in ("steps", "batch_size", "sequence_length")]
+    data = subject.environment.get("data") or {}
+    rows = [("data", text(data.get("source"))), ("tokenizer", text(data.get("tokenizer")))]
+    rows += [(name.replace("_", " "), text(r.get(name))) for name in ("steps", "batch_size", "sequence_length")]
     for name in ("learning_rate", "final_learning_rate", "warmup", "weight_decay", "beta1", "beta2", "gradient_clip"):
         rows.append((name.replace("_", " "), text(optimizer.get(name))))
     rows += [("precision", text(precision.get("mode"))), ("residual dtype", text(precision.get("residual_dtype")))]

@@ -108,6 +108,7 @@ def write_run(root: Path, placement: str = "peri", seed: int = 1, status: str = 
         "processor": "Some CPU @ 2.0 GHz",
         "processes": 1,
         "engine": "single",
+        "data": {"source": "hf:acme/text", "tokenizer": "cl100k_base", "tokens": 10**6},
         "note": "from /home/somebody/clone/scripts",
     }
     write_json(run / "environment.json", environment)

@@ -9,8 +9,11 @@ from pathlib import Path
 import hub_run
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import HfApi, ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from modeling_periln.convert import convert
 
 SENT = {
     *("README.md", "config.json", "generation_config.json", "model.safetensors", "recipe.yaml", "environment.json"),
@@ -122,6 +125,38 @@ def test_the_card_on_the_hub_is_read_by_the_client(hub, run, pushed):
     assert card.data.pipeline_tag == "text-generation" and card.data.datasets == ["acme/text"]
     assert {r.dataset_name for r in card.data.eval_results} == {"ARC-Easy", "HellaSwag", "PIQA", "SIQA", "Winogrande"}
     assert 'from_pretrained("acme/card", trust_remote_code=True)' in card.text
+
+
+def test_of_a_fine_tuning_the_chosen_epoch_is_sent(run, pushed, tmp_path):
+    tuned = copy_of(run, tmp_path) / "sft"
+    tuned.mkdir()
+    (tuned / "recipe.yaml").write_text("stage: sft\nseed: 1\n")
+    shutil.copytree(run / "checkpoints" / "step_00000004", tuned / "checkpoints" / "step_00000002")
+    shutil.copytree(run / "checkpoints" / "step_00000008", tuned / "checkpoints" / "step_00000004")
+    assert "from step_00000004" in pushed(tuned, "--repo", "acme/tuned", "--dry-run")[1]
+    (tuned / "best.json").write_text(json.dumps({"checkpoint": "checkpoints/step_00000002", "step": 2}))
+    assert "from step_00000002" in pushed(tuned, "--repo", "acme/tuned", "--dry-run")[1]
+
+
+def test_an_export_is_sent_with_its_proof_and_without_code(hub, run, pushed, tmp_path):
+    convert(run / "checkpoints" / "step_00000008", tmp_path / "export", "hyperclovax", text="none")
+    assert pushed(tmp_path / "export", "--repo", "acme/export")[0] == 0
+    names = files(hub, "acme/export")
+    assert "conversion.json" in names and "tokenizer.json" in names and not [n for n in names if n.endswith(".py")]
+    assert "architecture HyperCLOVAXForCausalLM" in stored(hub, "acme/export", "README.md").read_text()
+
+
+def test_an_adapter_of_a_model_that_is_only_here_is_refused(hub, run, pushed, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({"lora": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    config = {"base_model_name_or_path": str(run / "checkpoints" / "step_00000008"), "peft_type": "LORA"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    code, _, err = pushed(adapter, "--repo", "acme/adapter")
+    assert code == 1 and "merge it" in err
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "acme/base"}))
+    assert pushed(adapter, "--repo", "acme/adapter")[0] == 0
+    assert files(hub, "acme/adapter") == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
 # Again

@@ -31,7 +31,7 @@ def runs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def card(runs) -> ModelCard:
     subject = find_subject(runs / "peri_seed1")
-    options = CardOptions("acme/tiny", "mit", ("en", "ko"), ("acme/text",), ("headroom.png",))
+    options = CardOptions("acme/tiny", "mit", ("en", "ko"), figures=("headroom.png",))
     return ModelCard(render_card(subject, options))
 
 
@@ -47,6 +47,11 @@ def test_the_client_reads_back_what_the_hub_wants(card):
     assert (data.license, data.language, data.library_name) == ("mit", ["en", "ko"], "transformers")
     assert (data.pipeline_tag, data.datasets, data.model_name) == ("text-generation", ["acme/text"], "tiny")
     assert data.tags == ["peri-llama", "peri", "arxiv:2502.02732"]
+
+
+def test_named_datasets_stand_in_place_of_the_recorded_one(runs):
+    text = render_card(find_subject(runs / "peri_seed1"), CardOptions(datasets=("acme/a", "acme/b")))
+    assert ModelCard(text).data.datasets == ["acme/a", "acme/b"]
 
 
 def test_the_model_index_holds_the_five_benchmarks_as_they_were_measured(card):
@@ -89,6 +94,7 @@ def test_numbers_are_those_of_the_run_folder(card):
     assert "| training loss (mean of the last tenth) | 2.3 |" in card.text
     assert "| heldout | loss | 2.2500 | 50 |" in card.text
     assert "| arc_easy | acc | 30.00 ± 1.00 % | 1,000 | 0 | float32 | benchmarks-hub.json |" in card.text
+    assert "| data | hf:acme/text |" in card.text and "| tokenizer | cl100k_base |" in card.text
     assert "| device | Some CPU @ 2.0 GHz |" in card.text
     assert "![headroom.png](figures/headroom.png)" in card.text
 
@@ -126,7 +132,7 @@ def test_a_fine_tuning_shows_both_recipes(tmp_path):
     (sft / "recipe.yaml").write_text("stage: sft\ndata: hub\nepochs: 15\nlearning_rate: 1.0e-05\nseed: 1\n")
     shutil.copytree(run / "checkpoints" / "step_00000008", sft / "checkpoints" / "step_00000002")
     card = ModelCard(render_card(find_subject(sft)))
-    assert card.data.model_name == "peri_seed1-sft" and card.data.datasets == ["GAIR/lima"]
+    assert card.data.model_name == "peri_seed1-sft" and card.data.datasets == ["acme/text", "GAIR/lima"]
     assert "## Fine-tuning" in card.text and "| epochs | 15 |" in card.text
     assert "recipe of the pretraining" in card.text and "| weight decay | 0.033 |" in card.text
     assert "apply_chat_template" in card.text
