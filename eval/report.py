@@ -9,7 +9,6 @@ the same bytes.
 import argparse
 import base64
 import math
-import re
 import shutil
 import sys
 from collections import Counter
@@ -22,6 +21,7 @@ from markupsafe import Markup
 
 from runkit.errors import UsageError, make_parser, run_command
 from runkit.folder import write_bytes, write_text
+from runkit.public import public
 from runkit.recipes import dump_yaml
 
 from .figures import Drawing, draw_all
@@ -31,20 +31,6 @@ from .suites import CHANCE, SUITES
 from .tables import MISSING, build, cell_numbers, plural, stability, status_text, suites
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-_PATH_INSIDE = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+([^\s/\\'\"]*)")
-_PATH = re.compile(r"(?:~|[A-Za-z]:)?[/\\].*?([^/\\]*)[/\\]?", re.DOTALL)
-
-
-def public(value: Any) -> Any:
-    """The value with absolute paths cut down to their last name; they say where, not what."""
-    if isinstance(value, dict):
-        return {key: public(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [public(x) for x in value]
-    if not isinstance(value, str):
-        return value
-    whole = _PATH.fullmatch(value)
-    return f"…/{whole[1]}" if whole else _PATH_INSIDE.sub(r"…/\1", value)
 
 
 # --- the verdict ---------------------------------------------------------------------------------------------

@@ -46,19 +46,13 @@ from .conversions import (
     periln_config,
 )
 from .modeling_periln import PeriLlamaForCausalLM
+from .proof import NO_TEXT, TOLERANCE, WIKITEXT, ConversionFailed, compare, in_words, model_class
 from .version import __version__
 
-TOLERANCE = 1e-5  # of the largest logit
-CHECKED_SHAPES = ((1, 1), (2, 7), (3, 33))  # batch, tokens
-SEED = 20250202
 _COPIED = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
     "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
-
-
-class ConversionFailed(RuntimeError):
-    """The source is damaged, or the export is not the same function; nothing was left at the destination."""
 
 
 # In memory
@@ -115,17 +109,13 @@ def _built(source: PreTrainedModel, config: PreTrainedConfig, recipe: Mapping[st
         weights[name] = tensor.clone(memory_format=torch.contiguous_format)
     config._attn_implementation = source.config._attn_implementation
     with torch.device("meta"):  # no time and no random numbers for weights that are there already
-        model = _model_class(config)(config)
+        model = model_class(config)(config)
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.generation_config = copy.deepcopy(source.generation_config)
     return model.to(source.device).train(source.training)
-
-
-def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    return PeriLlamaForCausalLM if config.model_type == PERI_LLAMA else ARCHITECTURES[config.model_type].model_class
 
 
 def _check_names(have: Mapping[str, Any], recipe: Mapping[str, Recipe], tied: bool) -> None:
@@ -143,30 +133,38 @@ def _check_names(have: Mapping[str, Any], recipe: Mapping[str, Recipe], tied: bo
 
 
 def convert(
-    src: Path | str, dst: Path | str, to: str, max_shard_size: int | str = "5GB", revision: str | None = None
+    src: Path | str,
+    dst: Path | str,
+    to: str,
+    max_shard_size: int | str = "5GB",
+    revision: str | None = None,
+    text: Path | str | None = None,
 ) -> dict[str, Any]:
     """Convert the model `src` to the new model folder `dst`, and prove that it is the same function.
 
     Weights keep their dtype, except that a folded one that its dtype cannot hold is written in FP32. In memory there
     is never more than one shard of the export, until it is checked: then the source and the export are loaded one
-    after the other in FP32 and compared on random tokens.
+    after the other in FP32 and compared on random tokens and on text (`proof.py`).
 
     Args:
         src: a folder with `config.json` and safetensors, sharded or not; or a Hub id, at `revision`.
         dst: a folder that does not exist, or is empty; it appears when everything is done.
         to: a key of `ARCHITECTURES`, or `peri_llama`.
         max_shard_size: bytes, or such as `500MB`, `5GB` (powers of 1000).
+        text: a file, `wikitext`, or `none`; None: WikiText if it can be had, else the record says why not.
 
     Returns:
         The record that `dst/conversion.json` holds.
 
     Raises:
-        ConversionRefused: (a ValueError) what cannot be converted, and why; or `src` or `dst` is not as above.
+        ConversionRefused: (a ValueError) what cannot be converted, and why; or `src`, `dst` or `text` is not as above.
         ConversionFailed: weights are missing, or the export's logits differ by more than 1e-5 of the largest.
     """
     dst, limit = Path(os.path.realpath(dst)), _bytes(max_shard_size)
     src = _fetched(str(src), revision)
     config = _read_config(src, to)
+    if text not in (None, WIKITEXT, NO_TEXT) and not Path(text).is_file():
+        raise ConversionRefused(f"--text {text} is no file; give one, or {WIKITEXT}, or {NO_TEXT}")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ConversionRefused(f"{dst} exists and is not an empty folder: nothing is overwritten")
     target = periln_config(config) if to == PERI_LLAMA else native_config(config, to)
@@ -187,7 +185,7 @@ def convert(
             "from": config.model_type,
             "to": to,
             "remarks": remarks(config, to),
-            **compare(src, folder, config, target),
+            **compare(src, folder, config, target, text),
             "versions": {m.__name__: m.__version__ for m in (transformers, torch)} | {"modeling_periln": __version__},
         }
         (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -303,51 +301,6 @@ def _copy_companions(src: Path, folder: Path, config: PreTrainedConfig) -> None:
         GenerationConfig(**tokens).save_pretrained(folder)
 
 
-# The proof
-
-
-def compare(src: Path, dst: Path, src_config: PreTrainedConfig, dst_config: PreTrainedConfig) -> dict[str, Any]:
-    """The largest difference of the logits of two model folders in FP32, on random tokens, and how it was measured.
-
-    Batches are padded on the left. The two models are in memory one after the other.
-
-    Raises:
-        ConversionFailed: the difference is above `TOLERANCE` of the largest logit, or not a number.
-    """
-    generator, batches = torch.Generator().manual_seed(SEED), []
-    for batch, length in CHECKED_SHAPES:
-        length = min(length, src_config.max_position_embeddings)
-        ids = torch.randint(0, src_config.vocab_size, (batch, length), generator=generator)
-        mask = torch.ones_like(ids)
-        mask[0, : length // 3] = 0
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        batches.append({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
-    ours, theirs = _logits(src, src_config, batches), _logits(dst, dst_config, batches)
-    largest, difference = ours.abs().max().item(), (ours - theirs).abs().max().item()
-    if not difference <= TOLERANCE * largest:
-        much = f"by {difference:.3g}, more than {TOLERANCE:g} of the largest, {largest:.3g}"
-        raise ConversionFailed(f"the export was removed: its logits differ from the source's {much}")
-    return {
-        "largest_difference": difference,
-        "largest_logit": largest,
-        "tolerance": TOLERANCE,
-        "compared": {"dtype": "float32", "seed": SEED, "shapes": [list(b["input_ids"].shape) for b in batches]},
-    }
-
-
-@torch.no_grad()
-def _logits(folder: Path, config: PreTrainedConfig, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """Logits (tokens, V) of all tokens that are no padding."""
-    model, info = _model_class(config).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    if any(info.values()):
-        raise ConversionFailed(f"{type(model).__name__} does not load all weights: {info}")
-    if config.model_type == PERI_LLAMA:
-        model.config.residual_dtype = None
-    for weight in model.parameters():  # from where the file has it, to where every allocation starts: rounding depends
-        weight.data = weight.data.clone()
-    return torch.cat([model(**b, use_cache=False).logits[b["attention_mask"].bool()] for b in batches])
-
-
 @contextlib.contextmanager
 def _temporary_sibling(dst: Path) -> Iterator[Path]:
     """A new folder beside `dst` that is gone afterwards, unless it was moved."""
@@ -383,6 +336,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", required=True, choices=[*ARCHITECTURES, PERI_LLAMA], help="architecture of DST")
     parser.add_argument("--revision", help="of a Hub id: branch, tag or commit (default: main)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: %(default)s)")
+    text = (
+        "compare on this text too: a file, wikitext, or none (default: wikitext, if the Hub has it and can be reached)"
+    )
+    parser.add_argument("--text", metavar="FILE", help=text)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
@@ -390,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if in_main_thread else None
     try:
-        record = convert(args.src, args.dst, args.to, args.max_shard_size, args.revision)
+        record = convert(args.src, args.dst, args.to, args.max_shard_size, args.revision, args.text)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
@@ -406,6 +363,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, before)
     for remark in record["remarks"]:
         print(remark)
+    for line in in_words(record):
+        print(line)
     print(f"{args.dst}: {record['from']} -> {record['to']}, largest logit {record['largest_logit']:.6g},", end=" ")
     print(f"largest difference {record['largest_difference']:.3g} (allowed {TOLERANCE:g} of the largest logit)")
     return 0

@@ -192,6 +192,7 @@ class Trainer:
         environment = describe_environment(self.device) | {
             "engine": self.engine.name,
             "processes": self.engine.processes,
+            "data": {"fingerprint": self.data.fingerprint, "tokens": len(self.data)} | self._data_options(),
             "parameter_class": type(next(self.model.parameters())).__name__,
             "loss_scaler": self.engine.scaler is not None,
             "mfu": "6N + 12LHQT FLOPs a token (scripts/costs.py), of the data sheet's dense FP16 FLOP/s"
@@ -199,6 +200,11 @@ class Trainer:
             else "n/a: the device's peak is not known",
         }
         write_json(self.run.path / "environment.json", environment | seen.report())
+
+    def _data_options(self) -> dict[str, Any]:
+        """Where the tokens are from; the folder itself may be gone when a card asks."""
+        options = self.data.index.get("options") or {}
+        return {key: options.get(key) for key in ("source", "dataset_config", "split", "revision", "tokenizer")}
 
     # --- the run -----------------------------------------------------------------------------------------
     def resume(self) -> None:

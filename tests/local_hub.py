@@ -8,10 +8,11 @@ Hub's HTTP API that `huggingface_hub`, `transformers` and `datasets` use:
     export HF_ENDPOINT=http://127.0.0.1:8123 HF_TOKEN=hf_local HF_HUB_DISABLE_XET=1
 
 STORE holds `models/<owner>/<name>/...` and `datasets/<owner>/<name>/...` (a name
-without an owner is fine too).  Each push adds a commit; `resolve/<sha>` keeps
+without an owner is fine too).  Each push adds a commit to a branch; `resolve/<sha>` keeps
 serving what that commit held.  Standard library only; binds 127.0.0.1 only.
 
-In a test:  `with LocalHub(root) as hub: os.environ["HF_ENDPOINT"] = hub.url`
+In a test:  `with LocalHub(root) as hub: os.environ["HF_ENDPOINT"] = hub.url`; `hub.faults` cuts uploads in their
+middle, `hub.received` holds every body that was sent to be stored.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import hashlib
 import json
 import re
 import shutil
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +32,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 KINDS = ("models", "datasets", "spaces")
 TOKEN = "hf_local"
 LFS_THRESHOLD = 1 << 20  # bytes; larger or binary files go through LFS
+BINARY = (".safetensors", ".bin", ".png", ".parquet", ".pt", ".gguf")
+
+
+def is_lfs(name: str, size: int) -> bool:
+    return size > LFS_THRESHOLD or name.endswith(BINARY)
 
 
 def git_blob_id(data: bytes) -> str:
@@ -37,14 +44,17 @@ def git_blob_id(data: bytes) -> str:
 
 
 class Store:
-    """Repositories as folders, their commits as snapshots beside them."""
+    """Repositories as folders, their commits as snapshots beside them.
+
+    `main` is the folder itself, another branch a folder under `.branches`; a branch's log holds its commits.
+    """
 
     def __init__(self, root: Path):
         self.root = Path(root)
         self.lfs = self.root / ".lfs"
         self.lfs.mkdir(parents=True, exist_ok=True)
         self.lock = threading.Lock()
-        self.commits: dict[tuple[str, str], list[tuple[str, Path]]] = {}
+        self.logs: dict[tuple[str, str], dict[str, list[tuple[str, Path]]]] = {}
         self.private: set[tuple[str, str]] = set()
 
     def folder(self, kind: str, repo: str) -> Path:
@@ -60,8 +70,14 @@ class Store:
         base = self.snapshot(kind, repo, rev)
         return {p.relative_to(base).as_posix(): p for p in sorted(base.rglob("*")) if p.is_file()}
 
-    def head(self, kind: str, repo: str) -> str:
-        log = self.commits.get((kind, repo))
+    def branches(self, kind: str, repo: str) -> list[str]:
+        return sorted({"main", *self.logs.get((kind, repo), {})})
+
+    def log(self, kind: str, repo: str, branch: str) -> list[tuple[str, Path]]:
+        return self.logs.setdefault((kind, repo), {}).setdefault(branch, [])
+
+    def head(self, kind: str, repo: str, branch: str = "main") -> str:
+        log = self.logs.get((kind, repo), {}).get(branch)
         if log:
             return log[-1][0]
         digest = hashlib.sha1()
@@ -69,22 +85,39 @@ class Store:
             digest.update(name.encode() + path.read_bytes())
         return digest.hexdigest()
 
+    def sha_of(self, kind: str, repo: str, rev: str) -> str:
+        rev = "main" if rev == "HEAD" else rev
+        return self.head(kind, repo, rev) if rev in self.branches(kind, repo) else rev
+
+    def create_branch(self, kind: str, repo: str, branch: str, start: str) -> None:
+        log, source = self.log(kind, repo, branch), self.snapshot(kind, repo, start)
+        shutil.copytree(source, self.working_folder(kind, repo, branch))
+        log.append((self.sha_of(kind, repo, start), source))
+
+    def working_folder(self, kind: str, repo: str, branch: str) -> Path:
+        return self.folder(kind, repo) if branch == "main" else self.root / ".branches" / kind / repo / branch
+
     @staticmethod
     def files_of(base: Path):
         return [(p.relative_to(base).as_posix(), p) for p in sorted(base.rglob("*")) if p.is_file()]
 
     def snapshot(self, kind: str, repo: str, rev: str) -> Path:
-        for sha, path in self.commits.get((kind, repo), []):
-            if sha == rev:
-                return path
-        base = self.folder(kind, repo)
-        if rev in ("main", "HEAD") or rev == self.head(kind, repo):
-            return base
+        for log in self.logs.get((kind, repo), {}).values():
+            for sha, path in log:
+                if sha == rev:
+                    return path
+        rev = "main" if rev == "HEAD" else rev
+        if rev in self.branches(kind, repo):
+            return self.working_folder(kind, repo, rev)
+        if rev == self.head(kind, repo):
+            return self.folder(kind, repo)
         raise KeyError(rev)
 
-    def commit(self, kind: str, repo: str, operations: list[dict]) -> str:
+    def commit(self, kind: str, repo: str, operations: list[dict], branch: str = "main") -> str:
         with self.lock:
-            base = self.folder(kind, repo)
+            if branch not in self.branches(kind, repo):
+                raise KeyError(branch)
+            base = self.working_folder(kind, repo, branch)
             for op in operations:
                 key, value = op["key"], op["value"]
                 if key == "header":
@@ -102,8 +135,8 @@ class Store:
                     target.unlink(missing_ok=True)
                 elif key == "deletedFolder":
                     shutil.rmtree(target, ignore_errors=True)
-            log = self.commits.setdefault((kind, repo), [])
-            digest = hashlib.sha1(str(len(log)).encode())
+            log = self.log(kind, repo, branch)
+            digest = hashlib.sha1(f"{branch} {len(log)}".encode())
             for name, path in self.files_of(base):
                 digest.update(name.encode() + path.read_bytes())
             sha = digest.hexdigest()
@@ -118,6 +151,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     store: Store
     requests: list[str]
+    received: list[bytes]
+    faults: dict[str, int]
 
     def log_message(self, *args):  # quiet
         pass
@@ -154,7 +189,7 @@ class Handler(BaseHTTPRequestHandler):
     def file_entry(self, name: str, path: Path) -> dict:
         data = path.read_bytes()
         entry = {"type": "file", "path": name, "size": len(data), "oid": git_blob_id(data)}
-        if len(data) > LFS_THRESHOLD or name.endswith((".parquet", ".safetensors", ".bin", ".png")):
+        if is_lfs(name, len(data)):
             entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
         return entry
 
@@ -169,6 +204,8 @@ class Handler(BaseHTTPRequestHandler):
             (r"/api/validate-yaml", lambda q: (self.body(), self.json({"errors": [], "warnings": []}))),
             (r"/api/(models|datasets|spaces)/(.+?)/preupload/([^/]+)", self.preupload),
             (r"/api/(models|datasets|spaces)/(.+?)/commit/([^/]+)", self.commit),
+            (r"/api/(models|datasets|spaces)/(.+?)/commits/([^/]+)", self.commits),
+            (r"/api/(models|datasets|spaces)/(.+?)/branch/([^/]+)", self.branch),
             (r"/api/(models|datasets|spaces)/(.+?)/tree/([^/]+)(?:/(.*))?", self.tree),
             (r"/api/(models|datasets|spaces)/(.+?)/paths-info/([^/]+)", self.paths_info),
             (r"/api/(models|datasets|spaces)/(.+?)/revision/([^/]+)", self.info),
@@ -215,9 +252,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.store.exists(kind, repo):
             return self.json({"error": "You already created this model repo", "url": self.url_of(kind, repo)}, 409)
         self.store.folder(kind, repo).mkdir(parents=True)
+        if body.get("private") or body.get("visibility") == "private":
+            self.store.private.add((kind, repo))
         (self.store.folder(kind, repo) / ".gitattributes").write_text(
             "*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
         )
+        self.store.commit(kind, repo, [])
         self.json({"url": self.url_of(kind, repo), "name": repo, "id": repo})
 
     def url_of(self, kind: str, repo: str) -> str:
@@ -235,14 +275,14 @@ class Handler(BaseHTTPRequestHandler):
         if not self.known(kind, repo):
             return
         files = self.store.files(kind, repo, rev)
-        sha = self.store.head(kind, repo) if rev in ("main", "HEAD") else rev
+        sha = self.store.sha_of(kind, repo, rev)
         self.json(
             {
                 "_id": "0",
                 "id": repo,
                 "modelId": repo,
                 "sha": sha,
-                "private": False,
+                "private": (kind, repo) in self.store.private,
                 "gated": False,
                 "disabled": False,
                 "tags": [],
@@ -257,15 +297,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def refs(self, query, kind, repo):
         if self.known(kind, repo):
-            self.json(
-                {
-                    "branches": [
-                        {"name": "main", "ref": "refs/heads/main", "targetCommit": self.store.head(kind, repo)}
-                    ],
-                    "converts": [],
-                    "tags": [],
-                }
-            )
+            branches = [
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": self.store.head(kind, repo, name)}
+                for name in self.store.branches(kind, repo)
+            ]
+            self.json({"branches": branches, "converts": [], "tags": []})
+
+    def commits(self, query, kind, repo, rev):
+        if self.known(kind, repo):
+            more = {"authors": [{"user": "local"}], "date": "2026-01-01T00:00:00.000Z", "title": "", "message": ""}
+            self.json([{"id": sha} | more for sha, _ in reversed(self.store.log(kind, repo, rev))])
+
+    def branch(self, query, kind, repo, name):
+        body = json.loads(self.body() or b"{}")
+        if not self.authorized():
+            return self.json({"error": "Invalid username or password."}, 401)
+        if not self.known(kind, repo):
+            return
+        if name in self.store.branches(kind, repo):
+            return self.json({"error": "Reference already exists"}, 409)
+        self.store.create_branch(kind, repo, name, body.get("startingPoint", "main"))
+        self.json({})
 
     def tree(self, query, kind, repo, rev, under=None):
         if not self.known(kind, repo):
@@ -314,7 +366,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self.known(kind, repo):
             return
         files = self.store.files(kind, repo, rev)
-        sha = self.store.head(kind, repo) if rev in ("main", "HEAD") else rev
+        sha = self.store.sha_of(kind, repo, rev)
         if name not in files:
             return self.json(
                 {"error": "Entry not found"},
@@ -343,19 +395,14 @@ class Handler(BaseHTTPRequestHandler):
             return self.json({"error": "Invalid username or password."}, 401)
         if not self.known(kind, repo):
             return
-        binary = (".safetensors", ".bin", ".png", ".parquet", ".pt", ".gguf")
-        self.json(
-            {
-                "files": [
-                    {
-                        "path": f["path"],
-                        "shouldIgnore": False,
-                        "uploadMode": "lfs" if f["size"] > LFS_THRESHOLD or f["path"].endswith(binary) else "regular",
-                    }
-                    for f in body["files"]
-                ]
-            }
-        )
+        there = self.store.files(kind, repo, rev)
+        answer = []
+        for file in body["files"]:
+            name, lfs = file["path"], is_lfs(file["path"], file["size"])
+            entry = self.file_entry(name, there[name]) if name in there else {}
+            oid = entry.get("lfs", entry).get("oid")
+            answer.append({"path": name, "shouldIgnore": False, "uploadMode": "lfs" if lfs else "regular", "oid": oid})
+        self.json({"files": answer})
 
     def lfs_batch(self, query, kind, repo):
         body = json.loads(self.body())
@@ -370,19 +417,29 @@ class Handler(BaseHTTPRequestHandler):
         self.json({"transfer": "basic", "objects": objects}, headers={"Content-Type": "application/vnd.git-lfs+json"})
 
     def lfs_object(self, query, oid):
+        if self.faults.get("pass", 0) > 0:
+            self.faults["pass"] -= 1
+        elif self.faults.get("cuts", 0) > 0:
+            self.faults["cuts"] -= 1
+            self.rfile.read(min(self.faults.get("after", 0), int(self.headers.get("Content-Length") or 0)))
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
         data = self.body()
+        self.received.append(data)
         if hashlib.sha256(data).hexdigest() != oid:
             return self.json({"error": "checksum mismatch"}, 422)
         (self.store.lfs / oid).write_bytes(data)
         self.reply(200)
 
     def commit(self, query, kind, repo, rev):
-        operations = [json.loads(line) for line in self.body().splitlines() if line.strip()]
+        body = self.body()
+        self.received.append(body)
+        operations = [json.loads(line) for line in body.splitlines() if line.strip()]
         if not self.authorized():
             return self.json({"error": "Invalid username or password."}, 401)
         if not self.known(kind, repo):
             return
-        sha = self.store.commit(kind, repo, operations)
+        sha = self.store.commit(kind, repo, operations, rev)
         self.json(
             {
                 "success": True,
@@ -394,11 +451,16 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class LocalHub:
-    """The server as a context manager; `.url`, `.token` and `.requests` are for the test."""
+    """The server as a context manager; the attributes are for the test.
+
+    `.url`, `.token`; `.requests`: method and path of each; `.received`: bodies of uploads and commits;
+    `.faults`: {"pass": P, "cuts": N, "after": B} lets P uploads of a file pass and cuts the next N after B bytes.
+    """
 
     def __init__(self, root: str | Path, port: int = 0):
-        self.token, self.requests = TOKEN, []
-        handler = type("BoundHandler", (Handler,), {"store": Store(Path(root)), "requests": self.requests})
+        self.token, self.requests, self.received, self.faults = TOKEN, [], [], {}
+        shared = {"requests": self.requests, "received": self.received, "faults": self.faults}
+        handler = type("BoundHandler", (Handler,), {"store": Store(Path(root))} | shared)
         self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"

@@ -8,6 +8,8 @@ import sys
 import weakref
 from pathlib import Path
 
+import huggingface_hub
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -19,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import modeling_periln
-from modeling_periln import PeriLlamaForCausalLM, conversions, convert
+from modeling_periln import PeriLlamaForCausalLM, conversions, convert, proof
 from modeling_periln.convert import (
     ConversionFailed,
     ConversionRefused,
@@ -356,7 +358,7 @@ CLI = [
 def test_the_command_line_there_and_back(target, changes, read, write, tmp_path, capsys, tokenizer):
     src = saved(tmp_path / "src", shard=read, tokenizer=tokenizer, **changes)
     before, dst, back = contents(src), tmp_path / "out" / "dst", tmp_path / "back"
-    assert main([str(src), str(dst), "--to", target, "--max-shard-size", write]) == 0
+    assert main([str(src), str(dst), "--to", target, "--max-shard-size", write, "--text", "none"]) == 0
     record = json.loads((dst / "conversion.json").read_text())
     assert record["largest_difference"] <= 1e-5 * record["largest_logit"] and record["largest_logit"] > 1
     assert f"{record['largest_difference']:.3g}" in capsys.readouterr().out
@@ -396,7 +398,7 @@ def test_the_command_line_there_and_back(target, changes, read, write, tmp_path,
     assert torch.equal(source.generate(ids, **more), model.generate(ids, **more))
 
     # The way back carries our code again.
-    assert main([str(dst), str(back), "--to", "peri_llama"]) == 0
+    assert main([str(dst), str(back), "--to", "peri_llama", "--text", "none"]) == 0
     assert {p.name for p in back.glob("*.py")} == {p.name for p in src.glob("*.py")}
     assert json.loads((back / "config.json").read_text())["auto_map"].keys() >= {"AutoModel", "AutoModelForCausalLM"}
     assert_same(source, AutoModelForCausalLM.from_pretrained(back))
@@ -481,6 +483,67 @@ def test_an_export_that_is_another_function_is_removed(fold, tmp_path, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+def story(words: int = 150) -> str:
+    return " ".join(f"w{i * i % 60}" for i in range(words))
+
+
+def test_an_export_is_compared_on_a_text_of_ones_own_too(tmp_path, tokenizer, capsys):
+    src, file = saved(tmp_path / "src", tokenizer=tokenizer), tmp_path / "story.txt"
+    file.write_text(story())
+    assert main([str(src), str(tmp_path / "dst"), "--to", "glm4", "--text", str(file)]) == 0
+    text = json.loads((tmp_path / "dst" / "conversion.json").read_text())["compared"]["text"]
+    assert text["source"] == "story.txt" and text["shape"] == [2, SIZES["max_position_embeddings"]]
+    assert 0 <= text["largest_difference"] <= 1e-5 * text["largest_logit"]
+    assert f"text (story.txt): largest difference {text['largest_difference']:.3g}" in capsys.readouterr().out
+
+
+def test_a_difference_on_the_text_alone_removes_the_export(tmp_path, tokenizer, monkeypatch, capsys):
+    src, file = saved(tmp_path / "src", tokenizer=tokenizer), tmp_path / "story.txt"
+    file.write_text(story())
+    real, calls = proof._logits, []
+
+    def disturbed(folder, config, batches):
+        logits = real(folder, config, batches)
+        calls.append(folder)
+        logits[-1][0, 0] += 0.1 * len(calls)
+        return logits
+
+    monkeypatch.setattr(proof, "_logits", disturbed)
+    assert main([str(src), str(tmp_path / "dst"), "--to", "glm4", "--text", str(file)]) == 1
+    assert "the export was removed" in (error := capsys.readouterr().err) and "on text" in error
+    assert not (tmp_path / "dst").exists()
+
+
+def test_wikitext_is_read_from_the_hub_and_the_record_says_where_it_is_not(tmp_path, tokenizer, monkeypatch, capsys):
+    src = saved(tmp_path / "src", tokenizer=tokenizer)
+    repository, name = proof.WIKITEXT_FILE
+    file = tmp_path / "store" / "datasets" / repository / name
+    file.parent.mkdir(parents=True)
+    pd.DataFrame({"text": ["", f" {story(100)} \n", f" {story(60)} \n"]}).to_parquet(file)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with LocalHub(tmp_path / "store") as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        assert main([str(src), str(tmp_path / "dst"), "--to", "hyperclovax"]) == 0
+        text = json.loads((tmp_path / "dst" / "conversion.json").read_text())["compared"]["text"]
+        assert text["source"] == f"{repository}, {name}" and text["largest_logit"] > 1
+    nobody = template.replace(hub.url, "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    capsys.readouterr()
+    assert main([str(src), str(tmp_path / "without"), "--to", "hyperclovax"]) == 0
+    assert "not compared on text: WikiText cannot be had from the Hub" in capsys.readouterr().out
+    skipped = json.loads((tmp_path / "without" / "conversion.json").read_text())["compared"]["text"]
+    assert "WikiText cannot be had" in skipped["skipped"]
+    # Asked for by name it is no longer a remark.
+    assert main([str(src), str(tmp_path / "asked"), "--to", "hyperclovax", "--text", "wikitext"]) == 2
+    assert "--text wikitext: WikiText cannot be had" in capsys.readouterr().err
+    assert main([str(src), str(tmp_path / "asked"), "--to", "hyperclovax", "--text", "nowhere.txt"]) == 2
+    assert "--text nowhere.txt is no file" in capsys.readouterr().err
+    assert not (tmp_path / "asked").exists()
+
+
 def test_nothing_is_overwritten_and_an_interruption_leaves_nothing(tmp_path, monkeypatch, capsys):
     src, full = saved(tmp_path / "src"), tmp_path / "full"
     full.mkdir()
@@ -551,7 +614,8 @@ def test_the_module_runs_as_a_command(tmp_path):
 
 def test_the_converter_imports_only_what_transformers_brings_and_its_siblings():
     known = {"torch", "transformers", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
-    for name in ("convert.py", "conversions.py"):
+    known |= {"pyarrow"}  # in proof.py, where it is missing there is a sentence
+    for name in ("convert.py", "conversions.py", "proof.py"):
         for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
             found = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             found += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

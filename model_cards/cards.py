@@ -1,0 +1,177 @@
+"""A model card: metadata that the Hub reads, and for people what the run folder says.
+
+Rendered through huggingface_hub's `ModelCard`; templates/card.md.j2 holds the words, `facts` the numbers.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from runkit.public import public
+
+from .facts import (
+    MISSING,
+    hardware,
+    markdown,
+    number,
+    outcome,
+    recipe_rows,
+    results,
+    score_table,
+    seed_table,
+    stability_rows,
+    tokens_seen,
+    verdict,
+)
+from .placement import EQUATION, diagram, norms_in_words, placement_name, plan_of
+from .subject import Subject
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+PAPER = "2502.02732"
+LIBRARY, PIPELINE = "transformers", "text-generation"
+# The five benchmarks as lm-eval 0.4.13 reads them: repository, configuration, split, a name for people.
+BENCHMARKS = {
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", "ARC-Easy"),
+    "hellaswag": ("Rowan/hellaswag", "default", "validation", "HellaSwag"),
+    "piqa": ("baber/piqa", "default", "validation", "PIQA"),
+    "social_iqa": ("lighteval/siqa", "default", "validation", "SIQA"),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", "Winogrande"),
+}
+METRIC_NAMES = {"acc": "accuracy", "acc_norm": "accuracy, normalized by length"}
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What no record can say. `datasets` stand in the metadata; `repo` is where the card will be."""
+
+    repo: str | None = None
+    license: str = "apache-2.0"
+    language: tuple[str, ...] = ("en",)
+    datasets: tuple[str, ...] = field(default=())
+    figures: tuple[str, ...] = field(default=())  # names of images in the repository's folder `figures`
+
+
+def eval_results(subject: Subject) -> list[EvalResult]:
+    """The five benchmarks' scores as the Hub's model index has them: fractions, acc and acc_norm.
+
+    Of several records of one task that with the most items counts. The mini sets are no benchmarks, and do not enter.
+    """
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for r in results(subject):
+        key = (r["task"], r.get("metric"))
+        if key[0] in BENCHMARKS and key[1] in METRIC_NAMES and (r.get("n") or 0) >= (best.get(key, {}).get("n") or 0):
+            best[key] = r
+    found = []
+    for task, (dataset, config, split, name) in BENCHMARKS.items():
+        for metric, words in METRIC_NAMES.items():
+            if (r := best.get((task, metric))) is not None:
+                found.append(
+                    EvalResult(
+                        task_type=PIPELINE,
+                        task_name="Text generation",
+                        dataset_type=dataset,
+                        dataset_name=name,
+                        dataset_config=config,
+                        dataset_split=split,
+                        dataset_args={"num_few_shot": r.get("num_fewshot"), "items": r.get("n")},
+                        metric_type=metric,
+                        metric_name=words,
+                        metric_value=r["value"],
+                        source_name=r["harness"] or "lm-eval",
+                        source_url="https://github.com/EleutherAI/lm-evaluation-harness",
+                    )
+                )
+    return found
+
+
+def card_data(subject: Subject, options: CardOptions) -> ModelCardData:
+    """The metadata."""
+    placement, scores = placement_name(subject.config), eval_results(subject)
+    datasets = list(options.datasets) or _recorded_datasets(subject)
+    if subject.recipe.get("stage") == "sft" and subject.recipe.get("data") == "hub" and "GAIR/lima" not in datasets:
+        datasets.append("GAIR/lima")
+    tags = ["peri-llama" if subject.config.get("model_type") == "peri_llama" else subject.config.get("model_type")]
+    return ModelCardData(
+        model_name=options.repo.split("/")[-1] if options.repo else subject.name,
+        license=options.license,
+        language=list(options.language),
+        library_name=LIBRARY,
+        pipeline_tag=PIPELINE,
+        datasets=datasets or None,
+        eval_results=scores or None,
+        tags=[t for t in [*tags, placement if " " not in placement else None, f"arxiv:{PAPER}"] if t],
+    )
+
+
+def _recorded_datasets(subject: Subject) -> list[str]:
+    """The data set of the Hub that the tokens are from; a fine-tuning's are those of its pretraining."""
+    owner = Subject(None, subject.parent) if subject.parent is not None else subject
+    source = str((owner.environment.get("data") or {}).get("source") or "")
+    return [source.removeprefix("hf:")] if source.startswith("hf:") else []
+
+
+def _sizes(subject: Subject) -> list[tuple[str, str]]:
+    c, s = subject.config, subject.summary
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    names += ("vocab_size", "max_position_embeddings", "norm_type", "qk_norm", "residual_scale", "tie_word_embeddings")
+    rows = [("parameters", number(subject.parameters))]
+    rows.append(("parameters without embeddings", number(s.get("parameters_non_embedding"))))
+    return rows + [(name.replace("_", " "), str(public(c[name]))) for name in names if c.get(name) is not None]
+
+
+def normalized(card: ModelCard) -> str:
+    """The card's text with no more than one empty line in a row, and none at the end of a line."""
+    lines: list[str] = []
+    for line in str(card).splitlines():
+        if line.strip() or (lines and lines[-1]):
+            lines.append(line.rstrip())
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def render_card(subject: Subject, options: CardOptions = CardOptions()) -> str:
+    """The card of a checkpoint as the text of README.md. What the run folder lacks reads "not measured".
+
+    Raises:
+        UserError: a record is damaged; names the path.
+    """
+    plan, config = plan_of(subject.config), subject.config
+    stage = subject.recipe.get("stage")
+    before = Subject(None, subject.parent) if subject.parent is not None else None
+    card = ModelCard.from_template(
+        card_data(subject, options),
+        template_path=str(TEMPLATES / "card.md.j2"),
+        title=options.repo.split("/")[-1] if options.repo else subject.name,
+        repo=options.repo or "ORG/NAME",
+        ours=config.get("model_type") == "peri_llama",
+        architecture=(config.get("architectures") or [str(config.get("model_type"))])[0],
+        placement=placement_name(config),
+        equation=EQUATION,
+        norms=norms_in_words(plan) if plan else None,
+        drawing=diagram(plan) if plan else None,
+        parameters=number(subject.parameters),
+        tokens=number(tokens_seen(subject)),
+        sizes=markdown(_sizes(subject), ("size", "")),
+        stage={"pretrain": "Pretraining", "sft": "Fine-tuning"}.get(stage, "Training"),
+        recipe=markdown(recipe_rows(subject), ("recipe", "")),
+        before=markdown(recipe_rows(before), ("recipe of the pretraining", "")) if before else None,
+        outcome=markdown(outcome(subject), ("result", "")),
+        hardware=markdown(hardware(subject), ("hardware and time", "")),
+        scores=score_table(subject),
+        benchmarks=bool(eval_results(subject)),
+        mini=any(str(r["task"]).startswith("mini_") for r in results(subject)),
+        seeds=seed_table(subject),
+        stability=markdown(stability_rows(subject), ("FP16", "")),
+        verdict=verdict(subject),
+        figures=options.figures,
+        chat=_has_chat_template(subject),
+        diverged=subject.summary.get("status") == "diverged",
+        unfinished=subject.summary.get("status") not in ("completed", "diverged"),
+        missing=MISSING,
+    )
+    return normalized(card)
+
+
+def _has_chat_template(subject: Subject) -> bool:
+    return subject.checkpoint is not None and (subject.checkpoint / "chat_template.jinja").exists()

@@ -1,0 +1,166 @@
+"""An index of local checkpoints: `python -m model_cards.zoo DIR...` writes zoo.html (one file) and zoo.md.
+
+A row is a run with its newest checkpoint (a fine-tuning: its chosen one), or a model folder outside of any run, such as
+an export. A pure function of the folders: the same records give the same bytes.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from runkit.errors import UsageError, UserError, make_parser, run_command
+from runkit.folder import RunFolder, read_json, write_text
+from runkit.process import start_stage
+from runkit.progress import progress_bar
+
+from .cards import BENCHMARKS, TEMPLATES
+from .facts import MISSING, bench_headroom, final_loss, markdown, number, results, text, tokens_seen, training_headroom
+from .placement import placement_name
+from .subject import IN_A_RUN, Subject
+
+HEAD = ("model", "placement", "parameters", "tokens", "status", "loss", "scores", "FP16 headroom", "checkpoint")
+SKIPPED = ("trainer_state", "eval", "layers", "figures", "selection", "flight")  # folders in which no model stands
+
+
+def found_under(root: Path) -> Iterator[Subject]:
+    """Runs and model folders under a folder, itself included, in the order of their paths.
+
+    A run's own model folders are not listed beside it, except what was merged.
+    """
+    for here, folders, files in os.walk(root):
+        path = Path(here)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in SKIPPED)
+        if "recipe.yaml" in files:
+            run = RunFolder(path)
+            if run.recipe.get("stage") in ("pretrain", "sft"):
+                folders[:] = [f for f in folders if f != "checkpoints"]
+                yield Subject(_chosen(run), run)
+        elif "config.json" in files and any(f.endswith(".safetensors") for f in files):
+            folders.clear()
+            owner = path.resolve().parent
+            inside = owner.name in IN_A_RUN and (owner.parent / "recipe.yaml").exists()
+            yield Subject(path, RunFolder(owner.parent) if inside else None)
+
+
+def _chosen(run: RunFolder) -> Path | None:
+    """The checkpoint that stands for a run; its weights are not read, so that a large zoo is indexed in no time."""
+    best = run.path / "best.json"
+    if best.exists() and run.recipe.get("stage") == "sft" and (name := read_json(best).get("checkpoint")):
+        return run.path / name
+    checkpoints = run.checkpoints()
+    return checkpoints[-1] if checkpoints else None
+
+
+def loss_of(subject: Subject) -> str:
+    """Held-out loss, else C4's, else the training loss, and which it is."""
+    losses = {r["task"]: r["value"] for r in results(subject) if r.get("metric") == "loss"}
+    for task, name in (("heldout", "held-out"), ("c4", "C4")):
+        if task in losses:
+            return f"{losses[task]:.4f} ({name})"
+    loss = final_loss(subject)
+    return f"{loss:.4f} (training)" if loss is not None else MISSING
+
+
+def scores_of(subject: Subject) -> str:
+    """The mean of acc over the five benchmarks, or over the mini sets, and each of them."""
+    scores = {r["task"]: 100 * r["value"] for r in results(subject) if r.get("metric") == "acc"}
+    for tasks, name in (
+        (list(BENCHMARKS), "mean of five"),
+        ([f"mini_{t}" for t in BENCHMARKS], "mean of five mini sets"),
+    ):
+        if all(task in scores for task in tasks):
+            each = ", ".join(f"{task.removeprefix('mini_')} {scores[task]:.1f}" for task in tasks)
+            return f"{statistics.fmean(scores[task] for task in tasks):.2f} % ({name}: {each})"
+    return ", ".join(f"{task} {value:.1f} %" for task, value in scores.items()) or MISSING
+
+
+def row_of(subject: Subject, root: Path) -> dict[str, str]:
+    """What the index says of one model."""
+    config, headroom = subject.config, bench_headroom(subject) or training_headroom(subject)
+    ours = config.get("model_type") == "peri_llama"
+    where = subject.run.path if subject.run is not None and subject.checkpoint is None else subject.checkpoint
+    name = subject.run.path if subject.run is not None and subject.checkpoint is not None else where
+    if subject.checkpoint is not None and subject.checkpoint.resolve().parent.name == "merged":
+        name = subject.checkpoint
+    return {
+        "model": _below(name, root),
+        "placement": placement_name(config) if ours else f"{config.get('model_type', 'not recorded')} (export)",
+        "parameters": number(subject.parameters),
+        "tokens": number(tokens_seen(subject)),
+        "status": text(subject.summary.get("status")) if subject.run is not None else "no run beside it",
+        "loss": loss_of(subject),
+        "scores": scores_of(subject),
+        "FP16 headroom": str(headroom) if headroom else MISSING,
+        "checkpoint": _below(where, root) if subject.checkpoint is not None else "none",
+    }
+
+
+def _below(path: Path, root: Path) -> str:
+    """A path below the folder that was given, with that folder's own name in front: never an absolute one."""
+    inside = path.resolve().relative_to(root.resolve()).as_posix()
+    return root.resolve().name if inside == "." else f"{root.resolve().name}/{inside}"
+
+
+def collect(roots: Sequence[Path], args: argparse.Namespace) -> list[dict[str, str]]:
+    """The rows of all folders; one that is reached twice is listed once.
+
+    Raises:
+        UserError: a folder is missing, holds no model, or a record is damaged.
+    """
+    seen, subjects = set(), []
+    for root in roots:
+        if not root.is_dir():
+            raise UserError(f"{root} is {'not a folder' if root.exists() else 'missing'}: give a folder of models")
+        before = len(subjects)
+        for subject in found_under(root):
+            key = (subject.checkpoint or subject.run.path).resolve()
+            if key not in seen:
+                seen.add(key)
+                subjects.append((subject, root))
+        if len(subjects) == before and not seen:
+            raise UserError(f"{root} holds no runs and no models")
+    with progress_bar(args, len(subjects), "zoo", "model") as bar:
+        rows = []
+        for subject, root in subjects:
+            rows.append(row_of(subject, root))
+            bar.update()
+    return rows
+
+
+def render_markdown(rows: Sequence[dict[str, str]]) -> str:
+    table = markdown([tuple(row[name].replace("|", "\\|") for name in HEAD) for row in rows], HEAD)
+    return f"# Model zoo\n\n{len(rows)} models.\n\n{table}\n"
+
+
+def render_html(rows: Sequence[dict[str, str]]) -> str:
+    """The index as one page that needs nothing else."""
+    jinja: Any = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    return jinja.get_template("zoo.html.j2").render(head=HEAD, rows=[[row[name] for name in HEAD] for row in rows])
+
+
+def main(args: argparse.Namespace) -> None:
+    start_stage(args)
+    if args.out.exists() and not args.out.is_dir():
+        raise UsageError(f"--out {args.out} is not a folder")
+    rows = collect(args.folders, args)
+    write_text(args.out / "zoo.html", render_html(rows))
+    write_text(args.out / "zoo.md", render_markdown(rows))
+    print(f"{len(rows)} models: {args.out / 'zoo.html'}, {args.out / 'zoo.md'}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("python -m model_cards.zoo", "Write an index page of local checkpoints (HTML and Markdown).")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders with runs or models")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for zoo.html and zoo.md")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    sys.exit(run_command(main, arguments))

@@ -1,0 +1,100 @@
+"""The index of local checkpoints: one row a model, from the records alone."""
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import hub_run
+import pytest
+
+from model_cards import zoo
+from modeling_periln.convert import convert
+from runkit.errors import run_command
+
+
+class Cells(HTMLParser):
+    """The cells of a page's table, row by row, and whatever the page would load."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.loaded: list[str] = []
+        self._open = False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.loaded += [value for name, value in attributes if name in ("src", "href")]
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._open = True
+
+    def handle_endtag(self, tag):
+        self._open = self._open and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self._open:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A completed and a diverged run, a fine-tuning, an export, and a folder that is none of them."""
+    root = tmp_path_factory.mktemp("zoo") / "models"
+    run = hub_run.write_run(root / "runs")
+    diverged = hub_run.write_run(root / "runs", "pre", status="diverged")
+    (diverged / "summary.json").write_text(json.dumps({"status": "diverged", "reason": "<b>rise</b>", "step": 8}))
+    (run / "sft").mkdir()
+    (run / "sft" / "recipe.yaml").write_text("stage: sft\nseed: 1\n")
+    shutil.copytree(run / "checkpoints" / "step_00000004", run / "sft" / "checkpoints" / "step_00000002")
+    shutil.copytree(run / "checkpoints" / "step_00000008", run / "sft" / "checkpoints" / "step_00000004")
+    (run / "sft" / "best.json").write_text(json.dumps({"checkpoint": "checkpoints/step_00000002", "step": 2}))
+    convert(run / "checkpoints" / "step_00000008", root / "exports" / "x", "hyperclovax")
+    (root / "notes").mkdir()
+    return root
+
+
+@pytest.fixture(scope="module")
+def rows(root) -> dict[str, dict[str, str]]:
+    return {row["model"]: row for row in zoo.collect([root], zoo.parse([str(root)]))}
+
+
+def test_runs_fine_tunings_and_exports_have_a_row_each(rows):
+    inside = "models/runs/peri_seed1"
+    assert set(rows) == {inside, f"{inside}/sft", "models/runs/pre_seed1", "models/exports/x"}
+    assert rows[f"{inside}/sft"]["checkpoint"].endswith("sft/checkpoints/step_00000002")  # the chosen one
+    assert rows["models/exports/x"]["placement"] == "hyperclovax (export)"
+
+
+def test_a_row_says_placement_size_tokens_loss_scores_and_headroom(rows):
+    row = rows["models/runs/peri_seed1"]
+    assert (row["placement"], row["parameters"], row["tokens"], row["status"]) == ("peri", "14,304", "512", "completed")
+    assert row["loss"] == "2.2500 (held-out)"
+    assert row["scores"].startswith("40.00 % (mean of five: arc_easy 30.0,")
+    assert row["FP16 headroom"].startswith("13.0 bits")  # the stability bench's
+    other = rows["models/runs/pre_seed1"]
+    assert other["loss"].endswith("(training)") and other["scores"] == "not measured"
+    assert other["FP16 headroom"].startswith("12.0 bits")  # of the recorded steps of training
+
+
+def test_the_page_is_one_file_with_the_same_cells_and_no_local_path(root, tmp_path):
+    args = zoo.parse([str(root), str(root / "runs"), "--out", str(tmp_path)])
+    assert run_command(zoo.main, args) == 0
+    html, markdown = (tmp_path / "zoo.html").read_text(), (tmp_path / "zoo.md").read_text()
+    page = Cells(html)
+    assert page.rows[0] == list(zoo.HEAD) and len(page.rows) == 5  # a folder named twice is listed once
+    assert page.loaded == []
+    assert [line.split(" | ")[0].lstrip("| ") for line in markdown.splitlines()[6:]] == [r[0] for r in page.rows[1:]]
+    assert str(root) not in html + markdown
+    first = html, markdown
+    assert run_command(zoo.main, args) == 0
+    assert first == ((tmp_path / "zoo.html").read_text(), (tmp_path / "zoo.md").read_text())
+
+
+def test_a_folder_without_models_is_refused_by_name(root, tmp_path, capsys):
+    assert run_command(zoo.main, zoo.parse([str(root / "notes")])) == 1
+    assert "notes holds no runs and no models" in capsys.readouterr().err
+    assert run_command(zoo.main, zoo.parse([str(tmp_path / "nowhere")])) == 1
+    assert "nowhere is missing" in capsys.readouterr().err
