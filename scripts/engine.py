@@ -201,12 +201,18 @@ class Engine:
 
     # --- the update --------------------------------------------------------------------------------------
     def gradient_norm(self, clip: float | None) -> float:
-        """Unscale the gradients; their 2-norm over the whole model, before they are clipped to `clip`."""
+        """Unscale the gradients; their 2-norm over the whole model, before they are clipped to `clip`.
+
+        `gradient_norms` has that of every parameter afterwards, on the device.
+        """
         if self.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
             self._agree_on_overflow()
-        parameters = [p for _, p in self.parameters()]
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+        parameters = [p for _, p in self.parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
+        norm = torch.linalg.vector_norm(norms)
+        nn.utils.clip_grads_with_norm_(parameters, math.inf if clip is None else clip, norm)
+        self.gradient_norms = whole(norms).detach()
         return whole(norm).item()
 
     def _agree_on_overflow(self) -> None:

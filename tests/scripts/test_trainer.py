@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
@@ -35,8 +36,9 @@ def test_compiling_and_checkpointing_change_no_loss(tmp_path, data):
     for switch in ("activation_checkpointing", "compile"):
         other = train(tmp_path, data, name=switch, steps=20, precision=FP32, layer_stats_every=7, **{switch: True})
         assert np.abs(np.subtract(losses(other), losses(plain))).max() < 1e-5
-        # hooks see through the compiled layers
-        assert len(list((other.path / "layers").iterdir())) == len(list((plain.path / "layers").iterdir()))
+        for file in (plain.path / "layers").iterdir():  # hooks that stay are compiled with the layers
+            ours, theirs = (pd.read_parquet(r.path / "layers" / file.name).value for r in (other, plain))
+            assert np.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
 def test_checkpointing_changes_no_loss_in_fp16_either(tmp_path, data):
