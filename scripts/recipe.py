@@ -92,7 +92,7 @@ class Recipe:
     keep_best: bool = False  # keeps the checkpoint of lowest held-out loss; needs heldout_every
     heldout_every: int | None = None  # steps between two measurements of the held-out loss
     heldout_sequences: int = 64
-    trackers: list[str] = field(default_factory=list)  # Accelerate's: trackio, tensorboard, wandb
+    trackers: list[str] | None = None  # Accelerate's: trackio, tensorboard, wandb; null: trackio, where it is installed
     data_fingerprint: str | None = None  # filled in from the data
 
     def check(self, processes: int = 1) -> None:
