@@ -24,12 +24,10 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from modeling_periln import PeriLlamaForCausalLM
 from runkit.folder import write_bytes
 
-from .engine import whole
+from .engine import Engine
 
 COLUMNS = ["step", "layer", "sublayer", "tensor", "stat", "value"]
 
@@ -69,11 +67,11 @@ class LayerStats:
     first forward pass are compiled with the layers; others see uncompiled layers only.
     """
 
-    def __init__(self, model: PeriLlamaForCausalLM):
-        self.model = model
+    def __init__(self, engine: Engine):
+        self.engine = engine
         self.places: list[tuple[int, str, str]] = []
         self._modules: list[nn.Module] = []
-        base = model.model
+        base = engine.model.model
         self._place(base.embed_norm, 0, "embedding", "stream")
         for l, layer in enumerate(base.layers, start=1):  # noqa: E741
             self._place(layer.self_attn, l, "attn", "branch")
@@ -163,23 +161,22 @@ class LayerStats:
             variance = square / n - (total / n) ** 2
             yield step, *place, "gradient", "norm", square**0.5 / loss_scale
             yield step, *place, "gradient", "variance", variance / loss_scale**2
-        for l, layer in enumerate(self.model.model.layers, start=1):  # noqa: E741
+        for l, layer in enumerate(self.engine.model.model.layers, start=1):  # noqa: E741
             for sublayer, norm in (("attn", layer.attn_output_norm), ("mlp", layer.mlp_output_norm)):
                 if hasattr(norm, "weight"):
-                    gamma = whole(norm.weight).float()
+                    gamma = self.engine.whole(norm.weight).float()
                     values = torch.stack([gamma.mean(), *gamma.aminmax()]).tolist()
                     for stat, value in zip(("mean", "min", "max"), values, strict=True):
                         yield step, l, sublayer, "output_norm_gamma", stat, value
 
     def _gradient_sums(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(parameter, [entries, sum, sum of squares] of its gradient over all shards), in double precision."""
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        if not gradients:
+        parts, sharded = self.engine.gradient_parts()
+        if not parts:
             return
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients.values()]
-        sums = torch.stack([torch.stack([g.sum(), torch.linalg.vector_norm(g)]) for g in local]).double()
+        sums = torch.stack([torch.stack([g.sum(), torch.linalg.vector_norm(g)]) for _, _, g in parts]).double()
         sums[:, 1].square_()
-        if any(isinstance(g, DTensor) for g in gradients.values()):
+        if sharded:
             dist.all_reduce(sums)
-        for (name, gradient), (total, square) in zip(gradients.items(), sums.cpu(), strict=True):
-            yield name, torch.stack([torch.tensor(float(gradient.numel())).double(), total, square])
+        for (name, entries, _), (total, square) in zip(parts, sums.cpu(), strict=True):
+            yield name, torch.stack([torch.tensor(float(entries)).double(), total, square])

@@ -80,7 +80,7 @@ class Trainer:
         self.embeddings = {id(p) for p in (self.model.get_input_embeddings().weight, self.model.lm_head.weight)}
         self.model.train()
         self.engine.prepare(self.model, make_optimizer(self.model, recipe.optimizer), recipe)
-        self.layer_stats = LayerStats(self.model)
+        self.layer_stats = LayerStats(self.engine)
         self.recorder = None
         if recipe.flight.steps:
             self.layer_stats.attach()
