@@ -53,7 +53,7 @@ def recipe_of(place, name, **fields):
 
 @pytest.fixture(scope="module")
 def runs(place):
-    """Every run by (stage, precision); stage 0 is one process."""
+    """Every run by (stage, precision); stage 0 is one process in FP32, DDP in FP16."""
     found = {}
     for name, fields in (("fp32", FP32), ("fp16", {"initial_loss_scale": 2.0**34})):  # overflows at first
         file = recipe_of(place, f"run_{name}", precision=fields)
@@ -61,6 +61,8 @@ def runs(place):
             args = ("--config", file, "--runs", place / str(stage))
             if stage:
                 start(stage, *args)
+            elif name == "fp16":  # DDP: a rank's gradients are twice those of one process, and overflow a step later
+                start(None, *args)
             else:
                 assert run("scripts.pretrain", *args).returncode == 0
             found[stage, name] = RunFolder(place / str(stage) / f"run_{name}")
@@ -92,7 +94,7 @@ def test_fp16_and_its_loss_scale_are_those_of_the_other_engines(runs, stage):
     for key in ("loss_scale", "found_inf", "skip_kind", "skips_total"):
         assert column(ours, key) == column(theirs, key)
     assert any(column(ours, "found_inf"))
-    assert 0 < np.abs(np.subtract(column(ours, "loss"), column(theirs, "loss"))).max() < 1e-3
+    assert np.abs(np.subtract(column(ours, "loss"), column(theirs, "loss"))).max() < 1e-3
 
 
 @installed
