@@ -34,6 +34,8 @@ def _random_states(engine: Engine) -> dict[str, torch.Tensor]:
 
 def _moments(engine: Engine) -> dict[str, torch.Tensor]:
     """The optimizer's state, whole, on the main rank only (collective)."""
+    if engine.zero:
+        return engine.zero.moments(keep=engine.is_main)
     tensors = {}
     states = engine.optimizer.state
     for name, parameter in engine.parameters():
@@ -46,11 +48,11 @@ def _moments(engine: Engine) -> dict[str, torch.Tensor]:
 
 def _weights(engine: Engine) -> dict[str, torch.Tensor] | None:
     """The whole state dict on the main rank where parameters are sharded (collective); None where they are not."""
-    if engine.name != "fsdp2":
+    if engine.name not in ("fsdp2", "zero3"):
         return None
     weights = {}
-    for name, value in engine.model.state_dict().items():
-        value = whole(value)
+    for name, value in engine.model.state_dict(keep_vars=True).items():
+        value = engine.whole(value)
         if engine.is_main:
             weights[name] = value.detach().cpu()
     return weights
@@ -75,6 +77,18 @@ def save_checkpoint(
     engine.wait()
 
 
+def _load(engine: Engine, weights: dict[str, torch.Tensor], moments: dict[str, dict[str, torch.Tensor]]) -> None:
+    have, optimizer = engine.model.state_dict(), engine.optimizer.optimizer
+    for name, value in weights.items():
+        have[name].copy_(sharded_like(value, have[name]))
+    for name, parameter in engine.parameters():
+        if name in moments:
+            optimizer.state[parameter] = {
+                key: sharded_like(value, parameter) if value.ndim else value.to(parameter.device)
+                for key, value in moments[name].items()
+            }
+
+
 @torch.no_grad()
 def load_trainer_state(path: Path, engine: Engine) -> int:
     """Put weights, optimizer, scaler and random numbers back, bit for bit; returns the number of steps done.
@@ -90,20 +104,14 @@ def load_trainer_state(path: Path, engine: Engine) -> int:
     missing, unexpected = set(have) - set(weights) - tied, set(weights) - set(have)
     if unexpected or missing:
         raise UserError(f"{path} does not fit the model (missing {sorted(missing)}, unexpected {sorted(unexpected)})")
-    for name, value in weights.items():
-        have[name].copy_(sharded_like(value, have[name]))
     moments: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in safetensors.load_file(path / "trainer_state" / "optimizer.safetensors").items():
         parameter, key = name.rsplit("/", 1)
         moments.setdefault(parameter, {})[key] = value
-    optimizer = engine.optimizer.optimizer
-    for name, parameter in engine.parameters():
-        if name in moments:
-            entry = moments[name]
-            optimizer.state[parameter] = {
-                key: sharded_like(value, parameter) if value.ndim else value.to(parameter.device)
-                for key, value in entry.items()
-            }
+    if engine.zero:
+        engine.zero.load(weights, moments)
+    else:
+        _load(engine, weights, moments)
     state = read_json(path / "trainer_state" / "state.json")
     if engine.scaler is not None and state["scaler"]:
         engine.scaler.load_state_dict(state["scaler"])

@@ -140,6 +140,7 @@ class DemoRecipe:
             device=self.device,
             layer_stats_every=shared.layer_stats_every,
             checkpoint_every=shared.checkpoint_every,
+            trackers=[],
         )
         recipe.optimizer.learning_rate = rate
         recipe.precision.loss_scale_growth_interval = shared.loss_scale_growth_interval

@@ -1,4 +1,4 @@
-"""The engines: one process, DDP or FSDP2, all through Accelerate, with what it leaves out mended.
+"""The engines: one process, DDP, FSDP2 or DeepSpeed's ZeRO, all through Accelerate, with what it leaves out mended.
 
 Which engine runs is the launcher's to say (`torchrun`, `accelerate launch`; see scripts/launch/), and decides nothing
 about the result but rounding. What is mended:
@@ -33,9 +33,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from modeling_periln import PeriLlamaForCausalLM
 from runkit.errors import UsageError
-from runkit.fp16 import make_fp16_real
+from runkit.fp16 import HalfMatmul, make_fp16_real
 
 from .recipe import Recipe
+from .zero import Zero, zero_stage
 
 LAUNCHED = "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -88,10 +89,13 @@ class Engine:
         }
         fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
         plugin = self._fsdp_plugin() if fsdp else None
+        stage = zero_stage()
+        self.zero = Zero(stage, recipe) if stage else None
         self.accelerator = Accelerator(
-            mixed_precision={"fp32": "no"}.get(precision.mode, precision.mode),
+            mixed_precision="no" if self.zero or precision.mode == "fp32" else precision.mode,
             cpu=device == "cpu",
             fsdp_plugin=plugin if device == "cuda" else None,
+            deepspeed_plugin=self.zero.plugin if self.zero else None,
             # Gradients are views of DDP's buckets: 4 bytes a parameter less.
             kwargs_handlers=[
                 GradScalerKwargs(**scaler),
@@ -101,9 +105,13 @@ class Engine:
             # Ours to normalize; without a plugin Accelerate reads a divisor from the environment.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise UsageError("DeepSpeed was asked for: this trainer runs one process, DDP or FSDP2")
         self._half_products = make_fp16_real(self.accelerator, scaler)
+        self._zero_scaler = None
+        if self.zero:
+            self.zero.adopt(self.accelerator)
+            if precision.mode == "fp16":
+                self._zero_scaler = torch.amp.GradScaler(device, **scaler)
+                self._half_products = HalfMatmul() if device == "cpu" else nullcontext()
         if fsdp and device == "cpu" and self.processes > 1:
             self.accelerator.state.fsdp_plugin = plugin
             for state in (PartialState(), self.accelerator.state):  # the one is copied into the other now and then
@@ -124,7 +132,9 @@ class Engine:
     # --- what is running ---------------------------------------------------------------------------------
     @property
     def name(self) -> str:
-        """`single`, `ddp` or `fsdp2`."""
+        """`single`, `ddp`, `fsdp2`, `zero2` or `zero3`."""
+        if self.zero:
+            return f"zero{self.zero.stage}"
         if self.accelerator.is_fsdp2:
             return "fsdp2"
         return "single" if self.processes == 1 else "ddp"
@@ -147,7 +157,7 @@ class Engine:
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        return self.accelerator.scaler
+        return self._zero_scaler or self.accelerator.scaler
 
     @property
     def loss_scale(self) -> float:
@@ -165,7 +175,10 @@ class Engine:
             for layer in self.layers:
                 layer.compile(dynamic=False)
         self.model = model
-        self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.zero:
+            self.prepared, self.optimizer = self.zero.prepare(self.accelerator, model, optimizer, self._autocast_dtype)
+        else:
+            self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def arithmetic(self) -> AbstractContextManager:
         """The precision of one micro batch's forward and backward: autocast, and on a CPU tensor-core products.
@@ -175,7 +188,7 @@ class Engine:
         """
         stack = ExitStack()
         stack.enter_context(self._half_products)
-        if self._autocast_dtype is not None:
+        if self._autocast_dtype is not None and not self.zero:
             stack.enter_context(torch.autocast(self.device.type, dtype=self._autocast_dtype))
         return stack
 
@@ -188,12 +201,18 @@ class Engine:
         return stack
 
     def no_sync(self, last: bool) -> AbstractContextManager:
-        """Gradients are exchanged after the last micro batch only."""
+        """Gradients are exchanged after the last micro batch only (under ZeRO after each: that is what it shards)."""
+        if self.zero:
+            self.zero.before_micro_batch(last, self.loss_scale)
+            return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(self.prepared)
 
     def backward(self, loss: torch.Tensor) -> None:
         with torch.autocast(self.device.type, enabled=False):
-            self.accelerator.backward(loss)
+            if self.zero:
+                self.prepared.backward(loss)
+            else:
+                self.accelerator.backward(loss)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) as in the bare model, in its order."""
@@ -201,13 +220,41 @@ class Engine:
 
     # --- the update --------------------------------------------------------------------------------------
     def gradient_norm(self, clip: float | None) -> float:
-        """Unscale the gradients; their 2-norm over the whole model, before they are clipped to `clip`."""
+        """Unscale the gradients; their 2-norm over the whole model, before they are clipped to `clip`.
+
+        `gradient_norms` has that of every parameter afterwards, on the device.
+        """
+        if self.zero:
+            return self._zero_step()
         if self.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
             self._agree_on_overflow()
-        parameters = [p for _, p in self.parameters()]
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+        parameters = [p for _, p in self.parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
+        norm = torch.linalg.vector_norm(norms)
+        nn.utils.clip_grads_with_norm_(parameters, math.inf if clip is None else clip, norm)
+        self.gradient_norms = whole(norms).detach()
         return whole(norm).item()
+
+    def _zero_step(self) -> float:
+        """DeepSpeed clips and updates in one: `step` has nothing left to do."""
+        parts, scale = self.zero.gradient_parts(), self.loss_scale
+        squares = torch.stack([torch.linalg.vector_norm(part) for _, _, part in parts]).square()
+        dist.all_reduce(squares)
+        self.gradient_norms = squares.sqrt() / scale
+        return self.zero.step(self.scaler)
+
+    def gradient_parts(self) -> tuple[list[tuple[str, int, torch.Tensor]], bool]:
+        """(parameter, entries, this rank's part of its gradient) of each, and whether ranks have different parts."""
+        if self.zero:
+            return self.zero.gradient_parts(), True
+        gradients = [(name, p.grad) for name, p in self.parameters() if p.grad is not None]
+        sharded = any(isinstance(grad, DTensor) for _, grad in gradients)
+        return [(n, g.numel(), g.to_local() if isinstance(g, DTensor) else g) for n, g in gradients], sharded
+
+    def whole(self, parameter: nn.Parameter) -> torch.Tensor:
+        """A parameter in one piece; a collective call where it is sharded."""
+        return self.zero.whole(parameter) if self.zero else whole(parameter)
 
     def _agree_on_overflow(self) -> None:
         if self.processes == 1:
@@ -223,6 +270,8 @@ class Engine:
         With a scaler it decides, and its own `found_inf` tells: `step_was_skipped` misses fused AdamW, and a scale that
         has come down to 0 falls no more. Without one `finite` does.
         """
+        if self.zero:
+            return self.zero.skipped
         if self.scaler is not None:
             states = self.scaler._per_optimizer_states.values()
             skipped = any(whole(x).item() > 0 for state in states for x in state["found_inf_per_device"].values())

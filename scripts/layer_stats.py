@@ -1,4 +1,4 @@
-"""Per-layer statistics of one training step, read by hooks from its own forward and backward pass.
+"""Per-layer statistics of a training step, read by hooks from its own forward and backward pass.
 
 Rows: (step, layer, sublayer, tensor, stat, value). Layer 0 is the embedding, layers are 1 to L. Tensors:
 
@@ -8,10 +8,16 @@ Rows: (step, layer, sublayer, tensor, stat, value). Layer 0 is the embedding, la
     gradient           the gradient of a sublayer's parameters (unscaled): 2-norm, and variance of its entries
     output_norm_gamma  the learned gain of an output norm
 
-Statistics of activations are over batch, position and channel, in FP32: mean |x|, variance, max |x|.
+Statistics of activations are over batch, position and channel, in FP32: mean |x|, variance, max |x|. A value that is
+not finite in a tensor makes its statistics inf or NaN.
+
+A hook leaves four numbers on the device, and nothing waits for them: they are stacked once a step, and moved when they
+are written.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -19,90 +25,158 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from modeling_periln import PeriLlamaForCausalLM
 from runkit.folder import write_bytes
 
-from .engine import whole
+from .engine import Engine
 
 COLUMNS = ["step", "layer", "sublayer", "tensor", "stat", "value"]
 
 
-class LayerStats:
-    """A context manager around the forward passes of one step; `write` after backward."""
+def write_rows(path: Path, rows: Iterable[tuple]) -> None:
+    """Rows of `COLUMNS` as a Parquet file, whole or not at all."""
+    write_bytes(path, pd.DataFrame(rows, columns=COLUMNS).to_parquet(index=False))
 
-    def __init__(self, model: PeriLlamaForCausalLM, step: int):
-        self.model, self.step = model, step
-        self._sums: dict[tuple[int, str, str], list[torch.Tensor]] = {}
+
+def gradient_places(name: str) -> list[tuple[int, str]]:
+    """Each (layer, sublayer) that a parameter belongs to, by its name; none for the final norm and the head."""
+    words = name.split(".")
+    if words[1] in ("embed_tokens", "embed_norm"):
+        return [(0, "embedding")]
+    if words[1] != "layers":
+        return []
+    return [(int(words[2]) + 1, sublayer) for sublayer in ("mlp" if words[3].startswith("mlp") else "attn", "layer")]
+
+
+@dataclass
+class Activations:
+    """What the hooks saw in one step, on one rank.
+
+    Attributes:
+        entries: entries of one tensor, over all its forward passes.
+        sums: (tensors, 4): sum of |x|, sum of x, sum of x^2, max |x|; on the device.
+    """
+
+    entries: int
+    sums: torch.Tensor
+
+
+class LayerStats:
+    """Hooks at the embedding's norm, the residual adds, the norms after them and the modules' outputs.
+
+    They collect while `attached`; `take` gives what was seen since `clear`. Hooks that stay attached from before the
+    first forward pass are compiled with the layers; others see uncompiled layers only.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.places: list[tuple[int, str, str]] = []
+        self._modules: list[nn.Module] = []
+        base = engine.model.model
+        self._place(base.embed_norm, 0, "embedding", "stream")
+        for l, layer in enumerate(base.layers, start=1):  # noqa: E741
+            self._place(layer.self_attn, l, "attn", "branch")
+            self._place(layer.attn_residual, l, "attn", "residual_add")
+            self._place(layer.attn_residual_norm, l, "attn", "stream")
+            self._place(layer.mlp, l, "mlp", "branch")
+            self._place(layer.mlp_residual, l, "mlp", "residual_add")
+            self._place(layer.mlp_residual_norm, l, "mlp", "stream")
+        self._seen: list[list[tuple]] = [[] for _ in self.places]
         self._handles: list = []
 
-    def __enter__(self) -> "LayerStats":
-        base = self.model.model
-        self._watch(base.embed_norm, 0, "embedding", "stream")
-        for l, layer in enumerate(base.layers, start=1):  # noqa: E741
-            self._watch(layer.self_attn, l, "attn", "branch")
-            self._watch(layer.attn_residual, l, "attn", "residual_add")
-            self._watch(layer.attn_residual_norm, l, "attn", "stream")
-            self._watch(layer.mlp, l, "mlp", "branch")
-            self._watch(layer.mlp_residual, l, "mlp", "residual_add")
-            self._watch(layer.mlp_residual_norm, l, "mlp", "stream")
-        return self
+    def _place(self, module: nn.Module, layer: int, sublayer: str, tensor: str) -> None:
+        self.places.append((layer, sublayer, tensor))
+        self._modules.append(module)
 
-    def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+    # --- collecting --------------------------------------------------------------------------------------
+    def attach(self) -> None:
+        for module, seen in zip(self._modules, self._seen, strict=True):
+            self._handles.append(module.register_forward_hook(self._hook(seen)))
 
-    def _watch(self, module: nn.Module, layer: int, sublayer: str, tensor: str) -> None:
-        @torch.no_grad()
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks for the time of the block."""
+        self.attach()
+        try:
+            yield
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+
+    @staticmethod
+    def _hook(seen: list[tuple]):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
             x = (output[0] if isinstance(output, tuple) else output).detach().float()
-            size = torch.tensor(float(x.numel()))
-            part = torch.stack([size, x.abs().sum().cpu(), x.sum().cpu(), x.square().sum().cpu(), x.abs().max().cpu()])
-            self._sums.setdefault((layer, sublayer, tensor), []).append(part.double())
+            size = x.abs()
+            seen.append((x.numel(), size.sum(), x.sum(), torch.linalg.vector_norm(x), size.amax()))
 
-        self._handles.append(module.register_forward_hook(hook))
+        return hook
 
-    def _activation_rows(self) -> Iterable[tuple]:
-        for (layer, sublayer, tensor), parts in self._sums.items():
-            parts = torch.stack(parts)
-            n, absolute, total, square = parts[:, :4].sum(0).tolist()
-            stats = {
-                "mean_abs": absolute / n,
-                "variance": square / n - (total / n) ** 2,
-                "max_abs": parts[:, 4].max().item(),
-            }
-            for stat, value in stats.items():
-                yield self.step, layer, sublayer, tensor, stat, value
+    def clear(self) -> None:
+        for seen in self._seen:
+            seen.clear()
 
     @torch.no_grad()
-    def _parameter_rows(self, loss_scale: float) -> Iterable[tuple]:
-        base = self.model.model
-        groups: list[tuple[int, str, list[nn.Module]]] = [(0, "embedding", [base.embed_tokens, base.embed_norm])]
-        for l, layer in enumerate(base.layers, start=1):  # noqa: E741
-            attn = [layer.self_attn, layer.attn_input_norm, layer.attn_output_norm, layer.attn_residual_norm]
-            mlp = [layer.mlp, layer.mlp_input_norm, layer.mlp_output_norm, layer.mlp_residual_norm]
-            groups += [(l, "attn", attn), (l, "mlp", mlp), (l, "layer", [layer])]
+    def take(self) -> Activations:
+        """The statistics of all forward passes since `clear`.
+
+        A layer that is computed once more in the backward pass (activation checkpointing) was seen twice for each
+        micro batch, the embedding's norm once: the second times are left out.
+        """
+        passes = len(self._seen[0])
+        first = [seen[:: len(seen) // passes] for seen in self._seen]
+        parts = torch.stack([value for seen in first for part in seen for value in part[1:]])
+        parts = parts.view(len(first), passes, 4)
+        sums = [parts[..., :2].sum(1), parts[..., 2:3].square().sum(1), parts[..., 3:].amax(1)]
+        return Activations(sum(part[0] for part in first[0]), torch.cat(sums, dim=1))
+
+    # --- rows --------------------------------------------------------------------------------------------
+    def activation_rows(self, steps: list[int], seen: list[Activations]) -> Iterator[tuple]:
+        """Rows of all ranks' activations in `steps`; a collective call, one for all steps."""
+        sums = torch.stack([s.sums for s in seen])
+        ranks = [sums]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            ranks = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
+            dist.all_gather(ranks, sums)
+        ranks = torch.stack(ranks).cpu().double()
+        totals = torch.cat([ranks[..., :3].sum(0), ranks[..., 3:].amax(0)], dim=-1).tolist()
+        for step, part, places in zip(steps, seen, totals, strict=True):
+            entries = part.entries * len(ranks)
+            for place, (absolute, total, square, largest) in zip(self.places, places, strict=True):
+                yield step, *place, "mean_abs", absolute / entries
+                yield step, *place, "variance", square / entries - (total / entries) ** 2
+                yield step, *place, "max_abs", largest
+
+    @torch.no_grad()
+    def parameter_rows(self, step: int, loss_scale: float) -> Iterator[tuple]:
+        """Rows of gradients and output norms; a collective call where they are sharded. After backward, before
+        gradients are unscaled or cleared.
+        """
+        found: dict[tuple[int, str], list[torch.Tensor]] = {}
+        for name, entries in self._gradient_sums():
+            for place in gradient_places(name):
+                found.setdefault(place, []).append(entries)
+        for place, parts in found.items():
+            n, total, square = torch.stack(parts).sum(0).tolist()
+            variance = square / n - (total / n) ** 2
+            yield step, *place, "gradient", "norm", square**0.5 / loss_scale
+            yield step, *place, "gradient", "variance", variance / loss_scale**2
+        for l, layer in enumerate(self.engine.model.model.layers, start=1):  # noqa: E741
             for sublayer, norm in (("attn", layer.attn_output_norm), ("mlp", layer.mlp_output_norm)):
                 if hasattr(norm, "weight"):
-                    gamma = whole(norm.weight).float()
-                    for stat in ("mean", "min", "max"):
-                        yield self.step, l, sublayer, "output_norm_gamma", stat, getattr(gamma, stat)().item()
-        for layer, sublayer, modules in groups:
-            found = [p.grad for m in modules for p in m.parameters() if p.grad is not None]
-            gradients = [whole(grad).double().flatten() for grad in found]
-            if gradients:
-                gradient = torch.cat(gradients) / loss_scale
-                yield self.step, layer, sublayer, "gradient", "norm", gradient.norm().item()
-                yield self.step, layer, sublayer, "gradient", "variance", gradient.var(correction=0).item()
+                    gamma = self.engine.whole(norm.weight).float()
+                    values = torch.stack([gamma.mean(), *gamma.aminmax()]).tolist()
+                    for stat, value in zip(("mean", "min", "max"), values, strict=True):
+                        yield step, l, sublayer, "output_norm_gamma", stat, value
 
-    def write(self, folder: Path, loss_scale: float, is_main: bool = True) -> None:
-        """Write layers/step_*.parquet, on the main rank. Call on all ranks, after backward, before gradients are
-        unscaled or cleared.
-        """
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            ranks: list = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, self._sums)
-            self._sums = {key: [part for sums in ranks for part in sums[key]] for key in self._sums}
-        rows = [*self._activation_rows(), *self._parameter_rows(loss_scale)]
-        if is_main:
-            table = pd.DataFrame(rows, columns=COLUMNS).to_parquet(index=False)
-            write_bytes(folder / f"step_{self.step:08d}.parquet", table)
+    def _gradient_sums(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(parameter, [entries, sum, sum of squares] of its gradient over all shards), in double precision."""
+        parts, sharded = self.engine.gradient_parts()
+        if not parts:
+            return
+        sums = torch.stack([torch.stack([g.sum(), torch.linalg.vector_norm(g)]) for _, _, g in parts]).double()
+        sums[:, 1].square_()
+        if sharded:
+            dist.all_reduce(sums)
+        for (name, entries, _), (total, square) in zip(parts, sums.cpu(), strict=True):
+            yield name, torch.stack([torch.tensor(float(entries)).double(), total, square])

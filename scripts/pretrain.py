@@ -23,6 +23,7 @@ from .engine import LAUNCHED, Engine, pick_device, process_count, process_rank
 from .recipe import Recipe
 from .tracking import check_trackers
 from .trainer import Trainer
+from .zero import check_zero
 
 LARGEST_PADDING = 255  # rows of the embedding that no token uses, for a round number
 
@@ -36,6 +37,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Toke
     recipe = from_mapping(Recipe, apply_overrides(read_yaml(path), overrides, Recipe))
     recipe.check(process_count())
     pick_device(recipe.device)
+    check_zero(recipe, process_count())
     check_trackers(recipe.trackers)
     if recipe.compile and recipe.precision.mode == "fp16" and pick_device(recipe.device) == "cpu":
         raise UsageError("compile with precision.mode fp16 on a CPU: the compiler's products are not a tensor core's")

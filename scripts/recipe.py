@@ -56,6 +56,14 @@ class Spikes:
 
 
 @dataclass
+class Flight:
+    """The flight recorder: layer statistics of the last steps, written at a skip, a spike, a divergence."""
+
+    steps: int = 16  # kept in memory, and written together; 0: no recorder
+    files: int = 32  # beyond them the oldest goes
+
+
+@dataclass
 class Recipe:
     """One pretraining run."""
 
@@ -77,13 +85,14 @@ class Recipe:
     divergence: Divergence = field(default_factory=Divergence)
     spikes: Spikes = field(default_factory=Spikes)
     layer_stats_every: int = 50  # steps
+    flight: Flight = field(default_factory=Flight)
     checkpoint_every: int = 50  # steps
     keep_last: int = 2  # checkpoints; two, so that one damaged on the disk costs no more than the steps since the other
     keep_every: int | None = None  # steps; checkpoints at their multiples stay for good
     keep_best: bool = False  # keeps the checkpoint of lowest held-out loss; needs heldout_every
     heldout_every: int | None = None  # steps between two measurements of the held-out loss
     heldout_sequences: int = 64
-    trackers: list[str] = field(default_factory=list)  # Accelerate's: trackio, tensorboard, wandb
+    trackers: list[str] | None = None  # Accelerate's: trackio, tensorboard, wandb; null: trackio, where it is installed
     data_fingerprint: str | None = None  # filled in from the data
 
     def check(self, processes: int = 1) -> None:
@@ -156,6 +165,9 @@ class Recipe:
         if self.spikes.sigmas <= 0 or self.spikes.window < 2:
             values = f"{self.spikes.sigmas} and {self.spikes.window}"
             raise UsageError(f"spikes.sigmas must be above 0 and spikes.window at least 2, not {values}")
+        if self.flight.steps < 0 or self.flight.files < 1:
+            values = f"{self.flight.steps} and {self.flight.files}"
+            raise UsageError(f"flight.steps must be at least 0 (none) and flight.files at least 1, not {values}")
         if "residual_dtype" in self.model:
             raise UsageError("model.residual_dtype belongs to the run: set precision.residual_dtype")
         config = self.model_config()

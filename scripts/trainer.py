@@ -9,7 +9,8 @@ import os
 import resource
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from .checkpoint import BEST, load_trainer_state, save_checkpoint
 from .costs import GPUS, flops_per_token
 from .data import FixedOrder, TokenData
 from .engine import Engine
+from .flight import FlightRecorder
 from .heldout import heldout_loss, heldout_sequences
-from .layer_stats import LayerStats
+from .layer_stats import LayerStats, write_rows
 from .overflow import FirstNonFinite
 from .recipe import Recipe
 from .spikes import count_spikes
@@ -78,6 +80,11 @@ class Trainer:
         self.embeddings = {id(p) for p in (self.model.get_input_embeddings().weight, self.model.lm_head.weight)}
         self.model.train()
         self.engine.prepare(self.model, make_optimizer(self.model, recipe.optimizer), recipe)
+        self.layer_stats = LayerStats(self.engine)
+        self.recorder = None
+        if recipe.flight.steps:
+            self.layer_stats.attach()
+            self.recorder = FlightRecorder(recipe, run, self.engine, self.layer_stats)
         self.heldout = None
         if recipe.heldout_every is not None:
             asked = (recipe.sequence_length, recipe.heldout_sequences)
@@ -129,15 +136,15 @@ class Trainer:
         batches, scale = self._micro_batches(step), engine.loss_scale
         waited = time.perf_counter() - start
         observe = step % recipe.layer_stats_every == 0
-        stats = LayerStats(self.model, step) if observe else nullcontext()
-        plain = engine.uncompiled() if observe or witness else nullcontext()
-        with plain, stats, DtypeWitness(self.model) if witness else nullcontext() as seen:
+        with self._watched(observe), self._witnessed(witness) as seen:
             loss = self._gradients(batches)
         if observe:
-            stats.write(self.run.path / "layers", scale, self.is_main)
+            self._write_layer_stats(step, scale)
         if witness and self.is_main:
             self._record_environment(seen)
         norm = engine.gradient_norm(recipe.optimizer.gradient_clip)
+        if self.recorder:
+            self.recorder.keep(step, self.layer_stats.take(), engine.gradient_norms)
         found_inf = engine.step(finite=math.isfinite(norm) and math.isfinite(loss))
         kind, spike = self.book.record(loss, found_inf, scale), self.book.spike(norm)
         module = self._first_nonfinite(batches) if kind == "forward" else None
@@ -161,9 +168,35 @@ class Trainer:
             "mfu": self._mfu(tokens / seconds),
             "peak_memory_bytes": self._peak_memory(),
         }
+        if self.recorder:
+            self.recorder.note(record)
         if self.heldout is not None and (step + 1) % recipe.heldout_every == 0:
             record["heldout_loss"] = _finite(heldout_loss(engine, *self.heldout, self.micro))
         return record
+
+    def _watched(self, observe: bool) -> AbstractContextManager:
+        """Around a forward and backward pass: the layers' statistics are collected where they are wanted."""
+        self.layer_stats.clear()
+        if self.recorder or not observe:
+            return nullcontext()
+        stack = ExitStack()
+        stack.enter_context(self.engine.uncompiled())
+        stack.enter_context(self.layer_stats.attached())
+        return stack
+
+    @contextmanager
+    def _witnessed(self, witness: bool) -> Iterator[DtypeWitness | None]:
+        if not witness:
+            yield None
+            return
+        with self.engine.uncompiled(), DtypeWitness(self.model) as seen:
+            yield seen
+
+    def _write_layer_stats(self, step: int, scale: float) -> None:
+        rows = [*self.layer_stats.activation_rows([step], [self.layer_stats.take()])]
+        rows += self.layer_stats.parameter_rows(step, scale)
+        if self.is_main:
+            write_rows(self.run.path / "layers" / f"step_{step:08d}.parquet", rows)
 
     @torch.no_grad()
     def _first_nonfinite(self, batches: list[dict[str, Any]]) -> str | None:
@@ -228,10 +261,14 @@ class Trainer:
         if self.is_main:
             self.run.truncate_metrics(self.step)
         self.book.replay(records)
+        if self.recorder:
+            self.recorder.resume(self.step)
 
     def save(self) -> None:
         """A checkpoint after `self.step` steps; those that the recipe does not keep are removed."""
         recipe = self.recipe
+        if self.recorder:
+            self.recorder.write()
         found = [int(path.name.removeprefix("step_")) for path in self.run.checkpoints()]
         steps = sorted({s for s in found if s < self.step} | {self.step})  # later ones were damaged: see `resume`
         keep = set(steps[-recipe.keep_last :])
@@ -274,6 +311,8 @@ class Trainer:
                 tracking.log(record)
                 self.step += 1
                 reason = self.book.divergence()
+                if reason and self.recorder:
+                    self.recorder.diverged(record["step"], reason)
                 bar.update(1)
                 bar.set_postfix(run=recipe.name, loss=record["loss"], scale=record["loss_scale"], refresh=False)
                 stopped = self.engine.largest(stop.exit_code or 0)
@@ -300,9 +339,9 @@ class Trainer:
 
     def _final_stats(self) -> None:
         """The same statistics once more at the final weights, on the batch that would come next; no update."""
-        with self.engine.uncompiled(), LayerStats(self.model, self.step) as stats:
+        with self._watched(True):
             self._gradients(self._micro_batches(self.step))
-        stats.write(self.run.path / "layers", self.engine.loss_scale, self.is_main)
+        self._write_layer_stats(self.step, self.engine.loss_scale)
         self.engine.optimizer.zero_grad(set_to_none=True)
 
     def _finish(self, reason: str | None, seconds: float) -> None:

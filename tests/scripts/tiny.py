@@ -43,6 +43,7 @@ def write_recipe(folder: Path, data_folder: Path, name: str = "run", placement: 
         "sequence_length": 32,
         "layer_stats_every": 5,
         "checkpoint_every": 3,
+        "trackers": [],
     }
     file = folder / f"{Path(name).name}.yaml"
     file.write_text(dump_yaml(recipe | more))
