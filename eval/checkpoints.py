@@ -1,6 +1,5 @@
 """What is evaluated: a run folder's newest checkpoint, a checkpoint folder, or a model of the Hub."""
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
 from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, weights_hash
+from runkit.hub import hub_reason
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")  # auto: as saved
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -142,25 +142,3 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
         raise UserError(f"{at} is no folder here, and {hub_reason(error)}") from error
     _check_files(found)
     return found, info.sha
-
-
-def hub_reason(error: BaseException) -> str:
-    """Why the Hub did not give what was asked for: the rest of a sentence that names it."""
-    chain: list[str] = []
-    seen: BaseException | None = error
-    while seen is not None and len(chain) < 8:
-        chain.append(f"{type(seen).__name__}: {seen}")
-        seen = seen.__cause__ or seen.__context__
-    text, short = " ".join(chain), f"({' '.join(str(error).split())[:200]})"
-    low = text.lower()
-    if "GatedRepo" in text or re.search(r"\bgated\b", low):
-        return "it is gated on the Hub: accept its terms on its page there and log in (hf auth login)"
-    if "OfflineMode" in text or "offline mode" in low or "LocalEntryNotFound" in text:
-        return "it is not on this machine and the Hub is switched off (HF_HUB_OFFLINE) or does not answer"
-    if "RevisionNotFound" in text:
-        return f"the Hub has no such revision of it {short}"
-    if "DatasetNotFound" in text or "RepositoryNotFound" in text:
-        return f"the Hub has it not, or not without a login {short}"
-    if re.search(r"connect|timed out|timeout|resolve host|name resolution|unreachable", low):
-        return f"the Hub ({os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}) does not answer"
-    return f"the Hub did not give it {short}"

@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from runkit.errors import UserError, did_you_mean
 from runkit.folder import write_text
-
-from .checkpoints import hub_reason
+from runkit.hub import hub_reason
 
 METHOD = "the smallest of uniform draws, one a document that is not blank, in the split's order (PCG64 of the seed)"
 

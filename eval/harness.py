@@ -19,8 +19,9 @@ import torch
 
 from runkit.errors import UsageError, UserError, did_you_mean
 from runkit.folder import read_json, write_json
+from runkit.hub import hub_reason
 
-from .checkpoints import Target, hub_reason
+from .checkpoints import Target
 from .suites import SUITES
 
 MINI_FOLDER = Path(__file__).parent / "tasks"
