@@ -95,6 +95,10 @@ class Benchmarks:
             task.set_fewshot_seed(seed=SEED)
         return loaded
 
+    def loaded(self, name: str) -> list[Any]:
+        """The harness's tasks of that name: one, or those of a group."""
+        return list(self._loaded[name]["tasks"].values())
+
     def run(self, name: str, lm: Any, target: Target, log_samples: bool = False) -> dict[str, Any]:
         """The harness's answer for one task: what its command line gives when asked for this task alone."""
         from lm_eval.evaluator import evaluate
