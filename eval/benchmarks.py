@@ -1,115 +1,163 @@
-"""The five benchmarks through lm-eval's Python API.
+"""Score checkpoints on tasks of lm-evaluation-harness: by default the five benchmarks of the Peri-LN paper, 0-shot.
 
-`hub` runs the harness's own, unmodified tasks on the real data; `mini` runs our own small items in the same
-five schemas, which are never called by the benchmarks' names.
+    python -m eval.benchmarks runs/400m-peri                       # its newest checkpoint -> runs/400m-peri/eval/
+    python -m eval.benchmarks ID --revision v1 --out results/      # any causal LM of the Hub
+
+Every result names weights (by hash), settings and harness; one that is there already is not computed again. At the
+same batch size the scores are those of `lm_eval --tasks TASK` to the last digit; a task's scores do not depend on which
+others are asked for beside it.
 """
 
-import io
-import logging
-import re
-from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stderr
-from importlib import metadata
+import argparse
+import hashlib
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from runkit.errors import UsageError, UserError, did_you_mean
+import pandas as pd
+import torch
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
-from .checkpoints import Target
-from .suites import METRICS, SUITES
+from runkit.errors import UsageError, make_parser, run_command
+from runkit.folder import weights_hash
+from runkit.process import start_stage
+from runkit.progress import progress_bar
 
-MINI_FOLDER = Path(__file__).parent / "tasks"
-FEWSHOT_SEED = 1234  # the harness's own default
+from .checkpoints import DTYPES, Target, find_model
+from .harness import Benchmarks, Settings
+from .render import Table, to_terminal
+from .suites import SUITES
 
 
-class Benchmarks:
-    """The tasks of one suite, or any tasks of the harness, loaded once and used for every checkpoint.
+def task_names(text: str) -> list[str]:
+    """`A,B,...` as a list; the name of a suite stands for its tasks."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--tasks names no task")
+    return [task for name in names for task in SUITES.get(name, (name,))]
+
+
+def batch_size(text: str) -> int | str:
+    """A number, or `auto`."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--batch-size must be a number or auto, not {text!r}") from None
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings that the flags ask for, checked."""
+    size, device = batch_size(args.batch_size), device_of(args.device)
+    settings = Settings(args.num_fewshot, args.limit, size, args.dtype, device)
+    settings.check()
+    return settings
+
+
+def device_of(name: str) -> str:
+    """The device of that name, or for `auto` a GPU where torch sees one.
 
     Raises:
-        UsageError: an unknown suite or task.
-        UserError: a data set that cannot be had; one sentence that says why.
+        UsageError: a device that is not there.
     """
-
-    def __init__(self, suite: str, limit: int | None = None, num_fewshot: int = 0, tasks: Sequence[str] | None = None):
-        if suite not in SUITES:
-            raise UsageError(f"suite {suite!r} is unknown{did_you_mean(suite, list(SUITES))}: use {', '.join(SUITES)}")
-        if limit is not None and limit < 1:
-            raise UsageError(f"limit must be at least 1 item a task, not {limit}")
-        from lm_eval.tasks import TaskManager
-
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self.suite, self.limit, self.num_fewshot = suite, limit, num_fewshot
-        self.tasks = tuple(tasks or SUITES[suite])
-        own = all(task in SUITES["mini"] for task in self.tasks)  # the harness's thousands take seconds to list
-        self._manager = TaskManager(include_path=str(MINI_FOLDER), include_defaults=not own)
-        for name in self.tasks:
-            if name not in self._manager.all_tasks:
-                raise UsageError(f"task {name!r} is unknown to lm-eval{did_you_mean(name, self._manager.all_tasks)}")
-        self._loaded: dict[str, Any] = {}
-        for name in self.tasks:
-            one = self._load(name)
-            for key, value in one.items():
-                self._loaded.setdefault(key, {}).update(value)
-        for task in self._loaded["tasks"].values():
-            task.set_config(key="num_fewshot", value=num_fewshot)
-            task.set_fewshot_seed(seed=FEWSHOT_SEED)
-
-    def _load(self, name: str) -> dict[str, Any]:
-        try:
-            return self._manager.load(name)
-        except Exception as error:  # datasets and the Hub raise a dozen kinds; the user needs one sentence
-            raise UserError(_why_missing(name, error)) from error
-
-    def evaluate(self, target: Target, device: str, batch_size: int) -> dict[str, Any]:
-        """Every metric that the tasks define, on one checkpoint, as a record for eval/*.json."""
-        from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
-
-        model, tokenizer = target.load(device)
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=device)
-        # The mini tasks take seconds, and the harness's own progress bars would bury ours; on the real ones, which
-        # take hours on a large model, they are what one wants to see.
-        with redirect_stderr(io.StringIO()) if self.tasks == SUITES["mini"] else nullcontext():
-            try:
-                answer = evaluate(lm=lm, task_dict=self._loaded, limit=self.limit, log_samples=False)
-            except AssertionError as error:  # the harness's only word for an item that does not fit
-                positions = getattr(model.config, "max_position_embeddings", None)
-                raise UserError(
-                    f"{target.name}: lm-eval refuses an item; an answer is probably longer than the model's "
-                    f"{positions} positions in its tokenizer's tokens"
-                ) from error
-        results = []
-        for task in self.tasks:
-            scores, items = answer["results"][task], answer["n-samples"][task]["effective"]
-            for metric in METRICS:
-                if f"{metric},none" in scores:
-                    value, stderr = scores[f"{metric},none"], scores[f"{metric}_stderr,none"]
-                    stderr = stderr if isinstance(stderr, float) else None
-                    results.append({"task": task, "metric": metric, "value": value, "stderr": stderr, "n": items})
-        return {
-            "evaluated": target.evaluated(),
-            "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
-            "suite": self.suite if self.tasks == SUITES[self.suite] else None,
-            "tasks": list(self.tasks),
-            "num_fewshot": self.num_fewshot,
-            "limit": self.limit,
-            "batch_size": batch_size,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "results": results,
-        }
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise UsageError(f"--device {name} is no device: use cpu, cuda or cuda:1") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name} was asked for, but torch sees no CUDA device")
+    return name
 
 
-def _why_missing(task: str, error: Exception) -> str:
-    """One sentence on why a task's data could not be had."""
-    chain, seen = [], error
-    while seen is not None and len(chain) < 8:
-        chain.append(f"{type(seen).__name__}: {seen}")
-        seen = seen.__cause__ or seen.__context__
-    text = " ".join(chain)
-    if "GatedRepo" in text or re.search(r"\bgated\b", text, re.IGNORECASE):
-        return f"the data set of {task} is gated: accept its terms on its Hub page and log in (hf auth login)"
-    if "OfflineMode" in text or "offline mode" in text.lower():
-        return f"the data set of {task} is not on this machine and the Hub is switched off (HF_HUB_OFFLINE)"
-    if "DatasetNotFound" in text or "RepositoryNotFound" in text:
-        return f"the Hub has no data set for {task}, or it needs a login ({' '.join(str(error).split())[:200]})"
-    return f"the data set of {task} cannot be loaded from the Hub ({' '.join(str(error).split())[:200]})"
+def result_file(target: Target, settings: Settings) -> Path:
+    """Where the results go: a file for these weights and settings, so that no result replaces another's."""
+    asked = {"weights": weights_hash(target.checkpoint)} | settings.recorded()
+    short = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    limit = "" if settings.limit is None else f"-limit{settings.limit:g}"
+    return target.results / f"benchmarks-{target.checkpoint.name}-{settings.num_fewshot}shot{limit}-{short}.json"
+
+
+def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
+    """The scores of the targets: a block a target, a row a task and metric."""
+    lines = []
+    for name, record in records:
+        for row in record["results"]:
+            error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+            cells = {"value ± standard error": f"{row['value']:.4f}{error}", "items": str(row["n"])}
+            lines.append({"target": name, "task": row["task"], "metric": row["metric"]} | cells)
+    one = records[0][1]
+    shots = f"{one['num_fewshot']}-shot" + ("" if one["limit"] is None else f", limit {one['limit']:g}")
+    notes = (
+        f"lm-eval {one['harness']['version']}, {shots}, batch size {one['batch_size']}, {one['dtype']}, "
+        f"{one['device']}.",
+    )
+    return Table("Benchmarks", pd.DataFrame(lines), pd.DataFrame(lines), notes, keys=2)
+
+
+def main(args: argparse.Namespace) -> None:
+    start_stage(args)
+    if not args.targets and not args.check_data:
+        raise UsageError("name at least one run folder, checkpoint or Hub id")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    settings, names = settings_of(args), task_names(args.tasks)
+    one_file = args.out is not None and args.out.suffix == ".json"
+    if one_file and len(args.targets) != 1:
+        raise UsageError(f"--out {args.out} holds the results of one target, not of {len(args.targets)}")
+    out = args.out.parent if one_file else args.out
+    found = [(name, find_model(name, args.revision, args.trust_remote_code, out)) for name in args.targets]
+    benchmarks = Benchmarks(names, settings)
+    if args.check_data:
+        return
+    records = []
+    with progress_bar(args, len(found) * len(benchmarks.tasks), "benchmarks", "task") as bar:
+        for name, target in found:
+            if target is None:
+                tqdm.write(f"{name}: diverged, not evaluated")
+                bar.update(len(benchmarks.tasks))
+                continue
+            bar.set_postfix_str(target.name)
+            file = args.out if one_file else result_file(target, settings)
+            record = benchmarks.score(target, file, args.again, lambda: bar.update(1))
+            records.append((f"{target.name}, {record['evaluated']['path']} -> {file}", record))
+    if records:
+        print(to_terminal(table(records), 100))
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The flags of `settings_of`, and of the models."""
+    parser.add_argument("--num-fewshot", type=int, default=0, help="examples before each item")
+    parser.add_argument("--limit", type=float, help="items a task, or a share of them below 1; all when left out")
+    parser.add_argument("--batch-size", default="16", help="requests a batch, or auto: as many as the memory holds")
+    add_model_options(parser)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """How models are found and loaded."""
+    parser.add_argument("--revision", help="branch, tag or commit, for models of the Hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that a model brings along")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as saved")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU where torch sees one")
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH", help="folder for results, or a .json for one target's; else the run's eval/"
+    )
+    parser.add_argument("--again", action="store_true", help="compute what is there already once more")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("python -m eval.benchmarks", "Score checkpoints on tasks of lm-evaluation-harness.")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help="run folders, checkpoints or ids of the Hub")
+    parser.add_argument("--tasks", default=",".join(SUITES["hub"]), metavar="A,B,...", help="any of lm-eval's, or mini")
+    parser.add_argument("--check-data", action="store_true", help="only load the tasks' data, and stop")
+    add_settings(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    sys.exit(run_command(main, arguments))

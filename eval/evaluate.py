@@ -1,6 +1,8 @@
-"""Evaluate checkpoints in one process: benchmarks, held-out loss, samples, into each run's `eval/`.
+"""Evaluate checkpoints in one process: a suite of benchmarks, held-out loss, samples, into each run's `eval/`.
 
-python -m eval.evaluate RUN_OR_CHECKPOINT... --suite mini --heldout data/heldout.jsonl
+    python -m eval.evaluate RUN_OR_CHECKPOINT... --suite mini --heldout data/heldout.jsonl
+
+What the demo runs. Tasks, dtypes and models of one's choice: `eval.benchmarks`, through the same `harness.Benchmarks`.
 """
 
 import argparse
@@ -10,19 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from runkit.errors import UsageError, make_parser, run_command
+from runkit.errors import UsageError, did_you_mean, make_parser, run_command
 from runkit.folder import read_json, weights_hash, write_json
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
-from .benchmarks import Benchmarks
 from .checkpoints import Target, find_target
+from .harness import Benchmarks, Settings
 from .heldout import heldout_loss, read_texts
 from .samples import generate_samples
+from .suites import SUITES
 
 PROMPTS = ("The function returns", "import os\n")
 CHAT_PROMPTS = ("How do I boil an egg?", "Write a Python function that adds two numbers.")
@@ -43,13 +45,8 @@ def evaluate_target(
 ) -> None:
     """All that is asked of one checkpoint; what is there already is not computed again."""
     weights = weights_hash(target.checkpoint)
-    tasks = {"suite": args.suite} if args.tasks is None else {"tasks": list(benchmarks.tasks)}
-    asked = tasks | {"limit": args.limit, "num_fewshot": args.num_fewshot}
     more = {"batch_size": args.batch_size}
     which = {"text_sha256": hashlib.sha256("\0".join(texts or []).encode()).hexdigest(), "context": args.context}
-
-    def scores() -> dict[str, Any]:
-        return benchmarks.evaluate(target, args.device, args.batch_size)
 
     def loss() -> dict[str, Any]:
         model, tokenizer = target.load(args.device)
@@ -64,11 +61,8 @@ def evaluate_target(
         prompts = list(CHAT_PROMPTS if chat else PROMPTS)
         return {"evaluated": target.evaluated(), "samples": generate_samples(model, tokenizer, prompts, chat)}
 
-    _once(args.out or target.results / f"benchmarks-{args.suite}.json", asked | more, weights, scores)
+    benchmarks.score(target, target.results / f"benchmarks-{args.suite}.json")
     bar.update(1)
-    if args.out is not None:
-        bar.update(2)
-        return
     if texts is not None:
         _once(target.results / "heldout.json", which | more, weights, loss)
     bar.update(1)
@@ -82,18 +76,16 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"batch size and context must be at least 1, not {args.batch_size} and {args.context}")
     if not args.targets and not args.check_data:
         raise UsageError("name at least one run or checkpoint folder")
-    if args.tasks is not None and args.out is None:
-        raise UsageError("--tasks needs --out FILE: a suite's results have names of their own in a run folder")
-    if args.out is not None and len(args.targets) != 1:
-        raise UsageError(f"--out holds the results of one target, not of {len(args.targets)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
+    if args.suite not in SUITES:
+        near = did_you_mean(args.suite, list(SUITES))
+        raise UsageError(f"suite {args.suite!r} is unknown{near}: use {', '.join(SUITES)}")
+    settings = Settings(args.num_fewshot, args.limit, args.batch_size, "auto", args.device)
+    settings.check()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     targets = [(path, find_target(path)) for path in args.targets]
     texts = read_texts(args.heldout) if args.heldout else None
-    names = None if args.tasks is None else [name for name in args.tasks.split(",") if name]
-    benchmarks = Benchmarks(args.suite, args.limit, args.num_fewshot, names)
+    benchmarks = Benchmarks(SUITES[args.suite], settings)
     if args.check_data:
         return
     with progress_bar(args, 3 * len(targets), "evaluation", "part") as bar:
@@ -111,8 +103,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("targets", type=Path, nargs="*", metavar="RUN_OR_CHECKPOINT", help="run or checkpoint folders")
     parser.add_argument("--check-data", action="store_true", help="only load the tasks' data, and stop")
     parser.add_argument("--suite", default="mini", help="'mini' (our own items) or 'hub' (the real tasks)")
-    parser.add_argument("--tasks", metavar="A,B,...", help="any lm-eval tasks in the suite's place; needs --out")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the scores of one target there, and no more")
     parser.add_argument("--limit", type=int, default=None, help="items a task; all of them when left out")
     parser.add_argument("--num-fewshot", type=int, default=0, help="examples before each item")
     parser.add_argument("--batch-size", type=int, default=16, help="requests a batch")

@@ -14,7 +14,12 @@ from .suites import SUITES
 
 PAPER_SIZES = {"400M": 400e6, "1.5B": 1.5e9, "3.2B": 3.2e9}  # parameters outside the embeddings
 SIZE_TOLERANCE = 0.05  # the paper's names are rounded, and it does not say how wide its FFN is
-LOSSES = {"c4_loss": ("c4", "loss"), "loss": ("heldout", "loss"), "bits_per_byte": ("heldout", "bits_per_byte")}
+LOSSES = {
+    "c4_loss": ("c4", "loss"),
+    "c4_bits_per_byte": ("c4", "bits_per_byte"),
+    "loss": ("heldout", "loss"),
+    "bits_per_byte": ("heldout", "bits_per_byte"),
+}
 KEYS = ["stage", "size", "learning_rate", "placement", "seed"]  # what may stand only once
 PROVENANCE = (
     "harness",

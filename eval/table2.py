@@ -10,7 +10,12 @@ from .scores import LOSSES, Scores, block_columns
 
 DIVERGED, NOT_TUNED = "Diverged", "N/A"
 AVERAGE, TUNED_AVERAGE = "Avg.", "SFT Avg."
-HEADS = {"c4_loss": "C4 loss", "loss": "held-out loss", "bits_per_byte": "bits per byte"}
+HEADS = {
+    "c4_loss": "C4 loss",
+    "c4_bits_per_byte": "C4 bits per byte",
+    "loss": "held-out loss",
+    "bits_per_byte": "bits per byte",
+}
 STAGE_WORDS = {"pretrain": "Pretraining", "sft": "Fine-tuning"}
 PAPER_TABLES = {
     **{("pretrain", "peri"): 6, ("pretrain", "pre"): 7, ("pretrain", "post"): 8},
@@ -161,6 +166,7 @@ def means_csv(scores: Scores, numbers: pd.DataFrame) -> pd.DataFrame:
         if rated:
             row |= {"learning_rate": f"{key[1]:g}", "seeds": len(runs), "survived": (runs.status == "completed").sum()}
             row |= {"heldout_loss": of.loc["loss", "mean"], "bits_per_byte": of.loc["bits_per_byte", "mean"]}
+            row |= {"c4_bits_per_byte": of.loc["c4_bits_per_byte", "mean"]}
         out.append(row)
     return pd.DataFrame(out)
 

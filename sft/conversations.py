@@ -13,6 +13,7 @@ from typing import Any
 
 from runkit.errors import UserError
 from runkit.folder import write_text
+from runkit.hub import hub_reason
 
 MINI_FILE = Path(__file__).parent / "data" / "mini_conversations.jsonl"
 LIMA = "GAIR/lima"
@@ -112,26 +113,6 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _why_missing(error: Exception) -> str:
-    """One sentence on why LIMA could not be had."""
-    text, seen = "", error
-    for _ in range(8):
-        text += f"{type(seen).__name__}: {seen} "
-        seen = seen.__cause__ or seen.__context__
-        if seen is None:
-            break
-    short = f"({' '.join(text.split())[:200]})"
-    if "gated" in text.lower():
-        return f"{LIMA} is gated: accept its terms on its Hub page and log in with `hf auth login` {short}"
-    if "RevisionNotFound" in text:
-        return f"{LIMA} has no such data_revision {short}"
-    if "offline" in text.lower():
-        return f"{LIMA} is not on this machine and the Hub is switched off (HF_HUB_OFFLINE) {short}"
-    if "reach" in text.lower() or "connect" in text.lower():
-        return f"{LIMA} cannot be loaded: the Hub does not answer {short}"
-    return f"{LIMA} cannot be loaded: the Hub has it not, or not without a login (`hf auth login`) {short}"
-
-
 def _revision_of(rows: Any) -> str | None:
     """The Hub's commit that a data set was read from: the folder of its cached file is named after it."""
     for file in getattr(rows, "cache_files", None) or []:
@@ -157,7 +138,7 @@ def _lima_rows(revision: str | None) -> tuple[list[dict[str, Any]], str | None]:
                 raise
             rows = load_dataset(LIMA, split="train", revision="refs/convert/parquet")
     except Exception as error:  # datasets and the Hub raise a dozen kinds; the user needs one sentence
-        raise UserError(_why_missing(error)) from error
+        raise UserError(f"{LIMA} cannot be loaded: {hub_reason(error)}") from error
     return list(rows), _revision_of(rows)
 
 

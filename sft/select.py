@@ -5,7 +5,7 @@
 The score of a checkpoint is the plain mean of `acc` over OpenBookQA, CommonsenseQA, RTE and MNLI; of equal ones the
 earlier epoch's wins. The paper (Peri-LN, arXiv 2502.02732) names the tasks, but no aggregate.
 
-Each evaluation is a process of its own (`python -m eval.evaluate`), whose result stays in RUN/selection/: started
+Each evaluation is a process of its own (`python -m eval.benchmarks`), whose result stays in RUN/selection/: started
 again after an interruption, what is there is not computed again.
 """
 
@@ -89,7 +89,7 @@ def choose(scores: list[dict[str, Any]]) -> dict[str, Any]:
 
 def evaluation(*words: object) -> list[str]:
     """The command of an evaluation."""
-    return [sys.executable, "-m", "eval.evaluate", *map(str, words)]
+    return [sys.executable, "-m", "eval.benchmarks", *map(str, words)]
 
 
 def run_evaluation(command: list[str], stop: StopRequest) -> None:
@@ -133,7 +133,6 @@ class Selection:
         if not self._is_result(file, one):
             fresh = file.with_name(f".{file.name}")
             self.folder.mkdir(exist_ok=True)
-            fresh.unlink(missing_ok=True)
             asked = ("--tasks", ",".join(self.tasks), "--out", fresh, *self.options)
             run_evaluation(evaluation(self._loadable(one), *asked), self.stop)
             write_json(file, read_json(fresh) | {"epoch": one.epoch, "selected_from": one.weights})
@@ -194,7 +193,7 @@ class Selection:
         for one in found:  # merged copies of the others have served
             if one is not winner and (one.path / ADAPTER).exists():
                 shutil.rmtree(self.run.path / "merged" / one.path.name, ignore_errors=True)
-        run_evaluation(evaluation(model, "--suite", self.args.suite, *self.options), self.stop)
+        run_evaluation(evaluation(model, "--tasks", self.args.suite, *self.options), self.stop)
         bar.update(1)
         return record
 

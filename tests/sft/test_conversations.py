@@ -190,8 +190,11 @@ def test_a_repository_with_a_loading_script_is_read_from_its_parquet_rows(monkey
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ConnectionError("no\nroute"), r"the Hub does not answer.*no route"),
-        (RuntimeError("Dataset 'GAIR/lima' is a gated dataset"), "GAIR/lima is gated: accept its terms .*log in"),
+        (
+            ConnectionError("no\nroute"),
+            r"GAIR/lima cannot be loaded: the Hub \(https://huggingface.co\) does not answer",
+        ),
+        (RuntimeError("Dataset 'GAIR/lima' is a gated dataset"), "it is gated on the Hub: accept its terms .*log in"),
         (ConnectionError("offline mode is enabled"), "the Hub is switched off"),
     ],
 )

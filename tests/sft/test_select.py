@@ -11,7 +11,7 @@ from runkit.errors import UserError, run_command
 from runkit.folder import RunFolder, weights_hash
 from sft import select
 
-# In place of `python -m eval.evaluate`: scores from a table, every call noted down.
+# In place of `python -m eval.benchmarks`: scores from a table, every call noted down.
 EVALUATOR = """
 import hashlib, json, pathlib, sys
 words = sys.argv[2:]
@@ -82,7 +82,7 @@ def test_the_choice_its_scores_and_the_rule_are_recorded(tmp_path, run):
     assert best["epochs"][0]["scores"] == {"openbookqa": 0.1, "commonsense_qa": 0.2, "rte": 0.3, "mnli": 0.4}
     assert (best["tasks"], best["limit"], best["rule"]) == (list(select.TASKS["hub"]), 7, select.RULE)
     last = calls(tmp_path)[-1]
-    assert last[:3] == [str(run.checkpoint_path(12)), "--suite", "hub"]  # the best one's five benchmarks
+    assert last[:3] == [str(run.checkpoint_path(12)), "--tasks", "hub"]  # the best one's five benchmarks
 
 
 def test_a_selection_that_failed_goes_on_where_it_was(tmp_path, run, capsys):

@@ -1,0 +1,147 @@
+"""Compare the speed of evaluation with the harness's own HFLM: documents a second, same model, same machine, one run.
+
+    python -m eval.bench RUN_OR_CHECKPOINT --tasks arc_easy,hellaswag --limit 200
+
+Both answer the same requests in turn, each pair in a changed order; the ratio is that of the medians, its interval that
+of a bootstrap over pairs. Every log-likelihood of every pair is compared, and one that differs by a bit is an error.
+"""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from runkit.errors import UsageError, UserError, make_parser, run_command
+from runkit.folder import write_text
+from runkit.process import start_stage
+from runkit.progress import progress_bar
+
+from .benchmarks import add_settings, settings_of, task_names
+from .checkpoints import Target, find_model
+from .harness import Benchmarks
+from .render import Table, to_terminal
+
+OURS, THEIRS = "documents/s", "HFLM's"
+
+
+def requests_of(benchmarks: Benchmarks, name: str) -> tuple[list[Any], int]:
+    """The log-likelihood requests of a task, and of how many documents they are.
+
+    Raises:
+        UsageError: a task of another kind.
+    """
+    found, count = [], 0
+    for task in benchmarks.loaded(name):
+        limit = benchmarks.settings.limit
+        task.build_all_requests(limit=None if limit is None else int(limit), rank=0, world_size=1)
+        found += task.instances
+        count += len({instance.doc_id for instance in task.instances})
+    if any(instance.request_type != "loglikelihood" for instance in found):
+        raise UsageError(f"task {name!r} is not answered by log-likelihoods alone")
+    return found, count
+
+
+def compare(ours: Any, theirs: Any, requests: list[Any], pairs: int, bar: tqdm) -> np.ndarray:
+    """Seconds of ours and of theirs: an array of (pairs, 2).
+
+    Raises:
+        UserError: an answer differs.
+    """
+    seconds = np.zeros((pairs, 2))
+    for model in (ours, theirs):  # once before the clock
+        model.loglikelihood(requests[: 4 * 8], disable_tqdm=True)
+    for pair in range(pairs):
+        answers = [None, None]
+        for which in (0, 1) if pair % 2 else (1, 0):
+            start = time.perf_counter()
+            answers[which] = (ours, theirs)[which].loglikelihood(requests, disable_tqdm=True)
+            seconds[pair, which] = time.perf_counter() - start
+        if answers[0] != answers[1]:
+            raise UserError(f"pair {pair}: the log-likelihoods differ from HFLM's")
+        bar.update(1)
+    return seconds
+
+
+def interval(seconds: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the ratio of medians, theirs over ours."""
+    chosen = np.random.default_rng(0).integers(0, len(seconds), (draws, len(seconds)))
+    medians = np.median(seconds[chosen], axis=1)
+    low, high = np.quantile(medians[:, 1] / medians[:, 0], (0.025, 0.975))
+    return float(low), float(high)
+
+
+def measure(benchmarks: Benchmarks, target: Target, pairs: int, bar: tqdm) -> pd.DataFrame:
+    """A row a task: documents a second of both, their ratio and its interval."""
+    from lm_eval.models.huggingface import HFLM
+
+    ours = benchmarks.load_model(target)
+    # The same model object, so that nothing but the scoring differs.
+    options = {"tokenizer": ours.tokenizer, "batch_size": benchmarks.settings.batch_size}
+    theirs = HFLM(pretrained=ours.model, device=benchmarks.settings.device, **options)
+    rows = []
+    for name in benchmarks.tasks:
+        bar.set_postfix_str(name)
+        requests, count = requests_of(benchmarks, name)
+        seconds = compare(ours, theirs, requests, pairs, bar)
+        medians, (low, high) = np.median(seconds, axis=0), interval(seconds)
+        speeds = {OURS: count / medians[0], THEIRS: count / medians[1]}
+        rows.append({"task": name, "documents": count} | speeds | {"ratio": medians[1] / medians[0]})
+        rows[-1] |= {"low": low, "high": high}
+    return pd.DataFrame(rows)
+
+
+def table(frame: pd.DataFrame, benchmarks: Benchmarks, pairs: int) -> Table:
+    """The rows as text."""
+    lines = [
+        {
+            "block": "evaluation speed against HFLM",
+            "task": row.task,
+            "documents": str(row.documents),
+            OURS: f"{row[OURS]:.1f}",
+            THEIRS: f"{row[THEIRS]:.1f}",
+            "ratio": f"{row.ratio:.3f}",
+            "95 % interval": f"{row.low:.3f} to {row.high:.3f}",
+        }
+        for _, row in frame.iterrows()
+    ]
+    note = f"Medians of {pairs} pairs, batch size {benchmarks.settings.batch_size}, {benchmarks.settings.device}; "
+    return Table("Bench", pd.DataFrame(lines), frame, (note + "every log-likelihood equal to the bit.",))
+
+
+def main(args: argparse.Namespace) -> None:
+    start_stage(args)
+    if args.pairs < 1:
+        raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    settings, names = settings_of(args), task_names(args.tasks)
+    if settings.batch_size == "auto" or (settings.limit or 1) < 1:
+        raise UsageError("the bench wants a --batch-size and a --limit in whole numbers")
+    target = find_model(args.target, args.revision, args.trust_remote_code, args.out)
+    if target is None:
+        raise UserError(f"{args.target} has diverged: there is nothing to measure with")
+    benchmarks = Benchmarks(names, settings)
+    with progress_bar(args, len(names) * args.pairs, "bench", "pair") as bar:
+        frame = measure(benchmarks, target, args.pairs, bar)
+    print(to_terminal(table(frame, benchmarks, args.pairs), 100))
+    if args.out is not None:
+        write_text(args.out / "eval_bench.csv", frame.to_csv(index=False))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("python -m eval.bench", "Compare the speed of evaluation with lm-eval's own HFLM.")
+    parser.add_argument("target", metavar="TARGET", help="a run folder, a checkpoint or an id of the Hub")
+    parser.add_argument("--tasks", default="mini", metavar="A,B,...", help="any of lm-eval's that are log-likelihoods")
+    parser.add_argument("--pairs", type=int, default=15, help="measurements of each")
+    add_settings(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    sys.exit(run_command(main, arguments))

@@ -1,0 +1,193 @@
+"""Measure the loss on random documents: by default 10,000 of C4's validation split, as the Peri-LN paper's C4 loss.
+
+    python -m eval.loss runs/400m-peri runs/400m-pre
+    python -m eval.loss ID --dataset wikitext --packed --out results/
+
+Mean loss over all tokens of the documents, in nats, with its standard error over documents, and bits a byte, which
+compare between tokenizers. What a kill leaves is gone on from; a result that is there is not computed again.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from runkit.errors import UsageError, UserError, make_parser, run_command
+from runkit.folder import read_json, write_json
+from runkit.process import start_stage
+from runkit.progress import progress_bar
+
+from .benchmarks import add_model_options, batch_size, device_of
+from .checkpoints import Target, find_model
+from .documents import KNOWN, METHOD, Sample, draw, named, read_sample, write_sample
+from .heldout import Sums, make_windows, sum_losses, summarized
+from .likelihood import fitting_batch_size
+from .render import Table, to_terminal
+
+CONTEXT = 2048  # tokens a window, where the model has as many positions
+SAVE_EVERY = 50  # batches
+
+
+def head_of(target: Target, sample: Sample, args: argparse.Namespace) -> dict[str, Any]:
+    """What the result is of: equal heads, equal results."""
+    source = sample.source
+    return {
+        "evaluated": target.evaluated(),
+        "harness": None,
+        "suite": None,
+        "limit": None,
+        "kind": "c4" if source.is_c4 else "loss",
+        "dataset": source.words,
+        "dataset_revision": source.revision,
+        "column": source.column,
+        "documents": len(sample.texts),
+        "of_documents": sample.of,
+        "seed": sample.seed,
+        "choice": METHOD,
+        "text_sha256": sample.sha256,
+        "packed": args.packed,
+        "context_asked": args.context,
+        "batch_size": batch_size(args.batch_size),
+        "dtype_asked": args.dtype,
+        "device": device_of(args.device),
+    }
+
+
+def file_of(target: Target, head: dict[str, Any], task: str) -> Path:
+    """A file for these weights, documents and settings, so that no result replaces another's."""
+    short = hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()[:8]
+    name = "".join(c if c.isalnum() or c in "-." else "-" for c in task)
+    return target.results / f"loss-{name}-{target.checkpoint.name}-{short}.json"
+
+
+def context_of(model: Any, asked: int | None) -> int:
+    """Tokens a window.
+
+    Raises:
+        UserError: more than the model has positions.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if asked is not None and positions is not None and asked > positions:
+        raise UserError(f"--context {asked} is more than the model's {positions} positions")
+    return asked or min(CONTEXT, positions or CONTEXT)
+
+
+def measure(target: Target, sample: Sample, head: dict[str, Any], file: Path, bar: tqdm) -> dict[str, Any]:
+    """Compute and write the record; sums so far stand in a hidden file beside it until it is whole."""
+    model, tokenizer = target.load(head["device"], head["dtype_asked"])
+    context = context_of(model, head["context_asked"])
+    size = head["batch_size"]
+    if size == "auto":
+        size = fitting_batch_size(context, model.config.get_text_config().vocab_size, model.device)
+    windows = make_windows(sample.texts, tokenizer, context, head["packed"])
+    partial, key = file.with_name(f".{file.stem}.partial"), {"batch": size, "windows": len(windows.ids)}
+    sums = Sums.zeros(len(sample.texts))
+    if partial.exists() and (old := read_json(partial))["key"] == key:
+        sums = Sums(*(torch.tensor(old[name], dtype=torch.float64) for name in ("nats", "tokens")), old["batches"])
+    bar.reset(total=-(-len(windows.ids) // size))
+    bar.update(sums.batches)
+
+    def after(done: int, batches: int) -> None:
+        bar.update(1)
+        if done % SAVE_EVERY == 0 and done < batches:
+            values = {"nats": sums.nats.tolist(), "tokens": sums.tokens.tolist(), "batches": done}
+            write_json(partial, {"key": key} | values)
+
+    sum_losses(model, windows, sums, size, after)
+    if not sums.nats.isfinite().all():
+        raise UserError(f"{target.name}: the loss is not finite in {model.dtype}; try --dtype float32")
+    found = {"context": context, "batch_size_used": size, "dtype": str(model.dtype).removeprefix("torch.")}
+    record = head | found | summarized(sums, sample.texts, sample.source.task)
+    write_json(file, record)
+    partial.unlink(missing_ok=True)
+    return record
+
+
+def documents(args: argparse.Namespace) -> Sample:
+    """The documents that the flags ask for; from the file that `--sample` names, if it is there."""
+    source = named(args.dataset, args.config, args.split, args.column, args.dataset_revision)
+    if args.sample is not None and args.sample.exists():
+        return read_sample(args.sample, source, args.documents, args.seed)
+    with tqdm(desc=source.words, unit="document", dynamic_ncols=True, position=args.bar) as bar:
+        sample = draw(source, args.documents, args.seed, bar)
+    if len(sample.texts) < args.documents:
+        tqdm.write(f"{source.words} has {len(sample.texts)} documents, fewer than {args.documents}: all are taken")
+    if args.sample is not None:
+        write_sample(args.sample, sample, args.documents)
+    return sample
+
+
+def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
+    """A row a target."""
+    lines = []
+    for name, record in records:
+        loss, bits = (
+            f"{row['value']:.4f}" + (f" ± {row['stderr']:.4f}" if row["stderr"] is not None else "")
+            for row in record["results"]
+        )
+        lines.append({"block": record["dataset"], "target": name, "loss": loss, "bits per byte": bits})
+    one = records[0][1]
+    how = "packed over the documents' ends" if one["packed"] else "each document by itself"
+    notes = (
+        f"{one['documents']:,} of {one['of_documents']:,} documents (seed {one['seed']}), {one['tokens']:,} tokens, "
+        f"{how}, windows of {one['context']} tokens, {one['dtype']}; nats a token ± standard error over documents.",
+    )
+    return Table("Loss", pd.DataFrame(lines), pd.DataFrame(lines), notes)
+
+
+def main(args: argparse.Namespace) -> None:
+    start_stage(args)
+    if args.documents < 1:
+        raise UsageError(f"--documents must be at least 1, not {args.documents}")
+    if args.context is not None and args.context < 1:
+        raise UsageError(f"--context must be at least 1, not {args.context}")
+    device_of(args.device)
+    if (size := batch_size(args.batch_size)) != "auto" and size < 1:
+        raise UsageError(f"--batch-size must be at least 1, or auto, not {size}")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    found = [(name, find_model(name, args.revision, args.trust_remote_code, args.out)) for name in args.targets]
+    sample, records = documents(args), []
+    with progress_bar(args, 0, "loss", "batch") as bar:
+        for name, target in found:
+            if target is None:
+                tqdm.write(f"{name}: diverged, not evaluated")
+                continue
+            bar.set_postfix_str(target.name)
+            head = head_of(target, sample, args)
+            file = file_of(target, head, sample.source.task)
+            there = file.exists() and not args.again
+            record = read_json(file) if there else measure(target, sample, head, file, bar)
+            records.append((target.name, record))
+    if records:
+        print(to_terminal(table(records), 100))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("python -m eval.loss", "Measure the loss on random documents, C4's unless told otherwise.")
+    parser.add_argument("targets", nargs="+", metavar="TARGET", help="run folders, checkpoints or ids of the Hub")
+    parser.add_argument("--dataset", default="c4", help=f"{', '.join(KNOWN)}, or a data set's id on the Hub")
+    parser.add_argument("--config", help="configuration of the data set; en for C4")
+    parser.add_argument("--split", help="split of the data set; validation when left out (wikitext: test)")
+    parser.add_argument("--column", help="column of the texts; text when left out (wikitext: page)")
+    parser.add_argument("--dataset-revision", metavar="COMMIT", help="of the data set; its newest when left out")
+    parser.add_argument("--documents", type=int, default=10_000, help="how many, chosen at random")
+    parser.add_argument("--seed", type=int, default=0, help="of that choice")
+    parser.add_argument("--sample", type=Path, metavar="FILE", help="keep the documents there, or take them from there")
+    parser.add_argument("--packed", action="store_true", help="read over the documents' ends; else each by itself")
+    parser.add_argument("--context", type=int, help=f"tokens a window; when left out the model's, at most {CONTEXT}")
+    parser.add_argument("--batch-size", default="8", help="windows a batch, or auto: as many as the memory holds")
+    add_model_options(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    sys.exit(run_command(main, arguments))

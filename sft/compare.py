@@ -1,0 +1,100 @@
+"""Report on a fine-tuning, before and after: benchmark scores, loss, and five answers side by side, as Markdown.
+
+    python -m sft.compare runs/NAME/sft --out report.md
+
+A pure function of the run folders: scores are those that `eval.benchmarks` wrote of both checkpoints' very weights,
+loss and answers those of `eval/before_after.json`. After is the checkpoint that `sft.select` chose, else the last.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from runkit.errors import UserError, make_parser, run_command
+from runkit.folder import RunFolder, read_json, write_text
+
+from .before_after import FILE
+from .select import BEST, find_run
+
+MISSING = "not evaluated"
+METRIC = "acc"
+
+
+def scores_of(run: RunFolder, weights: str) -> dict[str, dict[str, Any]]:
+    """task -> its row of `acc` for these weights; of several the one with the most items."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in run.evaluations():
+        if (record.get("evaluated") or {}).get("weights_sha256") != weights or not record.get("harness"):
+            continue
+        for row in record.get("results") or []:
+            if row["metric"] == METRIC and row["n"] >= found.get(row["task"], {"n": 0})["n"]:
+                found[row["task"]] = row
+    return found
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return MISSING
+    return f"{row['value']:.4f}" + ("" if row["stderr"] is None else f" ± {row['stderr']:.4f}") + f" (n={row['n']})"
+
+
+def _quoted(text: str) -> str:
+    """A model's text as one cell of a table."""
+    text = " ".join(text.replace("|", "\\|").split())
+    return text or "(nothing)"
+
+
+def report(run: RunFolder) -> str:
+    """The report of one fine-tuning.
+
+    Raises:
+        UserError: it has no before_after.json.
+    """
+    file = run.path / "eval" / FILE
+    if not file.exists():
+        raise UserError(f"{file} is missing: a fine-tuning writes it at its end")
+    both, best = read_json(file), run.path / BEST
+    chosen = read_json(best) if best.exists() else None
+    after = chosen["weights_sha256"] if chosen else both["after"]["weights_sha256"]
+    scores = {
+        "before": scores_of(RunFolder(run.path.parent), both["before"]["weights_sha256"]),
+        "after": scores_of(run, after),
+    }
+    last = both["evaluated"]["path"]
+    where = f"{chosen['checkpoint']}, chosen by {chosen['rule']}" if chosen else last
+    lines = [f"# {run.path}: before and after", "", f"Scores after: {where}.", "", "| task | before | after |"]
+    lines.append("|---|---|---|")
+    tasks = dict.fromkeys([*scores["before"], *scores["after"]])
+    lines += [f"| {t} | {_cell(scores['before'].get(t))} | {_cell(scores['after'].get(t))} |" for t in tasks]
+    if not tasks:
+        lines.append(f"| all | {MISSING} | {MISSING} |")
+    losses = ["not finite" if both[name]["loss"] is None else f"{both[name]['loss']:.4f}" for name in scores]
+    lines += [f"| loss, {both['loss_on']} | {losses[0]} | {losses[1]} |", "", f"Loss and answers after: {last}.", ""]
+    lines += [f"| question | before ({both['answers']}) | after ({both['answers']}) |", "|---|---|---|"]
+    for one, other in zip(both["before"]["samples"], both["after"]["samples"], strict=True):
+        lines.append(f"| {_quoted(one['prompt'])} | {_quoted(one['text'])} | {_quoted(other['text'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(args: argparse.Namespace) -> None:
+    text = "\n".join(report(find_run(path)) for path in args.runs)
+    if args.out is None:
+        print(text, end="")
+        return
+    if args.out.exists() and args.out.read_text(errors="replace") != text:
+        raise UserError(f"{args.out} exists and holds something else; it is left alone")
+    write_text(args.out, text)
+    print(args.out)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("python -m sft.compare", "Report on fine-tunings: before and after.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="fine-tuning runs, or runs that hold one")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the Markdown there and not to the terminal")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    sys.exit(run_command(main, arguments))
