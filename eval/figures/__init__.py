@@ -29,6 +29,11 @@ class Drawing:
     images: dict[str, bytes]
 
     @property
+    def numbered(self) -> bool:
+        """Whether the paper has this figure."""
+        return self.name[0].isdigit()
+
+    @property
     def png(self) -> bytes | None:
         return self.images.get("png")
 

@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from ..records import FP16_MAX, rate_text, recorded_steps
-from .depth import panels
+from .depth import STREAM, panels
 from .pieces import DEPTH, Drawn, NotRecorded, curves, grid, legend, plain, whole_numbers
 from .probes import by_depth, layer_rows, source_words
 from .selection import View, at_best_rate, rates_words, seeds_words, sizes
@@ -30,6 +30,7 @@ def _peaks(view: View) -> pd.DataFrame:
     if not parts:
         raise missing
     rows = pd.concat(parts, ignore_index=True)
+    rows = rows[rows.sublayer.isin(STREAM)]  # not what stands behind the final norm
     return rows.assign(value=rows.value.where(np.isfinite(rows.value), np.inf))
 
 
@@ -106,7 +107,7 @@ def headroom_map(view: View) -> Drawn:
     for ax, ((size, rate, series), same) in zip(axes.flat, cells, strict=False):
         lost = (same.status == "diverged").sum()
         bits = _map(ax, rows[rows.run.isin(same.run)], palette, norm)
-        overflow, gap = overflow or (bits < 0).any(), gap or np.isnan(bits).any()
+        overflow, gap = overflow or bool((bits < 0).any()), gap or bool(np.isnan(bits).any())
         least = "overflow" if (bits < 0).any() else f"least {np.nanmin(bits):.1f} bits"
         name = f"{used.label(series)}, {rate_text(rate).replace('learning ', '')}" + (f", {size}" if several else "")
         ended = "" if not lost else " (diverged)" if lost == len(same) else f" ({lost} of {len(same)} diverged)"
@@ -124,9 +125,9 @@ def headroom_map(view: View) -> Drawn:
         figure.legend(handles=patches, loc="outside upper center", ncols=2, frameon=False)
     return Drawn(
         figure,
-        "FP16 headroom, log2(65504 / max |x|): the least over stream, residual sum and module output, and over "
-        f"the seeds, at the recorded steps ({recorded_steps(rows)}); attention stands at the half, the MLP at the whole "
-        f"number, 0 is what enters layer 1. The darker, the less is left. {source_words(used, rows)}{words} "
+        "FP16 headroom, log2(65504 / max |x|): the least over stream, residual sum and module output, and "
+        f"over seeds, at the recorded steps ({recorded_steps(rows)}); attention stands at the half, the MLP at the "
+        f"whole number, 0 is what enters layer 1. The darker, the less is left. {source_words(used, rows)}{words} "
         f"{seeds_words(used, rows.run)}{used.names}",
     )
 

@@ -6,6 +6,7 @@ layers/step_*.parquet            of one training batch, written by the trainer
 """
 
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
 import pandas as pd
@@ -102,7 +103,7 @@ def source_words(view: View, rows: pd.DataFrame) -> str:
             parts.append(("one training batch a step", same))
             continue
         for run, of in same.groupby("run", sort=False):
-            parts.append((_data_words(bench_report(view.frames, run)), of))
+            parts.append((data_words(bench_report(view.frames, run)), of))
     named: dict[str, list[str]] = {}
     for words, of in parts:
         runs = view.runs[view.runs.run.isin(of.run.unique())]
@@ -112,16 +113,17 @@ def source_words(view: View, rows: pd.DataFrame) -> str:
     return " ".join(f"Measured on {words}: {', '.join(dict.fromkeys(who))}." for words, who in named.items())
 
 
-def _data_words(report: dict[str, Any]) -> str:
-    data = report.get("data")
-    if isinstance(data, dict):
-        data = data.get("name") or data.get("source") or data.get("path")
-    samples, tokens = report.get("samples"), report.get("tokens")
-    words = f"{data or 'the data of the stability bench'}"
+def data_words(report: dict[str, Any]) -> str:
+    """What the bench measured on, as its last checkpoint's entry in stability.json has it."""
+    entries = report.get("checkpoints")
+    entry = entries[-1] if isinstance(entries, list) and entries and isinstance(entries[-1], dict) else report
+    asked = entry.get("asked") if isinstance(entry.get("asked"), dict) else entry
+    data, samples, tokens = asked.get("data"), asked.get("samples"), entry.get("predicted_tokens")
+    words = PurePath(data).name if isinstance(data, str) else "the data of the stability bench"
     if isinstance(samples, (int, float)):
         words += f", {samples:,.0f} samples"
     if isinstance(tokens, (int, float)):
-        words += f", {tokens:,.0f} tokens"
+        words += f" ({tokens:,.0f} predicted tokens)"
     return words
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ..records import listed
 from .pieces import DPI, WIDTH, Drawn, NotRecorded, curves, legend, whole_numbers
-from .probes import angle_rows
+from .probes import BENCH, angle_rows
 from .selection import View, at_best_rate, rates_words, seeds_words, sizes
 
 CAPTION = (
@@ -85,10 +85,13 @@ def distances(last: bool) -> Callable[[View], Drawn]:
         steps = rows.step[rows.run.isin(used.runs.run)]
         when = "at the end" if last else "at initialization"
         if not last and steps.min() > 0:
-            raise NotRecorded(
-                "Needs angular distances at initialization: a checkpoint of step 0, which these runs do not have "
-                f"(the first is of step {listed(steps)})."
-            )
+            everything = angle_rows(used)
+            if everything.step.max() == steps.max():
+                raise NotRecorded(
+                    "Needs angular distances at initialization; these runs have one measured checkpoint each, of step "
+                    f"{listed(steps)}: keep more (keep_every in the recipe), then {BENCH}."
+                )
+            when = f"at the first measured step, {listed(steps)} (not initialization)"
         drawn = _draw(used, rows, when)
         return Drawn(drawn.figure, f"{drawn.caption} Measured at step {listed(steps)}.")
 
