@@ -44,7 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=4, help="samples a forward pass")
     add("--angles", default="all", metavar="all|N", help="angular distance of all pairs of layers, or of l and l + N")
     add("--backward-samples", type=int, default=32, help="samples for gradients; 0: none")
-    add("--skip-samples", type=int, default=32, help="samples for the loss without each layer; 0: not measured")
+    add("--skip-samples", type=int, default=16, help="samples for the loss without each layer; 0: not measured")
     add("--fp16-samples", type=int, default=4, help="samples that run in FP16, the hardest first; 0: none")
     add("--loss-scale", type=float, default=1.0, help="of the backward pass in FP16")
     add("--no-certificate", action="store_true", help="leave out the bounds from weights alone")
@@ -173,7 +173,9 @@ def _certified(certificate: dict[str, Any]) -> str:
             f"{number(certificate['largest_bound'])})."
         )
     free, above, rows = (len(certificate[key]) for key in ("unbounded", "above_limit", "rows"))
-    return f"By its weights alone FP16 is not certified: of {rows} tensors {free} have no bound, and {above} one above 65504."
+    return (
+        f"By its weights alone FP16 is not certified: {free} of {rows} tensors have no bound, {above} one above 65504."
+    )
 
 
 def _said(verdict: list[str]) -> str:
@@ -182,13 +184,19 @@ def _said(verdict: list[str]) -> str:
 
 def _table(title: str, measured: Measured) -> Table:
     wide = wide_table(measured.rows)
+    skips = wide[wide.sublayer == "layer"].set_index("layer")["skip loss"]
+    wide = wide[wide.sublayer != "layer"].copy()
+    wide["skip loss"] = wide["skip loss"].where(wide.sublayer != "mlp", wide.layer.map(skips))
     wide = wide[[*wide.columns[:2], *(c for c in wide.columns[2:] if wide[c].notna().any())]]
     text = wide.copy().astype(object)
     for column in wide.columns[2:]:
         text[column] = [("" if pd.isna(v) else number(v)) for v in wide[column]]
     text["layer"] = wide["layer"].astype(str)
     text.insert(0, "model", title)
-    notes = ("bits: log2(65504 / max |x|). share: |branch| / |stream|. gradient: norm over parameters.",)
+    notes = (
+        "bits: log2(65504 / max |x|). share: |branch| / |stream|. gradient: norm over parameters.",
+        "skip loss: rise of the loss without the whole layer.",
+    )
     return Table("What flows through the layers", text, wide, notes, keys=2)
 
 

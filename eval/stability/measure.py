@@ -17,7 +17,7 @@ from .attention import AttentionProbe
 from .backward import backward_rows
 from .data import Samples
 from .fits import fit_growth
-from .massive import massive_activations
+from .massive import massive_activations, outlier
 from .overflow import first_non_finite
 from .probe import Probe, token_loss
 from .redundancy import skip_losses
@@ -35,7 +35,7 @@ class Options:
     batch_size: int = 4
     angles: int | None = None
     backward_samples: int = 32
-    skip_samples: int = 32
+    skip_samples: int = 16
     fp16_samples: int = 4
     loss_scale: float = 1.0
 
@@ -105,7 +105,7 @@ def _hardest(probe: Probe, samples: Samples, count: int, device: Any) -> list[to
     """The first samples, and before them the ones that hold the peaks of the stream and the branches."""
     peaks = sorted((m.peak for m in probe.moments.values() if m.peak.sample >= 0), key=lambda p: -p.value)
     chosen = list(dict.fromkeys([*(p.sample for p in peaks[:2]), *range(len(samples.ids))]))[:count]
-    return [samples.ids[i : i + 1].to(device) for i in chosen]
+    return [samples.ids[chosen].to(device)]
 
 
 def measure(
@@ -150,6 +150,7 @@ def measure(
         "predicted_tokens": probe.predicted,
         "fits": fits,
         "massive_activations": massive_activations(probe, token_of),
+        "outlier": outlier(probe),
         "fp16": fp16,
         "first_non_finite": None if fp16 is None else {k: fp16[k] for k in ("forward", "backward")},
         "seconds": round(time.monotonic() - started, 2),

@@ -206,8 +206,10 @@ def first_non_finite(anatomy: Anatomy, batches: list[torch.Tensor], loss_scale: 
 
 
 def _largest_scale(half: nn.Module, anatomy: Anatomy, batches: list[torch.Tensor]) -> float | None:
-    """The largest 2^k, k from -8 to 16, with finite gradients, by halving the interval."""
-    low, high = -9, 17  # low is finite (or untried), high is not
+    """The largest 2^k, k from -8 to 16, with finite gradients: 16 itself, or by halving the interval."""
+    if _scaled_backward(half, anatomy, batches, 2.0**16) is None:
+        return 2.0**16
+    low, high = -9, 16  # low is finite (or untried), high is not
     while high - low > 1:
         middle = (low + high) // 2
         if _scaled_backward(half, anatomy, batches, 2.0**middle) is None:

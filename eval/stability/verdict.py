@@ -104,9 +104,14 @@ def _fp16(fp16: dict[str, Any] | None) -> list[str]:
     return said
 
 
-def _massive(massive: list[dict[str, Any]], rows: pd.DataFrame) -> list[str]:
+def _massive(massive: list[dict[str, Any]], top: dict[str, Any] | None) -> list[str]:
     if not massive:
-        return ["There is no massive activation (an entry of the stream 100 times its typical size)."]
+        said = "There is no massive activation (an entry of the stream 100 times its typical size)"
+        if top is None:
+            return [f"{said}."]
+        after = f"stream after the {top['sublayer']} of layer {top['layer']}"
+        place = "embedding" if top["sublayer"] == "embedding" else after
+        return [f"{said}: the most any has is {top['ratio']:.0f} times, channel {top['channel']} of the {place}."]
     said = []
     for m in massive[:3]:
         after = (
@@ -170,7 +175,12 @@ def _attention(rows: pd.DataFrame) -> list[str]:
 def checkpoint_verdict(record: dict[str, Any], rows: pd.DataFrame) -> list[str]:
     """The sentences for one checkpoint."""
     said = [_growth(record, rows), _headroom(rows), *_fp16(record.get("fp16"))]
-    said += [*_massive(record["massive_activations"], rows), *_gradients(rows), *_redundancy(rows), *_attention(rows)]
+    said += [
+        *_massive(record["massive_activations"], record.get("outlier")),
+        *_gradients(rows),
+        *_redundancy(rows),
+        *_attention(rows),
+    ]
     return said
 
 
