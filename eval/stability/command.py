@@ -109,31 +109,44 @@ class _Bench:
         self.args, self.options = args, _options(args)
         self.asked = _asked(args, self.options)
         self.environment = describe_environment(torch.device(args.device))
+        self._tokenizers: dict[str, Any] = {}
+        self._samples: dict[tuple, Samples] = {}
 
-    def samples(self, model: Model, network: torch.nn.Module) -> tuple[Samples, Any]:
-        """Samples and tokenizer (None for random ids).
+    def tokenizer(self, model: Model) -> Any:
+        """The model's tokenizer; None for random ids. `UserError` where it has none."""
+        if self.args.data == "random":
+            return None
+        if model.asked not in self._tokenizers:
+            self._tokenizers[model.asked] = model.tokenizer(self.args.tokenizer, self.args.trust_remote_code)
+        return self._tokenizers[model.asked]
+
+    def samples(self, model: Model, network: torch.nn.Module) -> Samples:
+        """The samples that a model is measured on, the same for all checkpoints of a run.
 
         Raises:
             UsageError: more tokens a sample than the model has positions.
-            UserError: no tokenizer, or too little text.
+            UserError: too little text.
         """
         config = network.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
         tokens = self.args.tokens or min(TOKENS, positions or TOKENS)
         if positions is not None and tokens > positions:
             raise UsageError(f"--tokens {tokens} is more than the {positions} positions of {model.asked}")
-        a = self.args
-        if a.data == "random":
-            return random_samples(config.vocab_size, a.samples, tokens, a.seed), None
-        tokenizer = model.tokenizer(a.tokenizer, a.trust_remote_code)
-        texts = read_data(a.data)
-        return text_samples(tokenizer, texts, a.data, a.samples, tokens, a.seed, config.vocab_size), tokenizer
+        a, key, size = self.args, (model.asked, tokens), config.vocab_size
+        if key not in self._samples:
+            tokenizer = self.tokenizer(model)
+            self._samples[key] = (
+                random_samples(size, a.samples, tokens, a.seed)
+                if tokenizer is None
+                else text_samples(tokenizer, read_data(a.data), a.data, a.samples, tokens, a.seed, size)
+            )
+        return self._samples[key]
 
     def checkpoint(self, model: Model, checkpoint: Checkpoint, records: Records, weights: str) -> None:
         """Measure one checkpoint and write its records."""
         a = self.args
         network = checkpoint.load(getattr(torch, a.dtype), a.device, a.trust_remote_code)
-        samples, tokenizer = self.samples(model, network)
+        samples, tokenizer = self.samples(model, network), self.tokenizer(model)
         layers = getattr(network.config.get_text_config(), "num_hidden_layers", 0)
 
         def text_of(token: int) -> str | None:
@@ -232,5 +245,7 @@ def main(args: argparse.Namespace) -> None:
     if twice:
         raise UsageError(f"two of the models are called {twice[0]}: measure them into different --out folders")
     bench = _Bench(args)
+    for model in models:
+        bench.tokenizer(model)
     for model in models:
         _measure_model(bench, model)

@@ -14,6 +14,7 @@ from runkit.errors import UserError
 from runkit.folder import RunFolder, weights_hash
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -59,12 +60,15 @@ class Model:
             UserError: there is none.
         """
         source = other or self.checkpoints[-1].path
+        # From a folder without one Transformers makes a tokenizer of the model's class that knows no word.
+        if Path(source).is_dir() and not any((Path(source) / name).exists() for name in _TOKENIZERS):
+            raise UserError(f"{source} has no tokenizer: name one with --tokenizer, or measure on --data random")
         try:
             return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         except Exception as error:
             raise UserError(
-                f"{self.asked} has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]}): "
-                "name one with --tokenizer, or measure on --data random"
+                f"the tokenizer of {self.asked} cannot be loaded ({' '.join(str(error).split())[:200]}): "
+                "name another with --tokenizer, or measure on --data random"
             ) from error
 
 
