@@ -16,7 +16,7 @@ from torch import nn
 
 from runkit.fp16 import HalfMatmul
 
-from .anatomy import Anatomy, first_tensor, input_tensor
+from .anatomy import Anatomy, Point, first_tensor, input_tensor
 from .probe import token_loss
 
 
@@ -103,8 +103,13 @@ class FirstBackward(_Watch):
     """A context manager around forward and backward passes; `first` as above, of gradients.
 
     A module is named when the gradient of its output was finite and that of its input, or of a weight, is not; a point
-    of the stream when the sum of the gradients that reach it is not.
+    of the stream when the sum of the gradients that reach it is not. With `exact=False`, for models that change module
+    outputs in place, a module is named by the gradient of its output alone.
     """
+
+    def __init__(self, anatomy: Anatomy, exact: bool = True):
+        super().__init__(anatomy)
+        self.exact = exact
 
     def __enter__(self) -> "FirstBackward":
         model = self.anatomy.model
@@ -122,8 +127,13 @@ class FirstBackward(_Watch):
                     said = f"the gradient that {name} hands to its input"
                     self.first = NonFinite(name, "gradient", said, self.words[name, "output"][2])
 
-            self._handles.append(module.register_full_backward_pre_hook(before))
-            self._handles.append(module.register_full_backward_hook(after))
+            if self.exact:
+                self._handles.append(module.register_full_backward_pre_hook(before))
+                self._handles.append(module.register_full_backward_hook(after))
+            else:
+                _, said, layer = self.words[name, "output"]
+                see = partial(self._stream, NonFinite(name, "gradient", f"the gradient of {said}", layer))
+                self._handles.append(Point(name, module, "output").watch(see))
         for name, parameter in model.named_parameters():
             self._handles.append(parameter.register_hook(lambda grad, name=name: self._weight(name, grad)))
         start = self.anatomy.embedding_stream
@@ -149,7 +159,7 @@ class FirstBackward(_Watch):
             if self.first is None and not _finite(grad):
                 self.first = found
 
-        if x.requires_grad:
+        if x is not None and x.requires_grad:
             x.register_hook(see)
 
 
@@ -160,7 +170,18 @@ def half_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
 
 def _scaled_backward(half: nn.Module, anatomy: Anatomy, batches: list[torch.Tensor], scale: float) -> NonFinite | None:
-    with FirstBackward(anatomy) as watch:
+    try:
+        return _watched_backward(half, FirstBackward(anatomy), batches, scale)
+    except RuntimeError as error:
+        if "modified inplace" not in str(error):
+            raise
+        return _watched_backward(half, FirstBackward(anatomy, exact=False), batches, scale)
+
+
+def _watched_backward(
+    half: nn.Module, watch: FirstBackward, batches: list[torch.Tensor], scale: float
+) -> NonFinite | None:
+    with watch:
         for ids in batches:
             half.zero_grad(set_to_none=True)
             loss = token_loss(half(input_ids=ids, use_cache=False).logits, ids) / ids[:, 1:].numel()

@@ -109,10 +109,16 @@ def _factors(total: torch.Tensor, parts: list[torch.Tensor]) -> list[float] | No
     fitted = torch.linalg.lstsq(columns / scale, t[:, None]).solution.flatten() / scale
     if not bool(((t - columns @ fitted).abs() <= near * (columns * fitted).abs().sum(1)).all()):
         return None
+    if fitted.abs().min() < near:
+        return None  # a part that is not in the sum: a module that adds the stream by itself, say
     return [1.0 if abs(k - 1) < near else k for k in fitted.tolist()]
 
 
 _ATTENTION_WORDS = ("attention", "attn")
+
+
+def _shape(x: torch.Tensor | None) -> torch.Size | None:
+    return None if x is None else x.shape
 
 
 class LayerReader:
@@ -123,7 +129,7 @@ class LayerReader:
         shape = whole.given.shape
         self.deep = calls
         depth = name.count(".") + 1
-        flat = [c for c in calls if c.name.count(".") == depth and c.result is not None and c.result.shape == shape]
+        flat = [c for c in calls if c.name.count(".") == depth and shape == _shape(c.given) == _shape(c.result)]
         self.norms = [c for c in flat if is_norm(c.module)]
         self.heavy = [c for c in flat if not is_norm(c.module) and any(p.ndim > 1 for p in c.module.parameters())]
 

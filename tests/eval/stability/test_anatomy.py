@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from stability_families import FAMILIES, LAYERS, PLACEMENTS, build
+from stability_families import FAMILIES, LAYERS, PLACEMENTS, build, perturb
 from torch import nn
+from transformers import MptConfig, MptForCausalLM
 
 from eval.stability.anatomy import find_anatomy
 from runkit.errors import UserError
@@ -119,6 +120,13 @@ def test_a_layer_that_does_something_else_to_its_stream_is_refused():
     model.model.layers[1].register_forward_hook(lambda module, args, output: output * output.abs())
     with pytest.raises(UserError, match=r"model\.layers\.1 .*cannot be followed: its output is not the stream"):
         find_anatomy(model)
+
+
+def test_a_module_that_adds_the_stream_by_itself_is_refused():
+    """MPT's MLP gives stream + branch: the sum would be right with a factor of 0 for the stream."""
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 96, "max_seq_len": 64}
+    with pytest.raises(UserError, match="cannot be followed"):
+        find_anatomy(perturb(MptForCausalLM(MptConfig(**sizes))))
 
 
 def test_what_is_no_causal_language_model_is_refused():

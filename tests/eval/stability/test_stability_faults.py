@@ -3,7 +3,8 @@
 import pytest
 import torch
 from planted import with_large_branch, with_large_gradient, with_large_stream, with_massive_activation
-from stability_families import VOCABULARY, build
+from stability_families import VOCABULARY, build, perturb
+from transformers import FalconConfig, FalconForCausalLM
 
 from eval.stability.anatomy import find_anatomy
 from eval.stability.data import random_samples
@@ -114,6 +115,16 @@ def test_a_weight_that_fp16_cannot_hold_is_named():
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 4] = 1e6
     assert in_fp16(model)["weights"] == ["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_a_model_that_changes_outputs_in_place_runs_backward_as_well():
+    """Falcon adds its attention's output to its MLP's in place, which autograd's module hooks do not allow."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    model = perturb(FalconForCausalLM(FalconConfig(**sizes)))
+    assert in_fp16(model)["largest_finite_loss_scale"] == 2.0**16
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    assert in_fp16(model, 2.0**16)["backward"]["layer"] in (None, 2)
 
 
 def test_the_fp16_pass_leaves_the_model_as_it_was():
