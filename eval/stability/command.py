@@ -186,9 +186,8 @@ def _certified(certificate: dict[str, Any]) -> str:
             f"{number(certificate['largest_bound'])})."
         )
     free, above, rows = (len(certificate[key]) for key in ("unbounded", "above_limit", "rows"))
-    return (
-        f"By its weights alone FP16 is not certified: {free} of {rows} tensors have no bound, {above} one above 65504."
-    )
+    said = "By its weights alone FP16 is not certified"
+    return f"{said}: of {rows} tensors, {free} have no bound and {above} have one above 65504."
 
 
 def _said(verdict: list[str]) -> str:
@@ -199,6 +198,7 @@ def _table(title: str, measured: Measured) -> Table:
     wide = wide_table(measured.rows)
     skips = wide[wide.sublayer == "layer"].set_index("layer")["skip loss"]
     wide = wide[wide.sublayer != "layer"].copy()
+    wide = wide.drop(columns=["branch max", "kurtosis"])  # for the terminal's width; they are in layers_*.csv
     wide["skip loss"] = wide["skip loss"].where(wide.sublayer != "mlp", wide.layer.map(skips))
     wide = wide[[*wide.columns[:2], *(c for c in wide.columns[2:] if wide[c].notna().any())]]
     text = wide.copy().astype(object)

@@ -59,9 +59,8 @@ def _hub_texts(name: str, config: str | None, split: str) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"cannot read the data set {label}: {type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"cannot read the data set {label}: {said} (--data takes text on disk as well)") from error
 
 
 def read_data(data: str) -> Iterator[str]:

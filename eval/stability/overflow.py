@@ -51,7 +51,7 @@ class _Watch:
             self.words[name, "output"] = ("module", f"the output of {name}", layer)
             self.words[name, "input"] = ("module", f"what {name} reads", layer)
             if type(module).__name__.endswith("Residual"):
-                self.words[name, "output"] = ("stream", f"the residual add {name}", layer)
+                self.words[name, "output"] = ("stream", f"the stream at the residual add {name}", layer)
         for s in anatomy.sublayers:
             before = "" if s.output_norm is None else ", before its output norm"
             for name in filter(None, (s.output_projection and s.output_projection.name, s.name)):
@@ -198,7 +198,8 @@ def first_non_finite(anatomy: Anatomy, batches: list[torch.Tensor], loss_scale: 
     Returns:
         forward, backward: the first non-finite tensor, or None; backward is None as well where the forward pass already
         overflows (`backward_run` is False then). `largest_finite_loss_scale`: the largest power of two, from 2^-8 to
-        2^16, at which all gradients are finite; None where none is. `weights`: parameters that FP16 cannot hold.
+        2^16, at which all gradients are finite, None where none is; `backward_beyond`: what overflows at twice that
+        (None if it is 2^16). `weights`: parameters that FP16 cannot hold.
     """
     half, weights = half_copy(anatomy.model)
     anatomy = _moved(anatomy, half, dict(half.named_modules()))
@@ -217,27 +218,37 @@ def first_non_finite(anatomy: Anatomy, batches: list[torch.Tensor], loss_scale: 
             "backward_run": forward.first is None,
             "loss_scale": loss_scale,
             "largest_finite_loss_scale": None,
+            "backward_beyond": None,
             "weights": weights,
         }
         if forward.first is None:
             first = _scaled_backward(half, anatomy, batches, loss_scale)
             result["backward"] = None if first is None else asdict(first)
-            result["largest_finite_loss_scale"] = _largest_scale(half, anatomy, batches)
+            scale, beyond = _largest_scale(half, anatomy, batches)
+            result["largest_finite_loss_scale"] = scale
+            result["backward_beyond"] = None if beyond is None else asdict(beyond)
     return result
 
 
-def _largest_scale(half: nn.Module, anatomy: Anatomy, batches: list[torch.Tensor]) -> float | None:
-    """The largest 2^k, k from -8 to 16, with finite gradients: 16 itself, or by halving the interval."""
-    if _scaled_backward(half, anatomy, batches, 2.0**16) is None:
-        return 2.0**16
+def _largest_scale(
+    half: nn.Module, anatomy: Anatomy, batches: list[torch.Tensor]
+) -> tuple[float | None, NonFinite | None]:
+    """The largest 2^k, k from -8 to 16, with finite gradients, by halving the interval; and what overflows at twice it.
+
+    2^16 itself is tried first, and nothing beyond it.
+    """
+    first = _scaled_backward(half, anatomy, batches, 2.0**16)
+    if first is None:
+        return 2.0**16, None
     low, high = -9, 16  # low is finite (or untried), high is not
     while high - low > 1:
         middle = (low + high) // 2
-        if _scaled_backward(half, anatomy, batches, 2.0**middle) is None:
+        found = _scaled_backward(half, anatomy, batches, 2.0**middle)
+        if found is None:
             low = middle
         else:
-            high = middle
-    return None if low == -9 else 2.0**low
+            high, first = middle, found
+    return None if low == -9 else 2.0**low, first
 
 
 def _moved(anatomy: Anatomy, model: nn.Module, modules: dict[str, nn.Module]) -> Anatomy:

@@ -101,6 +101,8 @@ def _fp16(fp16: dict[str, Any] | None) -> list[str]:
             said.append("No loss scale down to 2⁻⁸ makes its gradients finite.")
     else:
         said.append(f"Run in FP16, forward and backward pass are finite, up to a loss scale of {scale:g}.")
+        if fp16["backward_beyond"] is not None:
+            said.append(f"Twice that scale, and what is not finite first is {fp16['backward_beyond']['where']}.")
     return said
 
 
@@ -172,9 +174,22 @@ def _attention(rows: pd.DataFrame) -> list[str]:
     ]
 
 
+def overall(record: dict[str, Any], rows: pd.DataFrame) -> str:
+    """The one sentence that comes first: does it survive FP16?"""
+    fp16, value = record.get("fp16"), tightest(rows)["value"]
+    bits = math.log2(FP16_MAX / value) if math.isfinite(value) and value > 0 else -math.inf
+    if bits < 0 or (fp16 is not None and fp16["forward"] is not None):
+        return "This model overflows FP16 in the forward pass."
+    if fp16 is not None and fp16["backward"] is not None:
+        return "This model runs in FP16, but overflows it in the backward pass."
+    if bits < CLOSE:
+        return f"This model fits FP16, but only just: {bits:.1f} bits are left."
+    return f"This model fits FP16, with {bits:.1f} bits to spare" + (" on these samples." if fp16 else ", as measured.")
+
+
 def checkpoint_verdict(record: dict[str, Any], rows: pd.DataFrame) -> list[str]:
     """The sentences for one checkpoint."""
-    said = [_growth(record, rows), _headroom(rows), *_fp16(record.get("fp16"))]
+    said = [overall(record, rows), _growth(record, rows), _headroom(rows), *_fp16(record.get("fp16"))]
     said += [
         *_massive(record["massive_activations"], record.get("outlier")),
         *_gradients(rows),

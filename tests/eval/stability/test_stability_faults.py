@@ -101,7 +101,7 @@ def test_the_largest_loss_scale_is_the_largest_that_is_finite():
     scale = in_fp16(model)["largest_finite_loss_scale"]
     assert scale is not None
     assert in_fp16(model, scale)["backward"] is None
-    assert in_fp16(model, 2 * scale)["backward"] is not None
+    assert in_fp16(model, 2 * scale)["backward"] == in_fp16(model)["backward_beyond"]
 
 
 def test_a_sound_model_is_finite_in_fp16_at_the_usual_loss_scale():
@@ -132,3 +132,13 @@ def test_the_fp16_pass_leaves_the_model_as_it_was():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     in_fp16(model)
     assert all(p.dtype == torch.float32 and torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_the_first_sentence_says_whether_fp16_holds_the_model():
+    def first(model):
+        options = Options(backward_samples=0, skip_samples=0, fp16_samples=2)
+        return measure(model, SAMPLES, options).record["verdict"][0]
+
+    assert first(with_large_branch("glm4")) == "This model overflows FP16 in the forward pass."
+    assert first(with_large_gradient()) == "This model runs in FP16, but overflows it in the backward pass."
+    assert "bits to spare" in first(build("llama"))
