@@ -167,6 +167,8 @@ class _Bench:
             "parameters": sum(p.numel() for p in network.parameters()),
             "versions": self.environment["versions"],
         }
+        if samples.described["overlapping"]:
+            entry["verdict"] = [*entry["verdict"], "The text is short: the samples overlap."]
         if certificate is not None:
             entry["verdict"] = [*entry["verdict"], _certified(certificate)]
         records.write(measured, entry, certificate)
@@ -222,6 +224,7 @@ def _measure_model(bench: _Bench, model: Model) -> None:
         weights = hash_of(checkpoint)
         if not args.again and records.has(checkpoint.step, bench.asked, weights):
             tqdm.write(f"{model.name} step {checkpoint.step}: measured already ({records.table(checkpoint.step)})")
+            tqdm.write(_said(records.entry(checkpoint.step)["verdict"]))
             continue
         bench.checkpoint(model, checkpoint, records, weights)
     if records.old.get("growth"):

@@ -48,8 +48,10 @@ class _Watch:
             layer = next(
                 (i for i, (n, _) in enumerate(anatomy.layers, start=1) if name == n or name.startswith(f"{n}.")), None
             )
-            self.words[name, "output"] = ("module", f"the output of {name}", layer)
-            self.words[name, "input"] = ("module", f"what {name} reads", layer)
+            owner = next((s for s in anatomy.sublayers if name.startswith(f"{s.name}.")), None)
+            inside = "" if owner is None else f", inside the {owner.kind} of layer {owner.layer}"
+            self.words[name, "output"] = ("module", f"the output of {name}{inside}", layer)
+            self.words[name, "input"] = ("module", f"what {name} reads{inside}", layer)
             if type(module).__name__.endswith("Residual"):
                 self.words[name, "output"] = ("stream", f"the stream at the residual add {name}", layer)
         for s in anatomy.sublayers:

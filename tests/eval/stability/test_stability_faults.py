@@ -70,6 +70,16 @@ def test_an_overflow_before_an_output_norm_is_named_as_the_module_s_output(famil
     assert found["where"] == f"the output of the {kind} of layer 2 ({module}), before its output norm"
 
 
+def test_an_overflow_inside_a_module_is_named_by_the_product_that_made_it():
+    """The product of gate and up is no module's output: it is what the down projection reads."""
+    model = build("llama")
+    with torch.no_grad():
+        for matrix in (model.model.layers[1].mlp.gate_proj, model.model.layers[1].mlp.up_proj):
+            matrix.weight.mul_(3e3)
+    found = in_fp16(model)["forward"]
+    assert found["where"] == "what model.layers.1.mlp.down_proj reads, inside the mlp of layer 2"
+
+
 def test_a_stream_of_peri_llama_that_overflows_is_named_by_its_residual_module():
     model = build("peri_llama:pre")
     with torch.no_grad():
