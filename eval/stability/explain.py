@@ -128,14 +128,17 @@ def _history(same: pd.DataFrame, step: int) -> list[str]:
 
 
 def _layers_text(layers: Sequence[int], deepest: int) -> str:
-    layers = sorted({int(layer) for layer in layers})
-    if not layers:
+    found = sorted({int(layer) for layer in layers})
+    if not found:
         return "no layer"
-    if layers == list(range(layers[0], deepest + 1)):
-        return f"layer {layers[0]}" + (f" and every layer after it, to {deepest}" if len(layers) > 1 else " (the last)")
-    if layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 1:
-        return f"layers {layers[0]} to {layers[-1]}"
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+    if found[0] == 0:
+        rest = _layers_text(found[1:], deepest) if len(found) > 1 else ""
+        return f"the embedding and {rest}" if rest else "the embedding"
+    if found == list(range(found[0], deepest + 1)):
+        return f"layer {found[0]}" + (f" and every layer after it, to {deepest}" if len(found) > 1 else " (the last)")
+    if found == list(range(found[0], found[-1] + 1)) and len(found) > 1:
+        return f"layers {found[0]} to {found[-1]}"
+    return f"layer{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"
 
 
 def _spread(peaks: pd.DataFrame, step: int) -> list[str]:
@@ -234,9 +237,9 @@ def _limits(records: Records, step: int | None) -> list[str]:
         elif step is not None and step not in steps:
             before = [s for s in steps if s < step]
             last = f"the last before it is step {before[-1]}" if before else "none was before it"
-            said.append(f"there is no flight recorder; layers/ has no statistics of step {step} ({last})")
+            said.append(f"there is no flight record; layers/ has no statistics of step {step} ({last})")
         else:
-            said.append(f"there is no flight recorder, layers/ has statistics of {steps_text(steps)} alone")
+            said.append(f"there is no flight record, layers/ has statistics of {steps_text(steps)} alone")
     if not records.metrics:
         said.append("there is no metrics.jsonl, so that loss, gradient norm and skips are not known")
     return [f"Not known: {'; '.join(said)}."] if said else []
@@ -274,9 +277,12 @@ def explain(run: Path) -> str:
 
 def _course(records: Records, real: list[dict[str, Any]], peaks: pd.DataFrame) -> list[str]:
     first, rest = real[0], real[1:]
-    lines = [f"First: {event_text(first)}.", *_turn(records.metrics)]
     overflow = next((e for e in real if e.get("kind") == "skip" and e.get("skip_kind") == "forward"), None)
     lost = _overflow(peaks, overflow["step"] if overflow else None)
+    lines = [f"First: {event_text(first)}."]
+    if first is not overflow:
+        lines += _largest(peaks, first["step"]) + _gradients(records.rows, first["step"])
+    lines += _turn(records.metrics)
     if overflow and overflow is not first:
         lines.append(f"Overflow: {event_text(overflow)}.")
     lines += lost
@@ -285,8 +291,6 @@ def _course(records: Records, real: list[dict[str, Any]], peaks: pd.DataFrame) -
             "the module above is all that is known" if overflow.get("module") else "which module it was is not known"
         )
         lines.append(f"Where: every recorded value was finite at the recorded steps; {known}.")
-    if first is not overflow:
-        lines += _largest(peaks, first["step"]) + _gradients(records.rows, first["step"])
     bad = peaks.step[~peaks.value.map(math.isfinite)]
     lines += _growth(peaks, int(bad.min()) - 1 if len(bad) else first["step"])
     return lines + _after(rest)

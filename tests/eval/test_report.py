@@ -102,7 +102,7 @@ def test_what_is_not_drawn_is_named_with_what_it_needs(page):
 
 def test_a_diverged_run_is_explained(page):
     assert "Overflow: step 86 was skipped: the forward pass was not finite" in page.words
-    assert "Not known: there is no flight recorder" in page.words
+    assert "Not known: there is no flight record" in page.words
 
 
 def test_links_lead_somewhere(page):
