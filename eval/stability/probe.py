@@ -98,11 +98,7 @@ class Probe:
 
             def see(side: str, x: torch.Tensor | None, kind=kind, inner=inner) -> None:
                 if x is not None and x.numel():
-                    low, high = x.detach().aminmax()
-                    largest = max(-low.item(), high.item())
-                    key = (layer, kind, f"{side}:{inner}")
-                    known = self.peaks.get(key, 0.0)
-                    self.peaks[key] = largest if math.isnan(largest) else max(known, largest)
+                    self._peak((layer, kind, f"{side}:{inner}"), x)
 
             self._handles.append(leaf.register_forward_hook(lambda m, a, o, see=see: see("output", first_tensor(o))))
             if getattr(getattr(leaf, "weight", None), "ndim", 0) == 2:
@@ -110,6 +106,12 @@ class Probe:
                     lambda m, a, k, see=see: see("input", input_tensor(a, k)), with_kwargs=True
                 )
                 self._handles.append(hook)
+
+    def _peak(self, key: tuple[int, str, str], x: torch.Tensor) -> None:
+        """Keep the largest |x|; NaN counts as the largest of all."""
+        low, high = (bound.item() for bound in x.detach().aminmax())
+        known, largest = self.peaks.get(key, 0.0), max(-low, high)
+        self.peaks[key] = math.nan if math.isnan(known) or math.isnan(low) else max(known, largest)
 
     def start(self, first_sample: int) -> None:
         """Before a pass over a batch whose first row is sample number `first_sample`."""
@@ -126,9 +128,7 @@ class Probe:
             sums = self.shares.setdefault((s.layer, s.kind), [0.0, 0])
             sums[0] += (branch / x.clamp(min=1e-300)).sum().item()
             sums[1] += x.numel()
-        key = (self.anatomy.num_layers, "final", "logits")
-        low, high = logits.aminmax()
-        self.peaks[key] = max(self.peaks.get(key, 0.0), -low.item(), high.item())
+        self._peak((self.anatomy.num_layers, "final", "logits"), logits)
         self.loss_sum += token_loss(logits, ids).double().item()
         self.predicted += ids[:, 1:].numel()
         self._batch.clear()

@@ -10,6 +10,7 @@ from eval.stability.anatomy import find_anatomy
 from eval.stability.attention import AttentionProbe
 from eval.stability.backward import backward_rows
 from eval.stability.data import random_samples
+from eval.stability.moments import Moments
 from eval.stability.probe import Probe
 from eval.stability.redundancy import Angles, skip_losses, skipped
 
@@ -253,3 +254,15 @@ def test_peaks_of_inner_tensors_are_measured_too():
     assert rows[1, "mlp", "input:mlp.down_proj", "max_abs"] == pytest.approx(expected, rel=1e-5)
     bits = math.log2(65504 / expected)
     assert rows[1, "mlp", "input:mlp.down_proj", "headroom_bits"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_what_is_not_finite_is_shown_and_not_averaged_away():
+    moments = Moments()
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    x[1, 2, 3] = math.nan
+    moments.add(torch.ones(1, 3, 4), 0)
+    moments.add(x, 1)
+    moments.add(100 * torch.ones(1, 3, 4), 3)
+    stats = moments.stats()
+    assert math.isnan(stats["max_abs"]) and math.isnan(stats["headroom_bits"]) and moments.not_finite == 1
+    assert (stats["max_sample"], stats["max_token"], stats["max_channel"]) == (2, 2, 3)
