@@ -12,7 +12,7 @@ from runkit.looks import colour_of, marker_of
 from ..records import Frames
 from .catalogue import CATALOGUE, Entry
 from .pieces import NotRecorded, image_bytes, settings
-from .selection import View, of_size, sizes, view_of
+from .selection import View, of_size, plain_placements, sizes, view_of
 
 __all__ = ["CATALOGUE", "Drawing", "colour_of", "draw", "draw_all", "drawings", "marker_of"]
 
@@ -44,8 +44,9 @@ def draw(name: str, view: View, kinds: Sequence[str] = ("png",)) -> Drawing:
     with settings():
         try:
             chosen, note = _sized(entry, view)
+            chosen, changed = plain_placements(chosen) if entry.plain else (chosen, "")
             drawn = entry.draw(chosen)
-            words, images = drawn.caption + note, {kind: image_bytes(drawn.figure, kind) for kind in kinds}
+            words, images = drawn.caption + changed + note, {kind: image_bytes(drawn.figure, kind) for kind in kinds}
         except NotRecorded as error:
             words, images = str(error), {}
     return Drawing(name, entry.title, entry.paper, entry.alt, words, images)

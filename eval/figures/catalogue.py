@@ -15,7 +15,8 @@ class Entry:
     """A figure: what it is called, what the paper's shows, and how it is drawn.
 
     `sizes` are the paper's, drawn where the runs have them; `like` names a figure that shows the same of other sizes,
-    so that `all` draws this one only for runs of its own sizes.
+    so that `all` draws this one only for runs of its own sizes. `plain`: runs that change something about their
+    placement (gamma frozen, ...) are left out where there are others, as in the paper.
     """
 
     title: str
@@ -24,6 +25,7 @@ class Entry:
     draw: Callable[[View], Drawn]
     sizes: tuple[str, ...] = ()
     like: str = ""
+    plain: bool = False
 
 
 _COMPARED = "Line plots of training loss, and of gradient norm on a log axis, against the step"
@@ -69,6 +71,7 @@ def _hidden(number: str, size: str) -> Entry:
         depth.hidden_state,
         (size,),
         "" if number == "5" else "5",
+        plain=True,
     )
 
 
@@ -79,6 +82,7 @@ CATALOGUE: dict[str, Entry] = {
         "A panel a placement: variance of the residual stream against depth on a log axis, a line a recorded step.",
         depth.growth,
         ("1.5B",),
+        plain=True,
     ),
     "3a": Entry(
         "Final loss by learning rate",
@@ -86,6 +90,7 @@ CATALOGUE: dict[str, Entry] = {
         "there, in Figure 8.",
         f"{_RATES}; a panel a model size.",
         sweeps.by_size,
+        plain=True,
     ),
     "3b": Entry(
         "Training loss at each placement's best learning rate",
@@ -93,6 +98,7 @@ CATALOGUE: dict[str, Entry] = {
         "Line plot of training loss against the step, a line a placement.",
         training.best(("loss",)),
         ("400M",),
+        plain=True,
     ),
     "3c": Entry(
         "Gradient norm at each placement's best learning rate",
@@ -100,6 +106,7 @@ CATALOGUE: dict[str, Entry] = {
         "Line plot of the gradient norm on a log axis against the step, a line a placement.",
         training.best(("grad_norm",)),
         ("400M",),
+        plain=True,
     ),
     "4": Entry(
         "Gamma of the output norms frozen at 1",
@@ -114,6 +121,7 @@ CATALOGUE: dict[str, Entry] = {
         "Line plots of norm and variance of each layer's gradient on log axes, at initialization and at the end.",
         depth.gradient_by_layer,
         ("1.5B",),
+        plain=True,
     ),
     "7a": Entry(
         "Angular distance between layers at initialization",
@@ -121,6 +129,7 @@ CATALOGUE: dict[str, Entry] = {
         f"{_DISTANCES}, at initialization.",
         redundancy.distances(last=False),
         ("400M",),
+        plain=True,
     ),
     "7b": Entry(
         "Gamma of the output norms over training",
@@ -135,6 +144,7 @@ CATALOGUE: dict[str, Entry] = {
         f"{_DISTANCES}, at the end of training.",
         redundancy.distances(last=True),
         ("400M",),
+        plain=True,
     ),
     "7d": Entry(
         "Angular distance with gamma frozen at 1",
@@ -156,6 +166,7 @@ CATALOGUE: dict[str, Entry] = {
         training.best(("loss", "grad_norm")),
         ("3.2B", "1.5B"),
         "3b",
+        plain=True,
     ),
     "10": _hidden("10", "3.2B"),
     "11": _hidden("11", "400M"),

@@ -14,10 +14,12 @@ from .pieces import (
     NotRecorded,
     curves,
     grid,
+    hide_empty,
     legend,
     log_axis,
     step_colours,
     whole_numbers,
+    wrapped,
 )
 from .probes import by_depth, layer_rows, source_words
 from .selection import View, at_best_rate, rates_words, seeds_words, sizes
@@ -126,11 +128,10 @@ def growth(view: View) -> Drawn:
         infinite = not np.isfinite(of.y).all()
         ended |= infinite
         title = view.label(series) + (f", {size}" if several else "") + ("" if len(alive) else " (diverged)")
-        ax.set_title(title + (" (not finite at a step)" if infinite and len(alive) else ""))
+        ax.set_title(wrapped(title + (" (not finite at a step)" if infinite and len(alive) else ""), columns))
         whole_numbers(ax)
         log_axis(ax)
-    for ax in list(axes.flat)[len(cells) :]:
-        ax.set_visible(False)
+    hide_empty(axes, len(cells))
     for ax in axes[:, 0]:
         ax.set_ylabel("variance of the stream")
     figure.supxlabel(DEPTH, fontsize=9.5)
@@ -178,7 +179,7 @@ def output_gamma(view: View) -> Drawn:
                 ax.plot(mean.index, mean.to_numpy(float), color=colours(norm(layer)), marker=mark)
             where = f"{view.label(series)}, {rate_text(rate)}" + (f", {size}" if several else "")
             name = {"attn": "attention", "mlp": "MLP"}[sublayer]
-            ax.set_title(f"{where}\n{name}" + ("" if len(alive) else " (diverged)"))
+            ax.set_title(wrapped(where, 2) + f"\n{name}" + ("" if len(alive) else " (diverged)"))
             ax.margins(y=0.1)
             low, high = ax.get_ylim()
             if high - low < 0.02:  # equal values are a line, not the noise of their last digit

@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from ..records import FP16_MAX, rate_text, recorded_steps
 from .depth import STREAM, panels
-from .pieces import DEPTH, Drawn, NotRecorded, curves, grid, legend, plain, whole_numbers
+from .pieces import DEPTH, Drawn, NotRecorded, curves, grid, hide_empty, legend, plain, whole_numbers, wrapped
 from .probes import by_depth, layer_rows, source_words
 from .selection import View, at_best_rate, rates_words, seeds_words, sizes
 
@@ -111,9 +111,8 @@ def headroom_map(view: View) -> Drawn:
         least = "overflow" if (bits < 0).any() else f"least {np.nanmin(bits):.1f} bits"
         name = f"{used.label(series)}, {rate_text(rate).replace('learning ', '')}" + (f", {size}" if several else "")
         ended = "" if not lost else " (diverged)" if lost == len(same) else f" ({lost} of {len(same)} diverged)"
-        ax.set_title(f"{name}{ended}\n{least}", fontsize=8.5)
-    for ax in list(axes.flat)[len(cells) :]:
-        ax.set_visible(False)
+        ax.set_title(wrapped(f"{name}{ended}\n{least}", columns), fontsize=8.5)
+    hide_empty(axes, len(cells))
     for ax in axes[:, 0]:
         ax.set_ylabel("layer")
     figure.supxlabel("step", fontsize=9.5)

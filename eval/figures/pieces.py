@@ -1,6 +1,7 @@
 """What every figure is made of: axes, lines with their marks, legends, and the bytes of a finished figure."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,6 +104,21 @@ def curves(ax: Axes, data: pd.DataFrame, view: View, runs: pd.DataFrame, markers
         every = max(1, len(whole) // 20)
         mark = {"marker": look.marker, "markevery": every} if markers else {}
         ax.plot(whole.index, whole.to_numpy(), linewidth=2.0, linestyle=look.style, **mark, **style)
+
+
+def wrapped(title: str, columns: int) -> str:
+    """A panel's title, broken so that it stays above its own panel."""
+    width = {1: 90, 2: 38, 3: 26}[columns]
+    return "\n".join(line for part in title.split("\n") for line in textwrap.wrap(part, width) or [""])
+
+
+def hide_empty(axes: np.ndarray, used: int) -> None:
+    """Hide what a grid has beyond its panels, and label the axes above."""
+    for i, ax in enumerate(axes.flat):
+        if i >= used:
+            ax.set_visible(False)
+        elif i + axes.shape[1] >= used:
+            ax.tick_params(labelbottom=True)
 
 
 def log_axis(ax: Axes) -> None:

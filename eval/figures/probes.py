@@ -57,8 +57,8 @@ def bench_report(frames: Frames, run: str) -> dict[str, Any]:
 def layer_rows(view: View, tensor: str, what: str, stats: Iterable[str], edges: bool = False) -> pd.DataFrame:
     """Rows of one tensor's statistics, with a column `source`: `bench` or `trainer`.
 
-    A run's rows come from one source: the bench's where it measured the tensor, at more than one step or where the
-    trainer recorded no more. With `edges` only the first and the last step are wanted, and each is the bench's where
+    A run's rows come from one source: the bench's where it has several steps from as early on as the trainer's, or more
+    of them. With `edges` only the first and the last step are wanted, and each is the bench's where
     it has that step (or, for the last, one in the last tenth), else the trainer's.
 
     Raises:
@@ -77,7 +77,7 @@ def layer_rows(view: View, tensor: str, what: str, stats: Iterable[str], edges: 
         if edges and len(a) and len(b):
             parts += _edges(a, b)
         else:
-            parts.append(a if len(a) and (a.step.nunique() > 1 or b.step.nunique() < 2) else b)
+            parts.append(a if _covers(a, b) else b)
     found = _concat(parts, [*view.frames.layers.columns, "source"])
     if found.empty:
         raise NotRecorded(
@@ -85,6 +85,15 @@ def layer_rows(view: View, tensor: str, what: str, stats: Iterable[str], edges: 
             f"writes them), or {BENCH}."
         )
     return found.assign(step=found.step.astype(float), value=found.value.astype(float))
+
+
+def _covers(bench: pd.DataFrame, trainer: pd.DataFrame) -> bool:
+    """Whether the bench's rows tell a course over steps as well as the trainer's: as early on, or with more steps."""
+    if bench.empty or trainer.empty:
+        return len(bench) > 0
+    steps = bench.step.nunique(), trainer.step.nunique()
+    early = bench.step.min() <= trainer.step.min()
+    return (early and steps[0] > 1) or steps[0] > steps[1] or steps[1] < 2
 
 
 def _edges(bench: pd.DataFrame, trainer: pd.DataFrame) -> list[pd.DataFrame]:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..records import listed
-from .pieces import DPI, WIDTH, Drawn, NotRecorded, curves, legend, whole_numbers
+from .pieces import DPI, WIDTH, Drawn, NotRecorded, curves, legend, whole_numbers, wrapped
 from .probes import BENCH, angle_rows
 from .selection import View, at_best_rate, rates_words, seeds_words, sizes
 
@@ -48,7 +48,7 @@ def _draw(used: View, rows: pd.DataFrame, when: str) -> Drawn:
     for i, ((size, series), same) in enumerate(cells):
         ax = figure.add_subplot(parts[len(tops) + i // columns, i % columns])
         _pairs(ax, rows[rows.run.isin(same.run)], norm)
-        ax.set_title(used.label(series) + (f", {size}" if several else ""))
+        ax.set_title(wrapped(used.label(series) + (f", {size}" if several else ""), columns))
         maps.append(ax)
     bar = figure.colorbar(cm.ScalarMappable(norm, "viridis"), ax=maps, aspect=24)
     bar.set_label("angular distance / pi")

@@ -21,6 +21,7 @@ PAPER_SIZES = {"400M": 4.0e8, "1.5B": 1.5e9, "3.2B": 3.2e9}
 LONGEST_LABEL = 44
 _OWN_COLOURS = (OTHER_COLOUR, "#222222", "#9C6B4E", "#5B4FA2")
 _OWN_MARKERS = ("d", "p", "X", "<", ">", "H")
+_SHADES = ((0, 0.0), (0, 0.5), (1, 0.45), (0, 0.75))  # towards black or white, by how much
 _STYLES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
 
 
@@ -102,17 +103,32 @@ def count_text(n: float) -> str:
     return "?" if n is None or math.isnan(n) else _count(n)
 
 
-def size_of(run: pd.Series) -> str:
-    """A model's size: the paper's name where it fits, else its parameters without embeddings, else its shape."""
-    found = run.parameters_non_embedding if pd.notna(run.parameters_non_embedding) else run.parameters
-    if pd.notna(found):
-        for name, size in PAPER_SIZES.items():
-            if abs(found / size - 1) < 0.1:
-                return name
-        return f"{_count(found)} parameters"
-    if pd.notna(run.num_layers) and pd.notna(run.hidden_size):
-        return f"{run.num_layers:g} layers x {run.hidden_size:g}"
-    return "size not recorded"
+def sizes_of(runs: pd.DataFrame) -> pd.Series:
+    """The model size of each run: the paper's name where it fits, else parameters without embeddings, else the shape.
+
+    Runs of one shape have one size, though a norm more or less, or a frozen one, changes their parameters a little.
+    """
+    counts = runs.parameters_non_embedding.fillna(runs.parameters)
+    shapes = runs[["num_layers", "hidden_size", "intermediate_size"]].apply(
+        lambda row: " x ".join(map(str, row)), axis=1
+    )
+    shapes = shapes.where(runs.num_layers.notna() & runs.hidden_size.notna(), counts.astype(str))
+    names = {}
+    for shape, same in runs.groupby(shapes):
+        count = counts[same.index].max()
+        first = same.iloc[0]
+        if pd.notna(count):
+            near = [name for name, size in PAPER_SIZES.items() if abs(count / size - 1) < 0.1]
+            names[shape] = near[0] if near else f"{_count(count)} parameters"
+        elif pd.notna(first.num_layers) and pd.notna(first.hidden_size):
+            names[shape] = f"{first.num_layers:g} layers x {first.hidden_size:g}"
+        else:
+            names[shape] = "size not recorded"
+    for shape, name in list(names.items()):  # two shapes with as many parameters are two sizes
+        if list(names.values()).count(name) > 1 and name not in PAPER_SIZES:
+            first = runs[shapes == shape].iloc[0]
+            names[shape] = f"{name} ({first.num_layers:g} x {first.hidden_size:g})"
+    return shapes.map(names)
 
 
 def _describe(frames: Frames, run: pd.Series) -> dict[str, Any]:
@@ -123,7 +139,6 @@ def _describe(frames: Frames, run: pd.Series) -> dict[str, Any]:
     return {
         "variant": ", ".join(changes),
         "series": ", ".join([run.placement, *changes]),
-        "size": size_of(run),
         "tokens": float(steps) * float(batch) * float(length),
         "warmup": optimizer.get("warmup"),
         "norm_type": model.get("norm_type", "rmsnorm"),
@@ -144,10 +159,10 @@ def looks_of(runs: pd.DataFrame) -> dict[str, Look]:
             marker = _OWN_MARKERS[len(own) % len(_OWN_MARKERS)]
             own.append(placement)
         for i, series in enumerate(sorted(same.series.unique(), key=lambda s: (s != placement, s))):
-            # A variant is the placement's colour, darker each time: told from it by its dashes as well.
-            red, green, blue = mpl.colors.to_rgb(colour)
-            shade = 0.62**i
-            looks[series] = Look((red * shade, green * shade, blue * shade), marker, _STYLES[i % len(_STYLES)])
+            # A variant is the placement's colour, darker or paler: told from it by its dashes as well.
+            towards, share = _SHADES[i % len(_SHADES)]
+            rgb = tuple(c + (towards - c) * share for c in mpl.colors.to_rgb(colour))
+            looks[series] = Look(rgb, marker, _STYLES[i % len(_STYLES)])
     return looks
 
 
@@ -156,8 +171,10 @@ def view_of(frames: Frames, rates: Sequence[float] | None = None) -> View:
     runs = frames.pretrained
     more = pd.DataFrame([_describe(frames, run) for _, run in runs.iterrows()], index=runs.index)
     runs = pd.concat([runs, more], axis=1)
-    for column in ("parameters", "parameters_non_embedding", "num_layers", "warmup", "sequence_length", "steps"):
+    numbers = ("parameters", "parameters_non_embedding", "num_layers", "hidden_size", "intermediate_size")
+    for column in (*numbers, "warmup", "sequence_length", "steps"):
         runs[column] = pd.to_numeric(runs[column], errors="coerce")
+    runs["size"] = sizes_of(runs)
     long = [series for series in runs.series.unique() if len(series) > LONGEST_LABEL]
     looks = looks_of(runs)
     order = {series: i for i, series in enumerate(looks)}
@@ -195,6 +212,15 @@ def common_protocol(view: View) -> tuple[View, str]:
     left = len(view.runs) - len(runs)
     words = f" Left out: {left} of {len(view.runs)} runs, of another sequence length, warm-up or token budget."
     return view.of(runs), words if left else ""
+
+
+def plain_placements(view: View) -> tuple[View, str]:
+    """The runs that change nothing about their placement, where there are any; and, in words, which are left out."""
+    found = view.of(view.runs[view.runs.variant == ""])
+    if found.runs.empty or len(found.runs) == len(view.runs):
+        return view, ""
+    others = [view.label(series) for series in view.runs.series.unique() if series not in set(found.runs.series)]
+    return found, f" Left out, as they change a placement: {'; '.join(others)}."
 
 
 def best_rates(view: View) -> pd.DataFrame:

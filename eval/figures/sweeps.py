@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from .pieces import Drawn, NotRecorded, grid, legend, plain, rate_axis
+from .pieces import Drawn, NotRecorded, grid, hide_empty, legend, plain, rate_axis, wrapped
 from .selection import View, common_protocol, count_text, seeds_words, sizes
 from .training import metrics_of
 
@@ -25,9 +25,8 @@ def _draw(view: View, rows: Sequence[tuple[str, View]]) -> Drawn:
     figure, axes = grid(-(-len(rows) // columns), columns, row_height=2.9)
     for ax, (title, of) in zip(axes.flat, rows, strict=False):
         _panel(ax, view, of.runs[of.runs.run.isin(used.runs.run)])
-        ax.set(title=title, xlabel="learning rate")
-    for ax in list(axes.flat)[len(rows) :]:
-        ax.set_visible(False)
+        ax.set(title=wrapped(title, columns), xlabel="learning rate")
+    hide_empty(axes, len(rows))
     for ax in axes[:, 0]:
         ax.set_ylabel("final training loss\n(nats a token)")
     cross = [plain("diverged", linestyle="", marker="x", markersize=7, markeredgewidth=2)]

@@ -242,6 +242,7 @@ def _events(ax: Axes, view: View, metrics: pd.DataFrame) -> list[str]:
     ax.set(ylim=(len(labels) - 0.4, -0.6), xlabel="step")
     whole_numbers(ax)
     ax.grid(axis="y", visible=False)
-    ax.tick_params(axis="y", labelsize=8.5, labelcolor=DARK)
+    size = 8.5 if max(map(len, labels)) < 34 else 7.0
+    ax.tick_params(axis="y", labelsize=size, labelcolor=DARK)
     found = set(metrics.skip_kind.dropna())
     return [k for k in SKIP_MARKERS if k in found] + sorted(found - set(SKIP_MARKERS))
