@@ -9,6 +9,7 @@ import pandas as pd
 from runkit.folder import read_json
 
 from .figures.probes import bench_report, data_words
+from .figures.selection import view_of
 from .records import FP16_MAX, Frames, printable, rate_text
 from .stability.explain import explain
 
@@ -48,8 +49,6 @@ def certificate_words(certificate: dict[str, Any], of: str = "") -> list[str]:
         top = max(bounded, key=lambda row: row["bound"])
         said += f", the largest {top['bound']:,.4g} ({_place(top)}); {len(above)} of the bounds lie above {limit:,.0f}"
     sentences = [f"{said}."]
-    if certificate.get("certified") is True:
-        sentences.append("No input can overflow FP16, as far as exact arithmetic goes.")
     free = [row for row in rows if not isinstance(row.get("bound"), (int, float))]
     if free:
         reasons = list(dict.fromkeys(str(row["why"]) for row in free if row.get("why")))
@@ -75,13 +74,13 @@ def _certificate(folder: Path) -> list[str]:
 def bench(frames: Frames) -> list[dict[str, Any]]:
     """A mapping for each run of which there is something to say: name, explained, verdict, measured, certificate."""
     said = []
-    for _, run in frames.pretrained.iterrows():
+    for _, run in view_of(frames).runs.iterrows():
         folder = frames.folders.get(run.run)
         if folder is None:
             continue
         report = bench_report(frames, run.run)
         entry = {
-            "name": f"{run.placement}, {rate_text(run.learning_rate)}, seed {run.seed}",
+            "name": f"{run.series}, {rate_text(run.learning_rate)}, seed {run.seed}",
             "explained": _explained(folder, run),
             "verdict": _sentences(report),
             "measured": f"The stability bench, on {data_words(report)}:",

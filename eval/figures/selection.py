@@ -112,7 +112,7 @@ def sizes_of(runs: pd.DataFrame) -> pd.Series:
     shapes = runs[["num_layers", "hidden_size", "intermediate_size"]].apply(
         lambda row: " x ".join(map(str, row)), axis=1
     )
-    shapes = shapes.where(runs.num_layers.notna() & runs.hidden_size.notna(), counts.astype(str))
+    shapes = shapes.where(runs.num_layers.notna() & runs.hidden_size.notna(), counts.map(str))
     names = {}
     for shape, same in runs.groupby(shapes):
         count = counts[same.index].max()

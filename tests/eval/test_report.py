@@ -55,7 +55,7 @@ def sentences(path: Path) -> str:
     return " ".join(" ".join([head, *more]) for head, more in verdict(frames, stability(frames).numbers))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # the slow tests of this file run long after the others
 def demo(tmp_path_factory) -> Path:
     """A demo with its report, and what the command printed."""
     path = write_demo(tmp_path_factory.mktemp("runs") / "demo")
@@ -166,7 +166,8 @@ def test_the_browser_would_complain(tmp_path):
     pytest.importorskip("aiohttp", reason="the DevTools protocol is spoken through aiohttp")
     page = tmp_path / "bad.html"
     page.write_text(
-        "<!DOCTYPE html><title>x</title><p style='width:900px'>wide</p><img src='gone.png'>"
+        "<!DOCTYPE html><meta name=viewport content='width=device-width'>"
+        "<title>x</title><p style='width:900px'>wide</p><img src='gone.png'>"
         "<script>console.error('complaint'); undefinedFunction()</script>"
     )
     seen = look(page, 400)
