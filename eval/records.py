@@ -405,16 +405,6 @@ def rate_text(rate: float) -> str:
     return f"learning rate {rate:g}"
 
 
-def drawn_from(frames: Frames, found: pd.DataFrame) -> str:
-    """Which seeds a figure was drawn from."""
-    runs = frames.pretrained[frames.pretrained.run.isin(found.run.unique())]
-    parts = []
-    for rate, same in runs.groupby("learning_rate"):
-        counts = same.groupby("placement", sort=False).size()
-        parts.append(f"{rate_text(rate)}: " + ", ".join(f"{p} {n}" for p, n in counts.items()))
-    return f"Seeds drawn, by placement: {'; '.join(parts)}."
-
-
 def recorded_steps(data: pd.DataFrame) -> str:
     """The steps that were recorded: `step 0`, `steps 0 to 200, 5 recorded`."""
     steps = sorted({int(step) for step in data.step})

@@ -40,7 +40,7 @@ _NORM_ON = (
 def _embedding_norm(number: str, size: str) -> Entry:
     sentence = _NORM_ON.format(size.lower())
     return Entry(
-        "Embedding norm on and off",
+        f"Embedding norm on and off ({size})" if number != "16" else "Embedding norm on and off",
         f"The paper's Figure {number} compares Peri-LN with and without a norm on the embedding, {size}.",
         f"{_COMPARED}, with and without a norm on the embedding.",
         training.switched("embedding_norm", (True, False), sentence),
@@ -51,7 +51,7 @@ def _embedding_norm(number: str, size: str) -> Entry:
 
 def _olmo2(number: str, size: str) -> Entry:
     return Entry(
-        "OLMo 2 style against Peri-LN",
+        f"OLMo 2 style against Peri-LN ({size})" if number != "20" else "OLMo 2 style against Peri-LN",
         f"The paper's Figure {number} compares Peri-LN with output norms and QK-norm (OLMo 2), {size}; the last 5B of "
         "30B tokens.",
         f"{_COMPARED}, of Peri-LN and of output norms with QK-norm.",
@@ -63,7 +63,7 @@ def _olmo2(number: str, size: str) -> Entry:
 
 def _hidden(number: str, size: str) -> Entry:
     return Entry(
-        "Hidden state over depth",
+        f"Hidden state over depth ({size})" if number != "5" else "Hidden state over depth",
         f"The paper's Figure {number} shows mean absolute value and variance of the hidden state by layer, {size}, on "
         "1,000 WikiText samples.",
         "Line plots of mean absolute value and variance of the residual stream against depth, log axes, at "

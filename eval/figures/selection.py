@@ -250,12 +250,16 @@ def rates_words(view: View) -> str:
         return f"All at {rate_text(best.learning_rate.iloc[0])}."
     several = best["size"].nunique() > 1
     named = [f"{view.label(r.series)}{f' ({r.size})' if several else ''} {r.learning_rate:g}" for r in _rows(best)]
-    return f"Learning rates, each series' own with the lowest final loss: {', '.join(named)}."
+    return f"Learning rates, each series' own with the lowest final loss: {_joined(named)}."
 
 
 def _rows(frame: pd.DataFrame) -> list[Any]:
     # `size` is an attribute of every tuple of pandas only as a column's name: itertuples keeps it.
     return list(frame.itertuples(index=False))
+
+
+def _joined(parts: list[str]) -> str:
+    return ("; " if any("," in part for part in parts) else ", ").join(parts)
 
 
 def seeds_words(view: View, found: pd.Series) -> str:
@@ -265,4 +269,4 @@ def seeds_words(view: View, found: pd.Series) -> str:
     for series, same in runs.groupby("series", sort=False):
         lost = (same.status == "diverged").sum()
         parts.append(f"{view.label(series)} {len(same)}" + (f" ({lost} diverged)" if lost else ""))
-    return f"Runs drawn: {', '.join(parts)}."
+    return f"Runs drawn: {_joined(parts)}."

@@ -94,6 +94,22 @@ def test_a_figure_that_is_asked_for_is_drawn_of_the_sizes_there_are(paper):
     assert "Size of the models here: 400M (the paper's: 3.2B)." in drawn.words
 
 
+def test_figures_of_one_size_take_the_runs_of_that_size(tmp_path):
+    for name, parameters, hidden in (("small", 4.027e8, 8), ("large", 1.497e9, 16)):
+        write_any(tmp_path, name, parameters=parameters, model={"hidden_size": hidden})
+    found = figures_of(tmp_path, "3a", "3b", "5", "9", "10", "11")
+    assert "Runs drawn: peri 2." in found["3a"].words
+    for name in ("3b", "5", "9", "11"):
+        assert "Runs drawn: peri 1." in found[name].words and "Size of the models" not in found[name].words
+    assert "Runs drawn: peri 2." in found["10"].words
+    assert "Size of the models here: 400M, 1.5B (the paper's: 3.2B)." in found["10"].words
+    assert {d.name for d in drawings(load(tmp_path), kinds=()) if d.words.startswith("Needs models")} == {
+        "10",
+        "18",
+        "22",
+    }
+
+
 def test_missing_records_are_named_with_the_command_that_makes_them(tmp_path):
     write_any(tmp_path, "run")
     for name, words in {

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +10,6 @@ import pytest
 from eval.stability.explain import explain
 from runkit.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[3]
 COLUMNS = ["step", "layer", "sublayer", "tensor", "stat", "value"]
 TENSORS = ("branch", "residual_add", "stream")
 LAYERS = 4
@@ -212,8 +209,8 @@ def test_a_line_cut_by_a_crash_ends_the_events(overflow):
     assert explain(overflow) == whole
 
 
-@pytest.mark.slow
-def test_the_command_tells_the_same(overflow):
-    words = [sys.executable, "-m", "eval.stability", "--explain", str(overflow)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == explain(overflow)
+def test_the_command_tells_the_same(overflow, capsys):
+    from eval.stability.command import main, parse
+
+    main(parse(["--explain", str(overflow)]))
+    assert capsys.readouterr().out.strip() == explain(overflow)
