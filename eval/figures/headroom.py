@@ -24,7 +24,7 @@ def _peaks(view: View) -> pd.DataFrame:
     parts, missing = [], None
     for tensor in TENSORS:
         try:
-            parts.append(layer_rows(view, tensor, "the largest |x|", ("max_abs",)))
+            parts.append(layer_rows(view, tensor, "the largest |x|", ("max_abs",), both=True))
         except NotRecorded as error:
             missing = error
     if not parts:
@@ -143,7 +143,7 @@ def _map(ax: Axes, rows: pd.DataFrame, palette: mcolors.Colormap, norm: mcolors.
     ax.pcolormesh(x, y, np.ma.masked_invalid(np.where(over, np.nan, bits)), cmap=palette, norm=norm)
     ax.pcolormesh(x, y, np.ma.masked_where(~over, over), cmap=mcolors.ListedColormap([OVERFLOW]))
     ax.grid(visible=False)
-    whole_numbers(ax)
+    whole_numbers(ax, bins=4)
     if len(field.columns) == 1:
         ax.set_xticks(list(field.columns))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))

@@ -147,8 +147,8 @@ def rate_axis(ax: Axes, rates: Sequence[float]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def whole_numbers(ax: Axes, label: str = "") -> None:
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+def whole_numbers(ax: Axes, label: str = "", bins: int = 7) -> None:
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=bins, integer=True))
     if label:
         ax.set_xlabel(label)
 

@@ -54,12 +54,15 @@ def bench_report(frames: Frames, run: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def layer_rows(view: View, tensor: str, what: str, stats: Iterable[str], edges: bool = False) -> pd.DataFrame:
+def layer_rows(
+    view: View, tensor: str, what: str, stats: Iterable[str], edges: bool = False, both: bool = False
+) -> pd.DataFrame:
     """Rows of one tensor's statistics, with a column `source`: `bench` or `trainer`.
 
-    A run's rows come from one source: the bench's where it has several steps from as early on as the trainer's, or more
-    of them. With `edges` only the first and the last step are wanted, and each is the bench's where
-    it has that step (or, for the last, one in the last tenth), else the trainer's.
+    A run's rows come from one source: the bench's where it has several steps from as early to as late as the trainer's,
+    or more of them. With `edges` only the first and the last step are wanted, and each is the bench's where
+    it has that step (or, for the last, one in the last tenth), else the trainer's. With `both` the rows of the two are
+    given together: for what is the largest of all.
 
     Raises:
         NotRecorded: neither has any; `what` says in words what is missing.
@@ -74,7 +77,9 @@ def layer_rows(view: View, tensor: str, what: str, stats: Iterable[str], edges: 
     parts = []
     for run in view.runs.run:
         a, b = bench[bench.run == run], trainer[trainer.run == run]
-        if edges and len(a) and len(b):
+        if both:
+            parts += [a, b]
+        elif edges and len(a) and len(b):
             parts += _edges(a, b)
         else:
             parts.append(a if _covers(a, b) else b)
@@ -88,11 +93,11 @@ def layer_rows(view: View, tensor: str, what: str, stats: Iterable[str], edges: 
 
 
 def _covers(bench: pd.DataFrame, trainer: pd.DataFrame) -> bool:
-    """Whether the bench's rows tell a course over steps as well as the trainer's: as early on, or with more steps."""
+    """Whether the bench's rows tell a course over steps as well as the trainer's: from start to end, or more steps."""
     if bench.empty or trainer.empty:
         return len(bench) > 0
     steps = bench.step.nunique(), trainer.step.nunique()
-    early = bench.step.min() <= trainer.step.min()
+    early = bench.step.min() <= trainer.step.min() and bench.step.max() >= 0.9 * trainer.step.max()
     return (early and steps[0] > 1) or steps[0] > steps[1] or steps[1] < 2
 
 

@@ -189,6 +189,14 @@ def test_what_stands_behind_the_final_norm_is_not_the_streams_headroom(tmp_path)
     assert "overflow" not in headroom.headroom_map(view_of(load(tmp_path))).figure.axes[0].get_title()
 
 
+def test_an_overflow_of_training_is_not_hidden_by_calm_checkpoints(tmp_path):
+    run = write_any(tmp_path, "run", layers=3, growth=40.0)
+    write_bench(run, [0, 40], layers=3)
+    drawn = headroom.headroom_map(view_of(load(tmp_path)))
+    assert "overflow" in drawn.figure.axes[0].get_title()
+    assert "one training batch a step" in drawn.caption and "wikitext" in drawn.caption
+
+
 def test_records_of_the_bench_are_preferred_and_named(tmp_path):
     write_bench(write_any(tmp_path, "a"), [0, 40], layers=2, variance=7.0)
     view = view_of(load(tmp_path))
