@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -58,6 +58,7 @@ class Frames:
     recipes: dict[str, dict[str, Any]]
     environments: dict[str, dict[str, Any]]
     left_out: tuple[str, ...] = ()  # fine-tuning runs that stand in no pretraining run
+    folders: dict[str, Path] = field(default_factory=dict)  # where each run stands
 
     @property
     def pretrained(self) -> pd.DataFrame:
@@ -169,15 +170,22 @@ def _tokenizer(run: RunFolder) -> str | None:
     return sha256_of(files[-1])[:12] if files and files[-1].exists() else None
 
 
-def _read_layers(run: str, folder: Path) -> Iterable[pd.DataFrame]:
-    for file in sorted(folder.glob("step_*.parquet")):
+def read_layers(
+    run: str, folder: Path, pattern: str = "step_*.parquet", columns: Sequence[str] = _LAYERS
+) -> Iterable[pd.DataFrame]:
+    """The tables of a folder of per-layer statistics, by name.
+
+    Raises:
+        UserError: a file is damaged or lacks a column; names both.
+    """
+    for file in sorted(folder.glob(pattern)):
         try:
             frame = pd.read_parquet(file)
         except Exception as error:
             raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from error
-        if missing := [column for column in _LAYERS[1:] if column not in frame]:
+        if missing := [column for column in columns if column != "run" and column not in frame]:
             raise UserError(f"{file} has no column {missing[0]!r}")
-        yield frame.assign(run=run)[_LAYERS]
+        yield frame.assign(run=run)[list(columns)]
 
 
 def _read_eval(run: str, folder: RunFolder) -> tuple[list[dict], list[dict]]:
@@ -259,7 +267,7 @@ def load(root: str | Path, measurements: bool = True) -> Frames:
         folder = RunFolder(root / run)
         if measurements:
             metrics += [{"run": run} | {key: record.get(key) for key in _METRICS[1:]} for record in folder.metrics()]
-            layers += _read_layers(run, root / run / "layers")
+            layers += read_layers(run, root / run / "layers")
         found = _read_eval(run, folder)
         scores += found[0]
         samples += found[1]
@@ -278,6 +286,7 @@ def load(root: str | Path, measurements: bool = True) -> Frames:
         recipes={row["run"]: recipes[row["run"]] for row in rows},
         environments=environments,
         left_out=left_out,
+        folders={row["run"]: root / row["run"] for row in rows},
     )
 
 
@@ -301,7 +310,7 @@ def load_all(roots: Sequence[str | Path], measurements: bool = True) -> Frames:
     for name in tables:
         found = [frame for part in parts if len(frame := getattr(part, name))]
         joined[name] = pd.concat(found, ignore_index=True) if found else getattr(parts[0], name)
-    for name in ("recipes", "environments"):
+    for name in ("recipes", "environments", "folders"):
         joined[name] = {run: value for part in parts for run, value in getattr(part, name).items()}
     left_out = tuple(dict.fromkeys(run for part in parts for run in part.left_out))
     return Frames(name=", ".join(part.name for part in parts), recipe={}, left_out=left_out, **joined)
@@ -314,7 +323,7 @@ def _renamed(frames: Frames, names: dict[str, str], root: str | Path) -> Frames:
         frame = values[name][values[name].run.isin(list(names))]
         frame = frame.assign(run=frame.run.map(names))
         values[name] = frame.assign(parent=frame.parent.map(names)) if name == "runs" else frame
-    for name in ("recipes", "environments"):
+    for name in ("recipes", "environments", "folders"):
         values[name] = {names[run]: value for run, value in values[name].items() if run in names}
     return Frames(**values | {"left_out": tuple(Path(root, run).as_posix() for run in frames.left_out)})
 
@@ -394,16 +403,6 @@ def at_edge(data: pd.DataFrame, last: bool) -> pd.DataFrame:
 def rate_text(rate: float) -> str:
     """A learning rate as it is called everywhere."""
     return f"learning rate {rate:g}"
-
-
-def drawn_from(frames: Frames, found: pd.DataFrame) -> str:
-    """Which seeds a figure was drawn from."""
-    runs = frames.pretrained[frames.pretrained.run.isin(found.run.unique())]
-    parts = []
-    for rate, same in runs.groupby("learning_rate"):
-        counts = same.groupby("placement", sort=False).size()
-        parts.append(f"{rate_text(rate)}: " + ", ".join(f"{p} {n}" for p, n in counts.items()))
-    return f"Seeds drawn, by placement: {'; '.join(parts)}."
 
 
 def recorded_steps(data: pd.DataFrame) -> str:

@@ -24,6 +24,7 @@ from runkit.folder import write_bytes, write_text
 from runkit.public import public
 from runkit.recipes import dump_yaml
 
+from .bench_report import bench
 from .figures import Drawing, draw_all
 from .records import Frames, at_edge, by_depth, differing, load, printable, rate_text
 from .render import Table, to_html, to_terminal
@@ -252,7 +253,9 @@ def render(frames: Frames, drawings: list[Drawing]) -> str:
         scores=[build(frames, suite) for suite in named],
         mini="mini" in named,
         stability=steady,
-        figures=[(d, _image(d) if d.png else None) for d in drawings],
+        figures=[(d, _image(d)) for d in drawings if d.png],
+        missing=[d for d in drawings if not d.png],
+        bench=bench(frames),
         evidence=evidence(frames),
         environment=environment(frames),
         samples=_samples(frames),
@@ -271,7 +274,7 @@ def write(frames: Frames, out: Path) -> Path:
     """Draw and write figures and report into `out`; returns the report's path."""
     drawings = draw_all(frames)
     for drawing in drawings:
-        file = out / "figures" / f"{drawing.name}.png"
+        file = out / "figures" / f"figure_{drawing.name}.png"
         if drawing.png:
             write_bytes(file, drawing.png)
         else:

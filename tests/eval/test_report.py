@@ -9,15 +9,18 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pytest
+from browser import CHROMIUM, look
 from synthetic_runs import TASKS, write_demo, write_run, write_sample, write_scores, write_sft
 
-from eval.figures import FIGURES, draw_all
+from eval.figures import CATALOGUE, draw_all
 from eval.records import load
 from eval.report import adds_text, evidence, main, noise, parse, public, render, verdict, write
 from eval.tables import stability
 from runkit.errors import UsageError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+# What a demo records: the stability bench, and the paper's other recipes, are further commands.
+DRAWN = ("1", "3a", "3b", "3c", "5", "6", "7b", "8", "rates", "headroom", "peaks", "events")
 
 
 class Page(HTMLParser):
@@ -52,7 +55,7 @@ def sentences(path: Path) -> str:
     return " ".join(" ".join([head, *more]) for head, more in verdict(frames, stability(frames).numbers))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # the slow tests of this file run long after the others
 def demo(tmp_path_factory) -> Path:
     """A demo with its report, and what the command printed."""
     path = write_demo(tmp_path_factory.mktemp("runs") / "demo")
@@ -72,7 +75,7 @@ def page(demo: Path) -> Page:
 
 def test_the_file_loads_nothing_from_elsewhere(page):
     assert page.open == []
-    assert len(page.all("img")) == len(FIGURES)
+    assert len(page.all("img")) == len(DRAWN)
     for tag, attrs in page.tags:
         assert tag not in ("script", "iframe", "object", "embed")
         for name in ("src", "href", "srcset", "poster", "background"):
@@ -87,8 +90,19 @@ def test_images_are_described_and_captions_stand_below(page):
         assert image["src"].startswith("data:image/png;base64,")
         assert len(image["alt"]) > 30
         assert image["width"] == "900"
-    assert len(page.all("figcaption")) == len(FIGURES)
-    assert "learning rate 0.002: post 2, pre 2, peri 2; learning rate 0.02: post 1, pre 1, peri 1" in page.words
+    assert len(page.all("figcaption")) == len(DRAWN)
+    assert "Runs drawn: post 3 (1 diverged), pre 3, peri 3." in page.words
+
+
+def test_what_is_not_drawn_is_named_with_what_it_needs(page):
+    assert f"Not drawn: {len(CATALOGUE) - len(DRAWN)} figures" in page.words
+    assert "Needs angular distances between layers (eval/stability/angles_*.parquet)" in page.words
+    assert "scripts/recipes/400m-peri-frozen-gamma.yaml" in page.words
+
+
+def test_a_diverged_run_is_explained(page):
+    assert "Overflow: step 86 was skipped: the forward pass was not finite" in page.words
+    assert "Not known: there is no flight record" in page.words
 
 
 def test_links_lead_somewhere(page):
@@ -101,9 +115,10 @@ def test_redrawing_gives_the_same_bytes_whatever_the_settings(demo, tmp_path):
         main(parse([str(demo), "--out", str(tmp_path)]))
         assert mpl.rcParams["font.size"] == 30
     assert (tmp_path / "report.html").read_bytes() == (demo / "report.html").read_bytes()
-    for name in FIGURES:
-        again = (tmp_path / "figures" / f"{name}.png").read_bytes()
-        assert again == (demo / "figures" / f"{name}.png").read_bytes()
+    assert {file.stem for file in (demo / "figures").iterdir()} == {f"figure_{name}" for name in DRAWN}
+    for name in DRAWN:
+        again = (tmp_path / "figures" / f"figure_{name}.png").read_bytes()
+        assert again == (demo / "figures" / f"figure_{name}.png").read_bytes()
         assert b"tEXt" not in again
 
 
@@ -129,6 +144,36 @@ def test_the_command_prints_the_table_and_last_the_path(demo):
 def test_the_report_needs_no_torch():
     code = "import eval.report, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_browser_shows_it_whole_without_a_word_of_complaint(demo, width):
+    pytest.importorskip("aiohttp", reason="the DevTools protocol is spoken through aiohttp")
+    seen = look(demo / "report.html", width)
+    assert seen.problems == []
+    assert seen.page["wide"] == []
+    assert seen.page["scroll"] <= seen.page["width"] <= width
+    assert (seen.page["images"], seen.page["broken"]) == (len(DRAWN), 0)
+    assert seen.page["smallest"] >= 600  # of 900: lettering of 10 pixels and more
+    assert seen.page["font"] >= 14
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_the_browser_would_complain(tmp_path):
+    pytest.importorskip("aiohttp", reason="the DevTools protocol is spoken through aiohttp")
+    page = tmp_path / "bad.html"
+    page.write_text(
+        "<!DOCTYPE html><meta name=viewport content='width=device-width'>"
+        "<title>x</title><p style='width:900px'>wide</p><img src='gone.png'>"
+        "<script>console.error('complaint'); undefinedFunction()</script>"
+    )
+    seen = look(page, 400)
+    said = " ".join(seen.problems)
+    assert "complaint" in said and "undefinedFunction" in said and "gone.png" in said
+    assert seen.page["wide"] == ["P."] and seen.page["broken"] == 1
 
 
 # --- what it says --------------------------------------------------------------------------------------------
@@ -216,7 +261,7 @@ def test_a_run_that_has_only_just_begun(tmp_path):
     drawings = draw_all(frames)
     assert all(drawing.png is None for drawing in drawings)
     page = Page(render(frames, drawings))
-    assert page.words.count("Not measured in these runs.") == len(FIGURES)
+    assert f"Not drawn: {len(CATALOGUE)} figures" in page.words
     assert "The environment was not recorded." in page.words
 
 
@@ -237,7 +282,7 @@ def test_unfinished_runs_and_runs_cut_short(tmp_path):
 
 def test_a_figure_that_can_no_longer_be_drawn_goes(tmp_path):
     run = write_run(tmp_path, "post")
-    stale = tmp_path / "figures" / "4_output_gamma.png"
+    stale = tmp_path / "figures" / "figure_7b.png"
     stale.parent.mkdir()
     stale.write_bytes(b"of other runs")
     shutil.rmtree(run / "layers")

@@ -1,0 +1,201 @@
+"""Hidden states and gradients over depth (the paper's Figures 1, 5, 6, 10, 11), and gamma over training (7b)."""
+
+import numpy as np
+import pandas as pd
+from matplotlib import cm
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from ..records import at_edge, first_and_last, rate_text, recorded_steps
+from .pieces import (
+    DEPTH,
+    DEPTH_CROSS,
+    Drawn,
+    NotRecorded,
+    curves,
+    grid,
+    hide_empty,
+    legend,
+    log_axis,
+    step_colours,
+    whole_numbers,
+    wrapped,
+)
+from .probes import by_depth, layer_rows, source_words
+from .selection import View, at_best_rate, rates_words, seeds_words, sizes
+
+MOST_ROWS = 4  # of learning rates, below the initialization; more: every series at its best rate
+MOST_LINES = 9  # steps in one panel
+STREAM = ("embedding", "attn", "mlp")
+
+
+def panels(view: View, most: int = MOST_ROWS) -> tuple[list[tuple[str, View]], str]:
+    """What stands below each other: sizes and learning rates; and what was done about many, in words."""
+    several = len(sizes(view)) > 1
+    rows = []
+    for size in sizes(view):
+        of = view.where(size=size)
+        rates = sorted(of.runs.learning_rate.unique())
+        rows += [(rate_text(rate) + (f", {size}" if several else ""), of.where(learning_rate=rate)) for rate in rates]
+    if len(rows) <= most:
+        return rows, ""
+    best = at_best_rate(view)
+    rows = [(f"best rates, {size}" if several else "best rates", best.where(size=size)) for size in sizes(view)]
+    return rows, f" {rates_words(best)}"
+
+
+def _first_and_last(view: View, rows: pd.DataFrame, stats: tuple[str, str], names: tuple[str, str], depth: str):
+    data = [by_depth(rows, stat) for stat in stats]
+    below, words = panels(view.where(run=set(rows.run)))
+    # At initialization the learning rate has not acted yet: a seed's runs are the same run.
+    start = view.runs[view.runs.run.isin(rows.run)].drop_duplicates(["series", "size", "seed"])
+    top = [("at initialization", view.of(start.assign(status="completed")))]
+    if start["size"].nunique() > 1:
+        top = [(f"at initialization, {size}", top[0][1].where(size=size)) for size in sizes(top[0][1])]
+    figure, axes = grid(len(top) + len(below), 2, sharex=start["size"].nunique() == 1, sharey="col")
+    for i, (row, (title, of)) in enumerate(zip(axes, [*top, *below], strict=True)):
+        for ax, all_steps, name in zip(row, data, names, strict=True):
+            shown = at_edge(all_steps, last=i >= len(top))
+            curves(ax, shown, view, of.runs, markers=True)
+            if not np.isfinite(shown.y[shown.run.isin(of.runs.run)]).any():
+                ax.text(0.5, 0.5, "nothing finite was recorded", transform=ax.transAxes, ha="center")
+            ax.set(title=title if i < len(top) else f"at the end, {title}", ylabel=name)
+            whole_numbers(ax)
+            log_axis(ax)
+    for ax in axes[-1]:
+        ax.set_xlabel(depth)
+    used = view.where(run=set(rows.run))
+    legend(figure, used, average="mean of the seeds")
+    lost = sorted(set(data[0].run[~np.isfinite(data[0].y)]))
+    return figure, data[0], words, lost
+
+
+def hidden_state(view: View) -> Drawn:
+    """Figures 5, 10, 11: mean |x| and variance of the stream by layer, at initialization and at the end."""
+    rows = layer_rows(view, "stream", "mean |x| and variance of the hidden state", ("mean_abs", "variance"), edges=True)
+    rows = rows[rows.sublayer.isin(STREAM)]
+    figure, data, words, _ = _first_and_last(view, rows, ("mean_abs", "variance"), ("mean |x|", "variance"), DEPTH)
+    return Drawn(
+        figure,
+        "The residual stream after every sublayer (for Post-LN: after its norm), 0 is what enters layer 1; log axes. "
+        f"{source_words(view, rows)} {first_and_last(data)}{words} {_cross(view, data)}{seeds_words(view, data.run)}"
+        f"{view.names}",
+    )
+
+
+def gradient_by_layer(view: View) -> Drawn:
+    """Figure 6: norm and variance of the gradient by layer, at initialization and at the end."""
+    rows = layer_rows(view, "gradient", "norm and variance of the gradient", ("norm", "variance"), edges=True)
+    whole = rows[rows.sublayer == "layer"]
+    rows = whole if len(whole) else rows[rows.sublayer.isin(("attn", "mlp"))]
+    if rows.empty:
+        raise NotRecorded("Needs the gradient of each layer's parameters (tensor `gradient`, sublayer `layer`).")
+    names = ("gradient norm", "gradient variance")
+    figure, data, words, lost = _first_and_last(view, rows, ("norm", "variance"), names, "layer")
+    left_out = "Where a gradient was not finite at that step, nothing is drawn. " if lost else ""
+    return Drawn(
+        figure,
+        f"Norm and variance of the gradient of each {'layer' if len(whole) else 'sublayer'}'s parameters, without the "
+        f"loss scale, before clipping; log axes. {source_words(view, rows)} {first_and_last(data)}{words} "
+        f"{_cross(view, data)}{left_out}{seeds_words(view, data.run)}{view.names}",
+    )
+
+
+def _cross(view: View, data: pd.DataFrame) -> str:
+    lost = view.runs[view.runs.run.isin(data.run.unique()) & (view.runs.status == "diverged")]
+    return f"{DEPTH_CROSS} " if len(lost) else ""
+
+
+def growth(view: View) -> Drawn:
+    """Figure 1: variance of the stream by layer, a line a step, a panel a placement."""
+    rows = layer_rows(view, "stream", "the variance of the hidden state at several steps", ("variance",))
+    rows = rows[rows.sublayer.isin(STREAM)]
+    used = at_best_rate(view.where(run=set(rows.run)))
+    data = by_depth(rows, "variance")
+    data = data[data.run.isin(used.runs.run)]
+    several = len(sizes(used)) > 1
+    cells = list(used.runs.groupby(["size", "series"], sort=False))
+    columns = min(3, len(cells))
+    figure, axes = grid(-(-len(cells) // columns), columns, row_height=2.7, sharey=True, sharex=not several)
+    colours, norm = step_colours(data.step)
+    ended = False
+    for ax, ((size, series), same) in zip(axes.flat, cells, strict=False):
+        alive = same[same.status != "diverged"]
+        runs = alive if len(alive) else same
+        of = data[data.run.isin(runs.run)]
+        _lines_by_step(ax, of, colours, norm)
+        of = data[data.run.isin(same.run)]
+        infinite = not np.isfinite(of.y).all()
+        ended |= infinite
+        title = view.label(series) + (f", {size}" if several else "") + ("" if len(alive) else " (diverged)")
+        ax.set_title(wrapped(title + (" (not finite at a step)" if infinite and len(alive) else ""), columns))
+        whole_numbers(ax)
+        log_axis(ax)
+    hide_empty(axes, len(cells))
+    for ax in axes[:, 0]:
+        ax.set_ylabel("variance of the stream")
+    figure.supxlabel(DEPTH, fontsize=9.5)
+    bar = figure.colorbar(cm.ScalarMappable(norm, colours), ax=axes, label="step", aspect=30)
+    bar.ax.set_ylim(data.step.min(), data.step.max() or 1)
+    gone = " Where the variance was not finite the line ends." if ended else ""
+    most = f" At most {MOST_LINES} of them are drawn." if data.step.nunique() > MOST_LINES else ""
+    return Drawn(
+        figure,
+        f"Entry-wise variance of the stream over depth, a line a recorded step ({recorded_steps(data)}),{most} "
+        f"mean of the seeds that did not diverge; log axis.{gone} {rates_words(used)} {source_words(used, rows)} "
+        f"{seeds_words(used, data.run)}{used.names}",
+    )
+
+
+def _lines_by_step(ax: Axes, data: pd.DataFrame, colours, norm) -> None:
+    steps = sorted(data.step.unique())
+    if len(steps) > MOST_LINES:
+        steps = [steps[round(i * (len(steps) - 1) / (MOST_LINES - 1))] for i in range(MOST_LINES)]
+    for step in steps:
+        of = data[(data.step == step) & np.isfinite(data.y)].groupby("x").y.mean()
+        ax.plot(of.index, of.to_numpy(), color=colours(norm(step)), linewidth=1.6)
+
+
+def output_gamma(view: View) -> Drawn:
+    """Figure 7(b): the mean gamma of every output norm over training."""
+    rows = layer_rows(view, "output_norm_gamma", "the gamma of output norms", ("mean",))
+    used = view.where(run=set(rows.run))
+    if len(used.runs.groupby(["size", "learning_rate", "series"])) > 8:
+        used = at_best_rate(used)
+        rows = rows[rows.run.isin(used.runs.run)]
+    several = len(sizes(used)) > 1
+    cells = list(used.runs.groupby(["size", "learning_rate", "series"], sort=False))
+    figure, axes = grid(len(cells), 2, sharey="row")
+    deepest = int(rows.layer.max())
+    colours, norm = step_colours([1, deepest])
+    for row, ((size, rate, series), same) in zip(axes, cells, strict=True):
+        alive = same[same.status != "diverged"]
+        runs = (alive if len(alive) else same).run
+        for ax, sublayer in zip(row, ("attn", "mlp"), strict=True):
+            data = rows[rows.run.isin(runs) & (rows.sublayer == sublayer)]
+            for layer, of in data.groupby("layer"):
+                mean = of.groupby("step").value.mean()
+                mark = "." if len(mean) < 40 else ""
+                ax.plot(mean.index, mean.to_numpy(float), color=colours(norm(layer)), marker=mark)
+            where = f"{view.label(series)}, {rate_text(rate)}" + (f", {size}" if several else "")
+            name = {"attn": "attention", "mlp": "MLP"}[sublayer]
+            ax.set_title(wrapped(where, 2) + f"\n{name}" + ("" if len(alive) else " (diverged)"))
+            ax.margins(y=0.1)
+            low, high = ax.get_ylim()
+            if high - low < 0.02:  # equal values are a line, not the noise of their last digit
+                ax.set_ylim((low + high) / 2 - 0.05, (low + high) / 2 + 0.05)
+            ax.ticklabel_format(axis="y", useOffset=False)
+            whole_numbers(ax)
+        row[0].set_ylabel("mean gamma")
+    for ax in axes[-1]:
+        ax.set_xlabel("step")
+    bar = figure.colorbar(cm.ScalarMappable(norm, colours), ax=axes, label="layer", aspect=18 * len(cells))
+    if deepest > 1:
+        bar.ax.set_ylim(1, deepest)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return Drawn(
+        figure,
+        f"The mean over channels of every output norm's gamma at the recorded steps ({recorded_steps(rows)}), a line a "
+        "layer, averaged over the seeds that did not diverge. Only placements with output norms have one. "
+        f"{seeds_words(used, rows.run)}{used.names}",
+    )

@@ -1,0 +1,150 @@
+"""What is left below FP16's largest number: over depth, and as a map of layers and steps."""
+
+import numpy as np
+import pandas as pd
+from matplotlib import cm
+from matplotlib import colors as mcolors
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, MaxNLocator
+
+from ..records import FP16_MAX, rate_text, recorded_steps
+from .depth import STREAM, panels
+from .pieces import DEPTH, Drawn, NotRecorded, curves, grid, hide_empty, legend, plain, whole_numbers, wrapped
+from .probes import by_depth, layer_rows, source_words
+from .selection import View, at_best_rate, rates_words, seeds_words, sizes
+
+TENSORS = {"stream": "stream", "residual_add": "residual sum", "branch": "module output"}
+OVERFLOW, NOT_MEASURED = "#D55E00", "#EEEEEE"
+MOST_BITS = 16
+
+
+def _peaks(view: View) -> pd.DataFrame:
+    """max |x| rows of the three tensors; what is not finite stands as infinity."""
+    parts, missing = [], None
+    for tensor in TENSORS:
+        try:
+            parts.append(layer_rows(view, tensor, "the largest |x|", ("max_abs",), both=True))
+        except NotRecorded as error:
+            missing = error
+    if not parts:
+        raise missing
+    rows = pd.concat(parts, ignore_index=True)
+    rows = rows[rows.sublayer.isin(STREAM)]  # not what stands behind the final norm
+    return rows.assign(value=rows.value.where(np.isfinite(rows.value), np.inf))
+
+
+def peaks_by_layer(view: View) -> Drawn:
+    """The largest |x| of every layer against FP16's largest number."""
+    rows = _peaks(view)
+    used = view.where(run=set(rows.run))
+    below, words = panels(used)
+    figure, axes = grid(len(below), 3, row_height=2.7, sharey=True, sharex=len(sizes(used)) == 1)
+    for row, (title, of) in zip(axes, below, strict=True):
+        for ax, (tensor, name) in zip(row, TENSORS.items(), strict=True):
+            data = by_depth(rows[rows.tensor == tensor], "max_abs")
+            data.y = data.y.where(np.isfinite(data.y), 2 * FP16_MAX)
+            data = data.groupby(["run", "x"], as_index=False).y.max()
+            curves(ax, data[data.run.isin(of.runs.run)], view, of.runs, markers=True, average="max")
+            ax.axhline(FP16_MAX, color="black", linewidth=1.4, linestyle="--")
+            ax.set_yscale("log", base=2)
+            ax.set_title(name)
+            whole_numbers(ax)
+        row[0].set_ylabel(f"{title}\nlargest |x|")
+        _bits_axis(row[2])
+    axes[-1, 1].set_xlabel(DEPTH)
+    axes[0, 0].set_ylim(top=4 * FP16_MAX)
+    line = plain("65504", color="black", linewidth=1.4, linestyle="--")
+    legend(figure, used, more=[line], average="largest of the seeds")
+    beyond = " A value that was not finite stands above the line, at 131008." if np.isinf(rows.value).any() else ""
+    return Drawn(
+        figure,
+        f"The largest |x| of each layer over all recorded steps ({recorded_steps(rows)}) and, thick, over the seeds "
+        "that did not diverge; the dashed line is FP16's largest number, the right axis the bits that are left. The "
+        "residual sum is taken before a Post-LN norm, the module output before an output norm."
+        f"{beyond} {source_words(view, rows)}{words} {seeds_words(used, rows.run)}{used.names}",
+    )
+
+
+def _bits_axis(ax: Axes) -> None:
+    bits = ax.secondary_yaxis("right", functions=(lambda y: y, lambda y: y))
+    bits.set_yscale("log", base=2)
+    left = np.arange(0, 40, 4)
+    bits.yaxis.set_major_locator(FixedLocator(list(FP16_MAX / 2.0**left)))
+    bits.yaxis.set_minor_locator(FixedLocator([]))
+    bits.yaxis.set_major_formatter(lambda y, _: f"{np.log2(FP16_MAX / y):.0f}" if y > 0 else "")
+    bits.set_ylabel("bits left")
+
+
+# --- the map -------------------------------------------------------------------------------------------------
+
+
+def _edges(values: list[float]) -> np.ndarray:
+    """Cell borders half-way between the values; the outer cells end at theirs."""
+    v = np.asarray(values, float)
+    if len(v) == 1:
+        return np.array([v[0] - 0.5, v[0] + 0.5])
+    return np.concatenate([v[:1], (v[1:] + v[:-1]) / 2, v[-1:]])
+
+
+def headroom_map(view: View) -> Drawn:
+    """Layer x step: the least bits between max |x| and 65504 over stream, residual sum and module output."""
+    rows = _peaks(view)
+    used = view.where(run=set(rows.run))
+    cells = list(used.runs.groupby(["size", "learning_rate", "series"], sort=False))
+    words = ""
+    if len(cells) > 12:
+        used = at_best_rate(used)
+        cells = list(used.runs.groupby(["size", "learning_rate", "series"], sort=False))
+        words = f" {rates_words(used)}"
+    rows = rows[rows.run.isin(used.runs.run)]
+    several = len(sizes(used)) > 1
+    columns = min(3, len(cells))
+    figure, axes = grid(-(-len(cells) // columns), columns, row_height=2.7)
+    palette = cm.cividis.copy()
+    norm = mcolors.Normalize(0, MOST_BITS)
+    overflow = gap = False
+    for ax, ((size, rate, series), same) in zip(axes.flat, cells, strict=False):
+        lost = (same.status == "diverged").sum()
+        bits = _map(ax, rows[rows.run.isin(same.run)], palette, norm)
+        overflow, gap = overflow or bool((bits < 0).any()), gap or bool(np.isnan(bits).any())
+        least = "overflow" if (bits < 0).any() else f"least {np.nanmin(bits):.1f} bits"
+        name = f"{used.label(series)}, {rate_text(rate).replace('learning ', '')}" + (f", {size}" if several else "")
+        ended = "" if not lost else " (diverged)" if lost == len(same) else f" ({lost} of {len(same)} diverged)"
+        ax.set_title(wrapped(f"{name}{ended}\n{least}", columns), fontsize=8.5)
+    hide_empty(axes, len(cells))
+    for ax in axes[:, 0]:
+        ax.set_ylabel("layer")
+    figure.supxlabel("step", fontsize=9.5)
+    bar = figure.colorbar(cm.ScalarMappable(norm, palette), ax=axes, extend="max", aspect=30)
+    bar.set_label("bits left below 65504")
+    patches = [Patch(color=OVERFLOW, label="overflow: not finite, or above 65504")] * overflow
+    patches += [Patch(color=NOT_MEASURED, label="not recorded")] * gap
+    if patches:
+        figure.legend(handles=patches, loc="outside upper center", ncols=2, frameon=False)
+    return Drawn(
+        figure,
+        "FP16 headroom, log2(65504 / max |x|): the least over stream, residual sum and module output, and "
+        f"over seeds, at the recorded steps ({recorded_steps(rows)}); attention stands at the half, the MLP at the "
+        f"whole number, 0 is what enters layer 1. The darker, the less is left. {source_words(used, rows)}{words} "
+        f"{seeds_words(used, rows.run)}{used.names}",
+    )
+
+
+def _map(ax: Axes, rows: pd.DataFrame, palette: mcolors.Colormap, norm: mcolors.Normalize) -> np.ndarray:
+    """Draw one map; returns its bits (depth, step), NaN where nothing was recorded."""
+    depth = rows.layer.astype(float) - 0.5 * (rows.sublayer == "attn")
+    field = rows.assign(depth=depth).pivot_table(index="depth", columns="step", values="value", aggfunc="max")
+    with np.errstate(divide="ignore"):  # infinity: minus infinitely many bits
+        bits = np.log2(FP16_MAX / field.clip(lower=1e-30).to_numpy(float))
+    over = bits < 0
+    x, y = _edges(list(field.columns)), _edges(list(field.index))
+    ax.set_facecolor(NOT_MEASURED)
+    ax.pcolormesh(x, y, np.ma.masked_invalid(np.where(over, np.nan, bits)), cmap=palette, norm=norm)
+    ax.pcolormesh(x, y, np.ma.masked_where(~over, over), cmap=mcolors.ListedColormap([OVERFLOW]))
+    ax.grid(visible=False)
+    whole_numbers(ax, bins=4)
+    if len(field.columns) == 1:
+        ax.set_xticks(list(field.columns))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    return bits

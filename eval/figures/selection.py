@@ -1,0 +1,272 @@
+"""Which runs a figure shows, under what name, and how they look.
+
+A series is what a figure tells apart by colour and line: a placement, and what its runs change about it (gamma
+frozen, LayerNorm, ...). Size, tokens, sequence length and warm-up are panels, never series.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+
+from runkit.looks import OTHER_COLOUR, colour_of, marker_of
+
+from ..records import Frames, final_loss, rate_text
+
+# Non-embedding parameters of the paper's models (its names; the widths of their FFN are not in the paper).
+PAPER_SIZES = {"400M": 4.0e8, "1.5B": 1.5e9, "3.2B": 3.2e9}
+LONGEST_LABEL = 44
+_OWN_COLOURS = (OTHER_COLOUR, "#222222", "#9C6B4E", "#5B4FA2")
+_OWN_MARKERS = ("d", "p", "X", "<", ">", "H")
+_SHADES = ((0, 0.0), (0, 0.5), (1, 0.45), (0, 0.75))  # towards black or white, by how much
+_STYLES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
+
+
+@dataclass(frozen=True)
+class Look:
+    colour: Any
+    marker: str
+    style: Any
+
+    @property
+    def line(self) -> dict[str, Any]:
+        return {"color": self.colour, "linestyle": self.style}
+
+
+@dataclass(frozen=True)
+class View:
+    """Runs to draw: `runs` has a row a pretraining run, in the order in which everything shows them."""
+
+    frames: Frames
+    runs: pd.DataFrame
+    looks: dict[str, Look]
+    short: dict[str, str]  # series whose names are too long for a legend, with what they are called there
+
+    def label(self, series: str) -> str:
+        return self.short.get(series, series)
+
+    def of(self, runs: pd.DataFrame) -> "View":
+        return replace(self, runs=runs)
+
+    def where(self, **values: Any) -> "View":
+        """The runs whose columns have these values, or one of these values."""
+        kept = self.runs
+        for column, value in values.items():
+            kept = kept[kept[column].isin(value if isinstance(value, (list, tuple, set)) else [value])]
+        return self.of(kept)
+
+    @property
+    def names(self) -> str:
+        """What the short labels stand for, as a sentence; empty where there is none."""
+        used = [f"{self.short[s]}: {s}" for s in self.runs.series.unique() if s in self.short]
+        return f" {'; '.join(used)}." if used else ""
+
+
+def _changes(model: dict[str, Any], placement: str) -> list[str]:
+    """What a model section changes about its placement, in words."""
+    peri = placement == "peri"
+    said = []
+    norm = model.get("embedding_norm")
+    if norm is not None and bool(norm) != peri and isinstance(model.get("norm_placement", ""), str):
+        said.append("embedding norm" if norm else "no embedding norm")
+    if model.get("output_norm_learnable") is False:
+        said.append("gamma frozen")
+    if model.get("norm_type", "rmsnorm") != "rmsnorm":
+        said.append({"layernorm": "LayerNorm"}.get(model["norm_type"], str(model["norm_type"])))
+    if model.get("qk_norm"):
+        said.append("QK-norm" if model["qk_norm"] == "full" else "QK-norm by head")
+    if model.get("final_norm") is not None:
+        said.append("final norm" if model["final_norm"] else "no final norm")
+    if model.get("residual_scale") not in (None, 1, 1.0):
+        said.append(f"residual scale {model['residual_scale']}")
+    return said
+
+
+def has_embedding_norm(model: dict[str, Any], placement: str) -> bool:
+    own = model.get("norm_placement")
+    default = bool(own.get("embedding_norm")) if isinstance(own, dict) else placement == "peri"
+    return default if model.get("embedding_norm") is None else bool(model["embedding_norm"])
+
+
+def _count(n: float) -> str:
+    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if n >= limit:
+            return f"{n / limit:.3g}{letter}"
+    return f"{n:.0f}"
+
+
+def count_text(n: float) -> str:
+    """`8.39M`, `400M`, `30.2B`."""
+    return "?" if n is None or math.isnan(n) else _count(n)
+
+
+def sizes_of(runs: pd.DataFrame) -> pd.Series:
+    """The model size of each run: the paper's name where it fits, else parameters without embeddings, else the shape.
+
+    Runs of one shape have one size, though a norm more or less, or a frozen one, changes their parameters a little.
+    """
+    counts = runs.parameters_non_embedding.fillna(runs.parameters)
+    shapes = runs[["num_layers", "hidden_size", "intermediate_size"]].apply(
+        lambda row: " x ".join(map(str, row)), axis=1
+    )
+    shapes = shapes.where(runs.num_layers.notna() & runs.hidden_size.notna(), counts.map(str))
+    names = {}
+    for shape, same in runs.groupby(shapes):
+        count = counts[same.index].max()
+        first = same.iloc[0]
+        if pd.notna(count):
+            near = [name for name, size in PAPER_SIZES.items() if abs(count / size - 1) < 0.1]
+            names[shape] = near[0] if near else f"{_count(count)} parameters"
+        elif pd.notna(first.num_layers) and pd.notna(first.hidden_size):
+            names[shape] = f"{first.num_layers:g} layers x {first.hidden_size:g}"
+        else:
+            names[shape] = "size not recorded"
+    for shape, name in list(names.items()):  # two shapes with as many parameters are two sizes
+        if list(names.values()).count(name) > 1 and name not in PAPER_SIZES:
+            first = runs[shapes == shape].iloc[0]
+            names[shape] = f"{name} ({first.num_layers:g} x {first.hidden_size:g})"
+    return shapes.map(names)
+
+
+def _describe(frames: Frames, run: pd.Series) -> dict[str, Any]:
+    recipe = frames.recipes[run.run]
+    model, optimizer = recipe.get("model") or {}, recipe.get("optimizer") or {}
+    changes = _changes(model, run.placement)
+    steps, batch, length = (pd.to_numeric(run[c], errors="coerce") for c in ("steps", "batch_size", "sequence_length"))
+    return {
+        "variant": ", ".join(changes),
+        "series": ", ".join([run.placement, *changes]),
+        "tokens": float(steps) * float(batch) * float(length),
+        "warmup": optimizer.get("warmup"),
+        "norm_type": model.get("norm_type", "rmsnorm"),
+        "embedding_norm": has_embedding_norm(model, run.placement),
+        "frozen": model.get("output_norm_learnable") is False,
+        "qk_norm": model.get("qk_norm") or "none",
+        "final_loss": final_loss(frames.metrics[frames.metrics.run == run.run]),
+    }
+
+
+def looks_of(runs: pd.DataFrame) -> dict[str, Look]:
+    """A colour and marker for each placement, a line style for each of its variants."""
+    looks, own = {}, []
+    for placement, same in runs.groupby("placement", sort=False):
+        colour, marker = colour_of(placement), marker_of(placement)
+        if colour == OTHER_COLOUR:
+            colour = _OWN_COLOURS[len(own) % len(_OWN_COLOURS)]
+            marker = _OWN_MARKERS[len(own) % len(_OWN_MARKERS)]
+            own.append(placement)
+        for i, series in enumerate(sorted(same.series.unique(), key=lambda s: (s != placement, s))):
+            # A variant is the placement's colour, darker or paler: told from it by its dashes as well.
+            towards, share = _SHADES[i % len(_SHADES)]
+            rgb = tuple(c + (towards - c) * share for c in mpl.colors.to_rgb(colour))
+            looks[series] = Look(rgb, marker, _STYLES[i % len(_STYLES)])
+    return looks
+
+
+def view_of(frames: Frames, rates: Sequence[float] | None = None) -> View:
+    """All pretraining runs of the frames, or those with these learning rates."""
+    runs = frames.pretrained
+    more = pd.DataFrame([_describe(frames, run) for _, run in runs.iterrows()], index=runs.index)
+    runs = pd.concat([runs, more], axis=1)
+    numbers = ("parameters", "parameters_non_embedding", "num_layers", "hidden_size", "intermediate_size")
+    for column in (*numbers, "warmup", "sequence_length", "steps"):
+        runs[column] = pd.to_numeric(runs[column], errors="coerce")
+    runs["size"] = sizes_of(runs)
+    long = [series for series in runs.series.unique() if len(series) > LONGEST_LABEL]
+    looks = looks_of(runs)
+    order = {series: i for i, series in enumerate(looks)}
+    # By rate first, as everywhere; within it the variants of a placement stand together.
+    runs = runs.assign(order=runs.series.map(order)).sort_values(["learning_rate", "order"], kind="stable")
+    if rates:
+        runs = runs[runs.learning_rate.isin(rates)]
+    return View(frames, runs, looks, {series: f"own placement {i}" for i, series in enumerate(long, start=1)})
+
+
+# --- choosing ------------------------------------------------------------------------------------------------
+
+
+def sizes(view: View) -> list[str]:
+    """The sizes there are, smallest first."""
+    runs = view.runs.assign(n=view.runs.parameters_non_embedding.fillna(view.runs.parameters).fillna(0))
+    return list(runs.groupby("size").n.max().sort_values(kind="stable").index)
+
+
+def of_size(view: View, paper_sizes: Sequence[str]) -> View:
+    """The runs of the paper's sizes where there are any, else all."""
+    found = view.where(size=list(paper_sizes))
+    return found if len(found.runs) else view
+
+
+def common_protocol(view: View) -> tuple[View, str]:
+    """The runs with the most frequent sequence length and warm-up; and, in words, how many are left out."""
+    runs = view.runs
+    for column in ("sequence_length", "warmup"):
+        if runs[column].nunique() > 1:
+            most = runs[column].mode().min() if column == "warmup" else runs[column].mode().max()
+            runs = runs[runs[column] == most]
+    longest = runs.groupby(["series", "size", "learning_rate"]).tokens.transform("max")
+    runs = runs[~(runs.tokens < 0.8 * longest)]
+    left = len(view.runs) - len(runs)
+    words = f" Left out: {left} of {len(view.runs)} runs, of another sequence length, warm-up or token budget."
+    return view.of(runs), words if left else ""
+
+
+def plain_placements(view: View) -> tuple[View, str]:
+    """The runs that change nothing about their placement, where there are any; and, in words, which are left out."""
+    found = view.of(view.runs[view.runs.variant == ""])
+    if found.runs.empty or len(found.runs) == len(view.runs):
+        return view, ""
+    others = [view.label(series) for series in view.runs.series.unique() if series not in set(found.runs.series)]
+    return found, f" Left out, as they change a placement: {'; '.join(others)}."
+
+
+def best_rates(view: View) -> pd.DataFrame:
+    """(series, size, learning_rate): the rate of lowest mean final loss over the seeds that did not diverge.
+
+    Where all of a series' runs diverged, the lowest rate.
+    """
+    rows = []
+    for (series, size), same in view.runs.groupby(["series", "size"], sort=False):
+        means = same[same.status != "diverged"].groupby("learning_rate").final_loss.mean().dropna()
+        rate = means.idxmin() if len(means) else same.learning_rate.min()
+        rows.append({"series": series, "size": size, "learning_rate": rate})
+    return pd.DataFrame(rows, columns=["series", "size", "learning_rate"])
+
+
+def at_best_rate(view: View) -> View:
+    """Every series at its best rate only."""
+    best = best_rates(view)
+    keys = pd.MultiIndex.from_frame(view.runs[["series", "size", "learning_rate"]])
+    return view.of(view.runs[keys.isin(pd.MultiIndex.from_frame(best))])
+
+
+def rates_words(view: View) -> str:
+    """At which rates the series of a view were trained."""
+    best = best_rates(view)
+    if best.learning_rate.nunique() == 1:
+        return f"All at {rate_text(best.learning_rate.iloc[0])}."
+    several = best["size"].nunique() > 1
+    named = [f"{view.label(r.series)}{f' ({r.size})' if several else ''} {r.learning_rate:g}" for r in _rows(best)]
+    return f"Learning rates, each series' own with the lowest final loss: {_joined(named)}."
+
+
+def _rows(frame: pd.DataFrame) -> list[Any]:
+    # `size` is an attribute of every tuple of pandas only as a column's name: itertuples keeps it.
+    return list(frame.itertuples(index=False))
+
+
+def _joined(parts: list[str]) -> str:
+    return ("; " if any("," in part for part in parts) else ", ").join(parts)
+
+
+def seeds_words(view: View, found: pd.Series) -> str:
+    """How many runs of each series were drawn, and how many of them diverged."""
+    runs = view.runs[view.runs.run.isin(found.unique())]
+    parts = []
+    for series, same in runs.groupby("series", sort=False):
+        lost = (same.status == "diverged").sum()
+        parts.append(f"{view.label(series)} {len(same)}" + (f" ({lost} diverged)" if lost else ""))
+    return f"Runs drawn: {_joined(parts)}."

@@ -1,0 +1,128 @@
+"""Final loss against the learning rate (the paper's Figures 3a, 8, 12, 13, 14), diverged runs marked."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from .pieces import Drawn, NotRecorded, grid, hide_empty, legend, plain, rate_axis, wrapped
+from .selection import View, common_protocol, count_text, seeds_words, sizes
+from .training import metrics_of
+
+FINAL = (
+    "Final loss: the mean of the finite training losses in the last tenth of a run's recorded steps. Dots are runs, "
+    "lines means over the seeds that did not diverge; a cross on the upper edge is a run that diverged."
+)
+
+
+def _draw(view: View, rows: Sequence[tuple[str, View]]) -> Drawn:
+    metrics = metrics_of(view)
+    used = view.where(run=set(metrics.run))
+    rows = [(title, of) for title, of in rows if used.runs.run.isin(of.runs.run).any()]
+    columns = min(3, len(rows))
+    figure, axes = grid(-(-len(rows) // columns), columns, row_height=2.9)
+    for ax, (title, of) in zip(axes.flat, rows, strict=False):
+        _panel(ax, view, of.runs[of.runs.run.isin(used.runs.run)])
+        ax.set(title=wrapped(title, columns), xlabel="learning rate")
+    hide_empty(axes, len(rows))
+    for ax in axes[:, 0]:
+        ax.set_ylabel("final training loss\n(nats a token)")
+    cross = [plain("diverged", linestyle="", marker="x", markersize=7, markeredgewidth=2)]
+    lost = (used.runs.status == "diverged").any()
+    calm = used.runs.assign(status="completed")
+    legend(figure, used.of(calm), more=cross if lost else [])
+    unfinished = used.runs[~used.runs.status.isin(["completed", "diverged"])]
+    open_ = (
+        f" {len(unfinished)} of the runs are not finished; their losses are those so far." if len(unfinished) else ""
+    )
+    return Drawn(figure, f"{FINAL}{open_} {seeds_words(used, used.runs.run)}{used.names}")
+
+
+def _panel(ax: Axes, view: View, runs: pd.DataFrame) -> None:
+    for i, (series, same) in enumerate(runs.groupby("series", sort=False)):
+        look = view.looks[series]
+        alive, lost = same[same.status != "diverged"], same[same.status == "diverged"]
+        means = alive.groupby("learning_rate").final_loss.mean()
+        ax.plot(means.index, means.to_numpy(), marker=look.marker, linewidth=1.8, markersize=6, **look.line)
+        ax.plot(alive.learning_rate, alive.final_loss, ".", color=look.colour, alpha=0.5)
+        mark = {"color": look.colour, "markersize": 9, "markeredgewidth": 2, "clip_on": False, "in_layout": False}
+        height = np.full(len(lost), 1.0 - 0.06 * i)
+        ax.plot(lost.learning_rate, height, "x", transform=ax.get_xaxis_transform(), **mark)
+    rate_axis(ax, list(runs.learning_rate))
+    ax.margins(y=0.18)
+    if not runs.final_loss[runs.status != "diverged"].notna().any():
+        ax.set_yticks([])
+        ax.text(0.5, 0.5, "no run has a final loss", transform=ax.transAxes, ha="center")
+
+
+def by_size(view: View, post_only: bool = False) -> Drawn:
+    """Figures 3(a) and 8: a panel a size."""
+    metrics_of(view)
+    usual, words = common_protocol(view)
+    if post_only:
+        usual = usual.where(placement="post")
+        if usual.runs.empty:
+            raise NotRecorded(
+                "Needs Post-LN runs at several learning rates: "
+                "python -m scripts.sweep run scripts/recipes/sweeps/paper-400m.yaml."
+            )
+    rows = [(size, usual.where(size=size)) for size in sizes(usual)]
+    drawn = _draw(usual, rows)
+    one = usual.runs.learning_rate.nunique() == 1
+    alone = " Only one learning rate was run." if one else ""
+    return Drawn(drawn.figure, drawn.caption + alone + words)
+
+
+def post_by_size(view: View) -> Drawn:
+    return by_size(view, post_only=True)
+
+
+def by_setting(
+    column: str, name: Callable[[float], str], paper: Callable[[float], bool], sentence: str
+) -> Callable[[View], Drawn]:
+    """Figures 12 to 14: a panel for each value of a setting; `paper` says whether a value is one of the paper's."""
+
+    def draw(view: View) -> Drawn:
+        metrics_of(view)
+        runs = view.runs[view.runs[column].notna()]
+        values = sorted(runs[column].unique())
+        if len(values) < 2 and not any(map(paper, values)):
+            raise NotRecorded(sentence)
+        several = len(sizes(view)) > 1
+        rows = []
+        for size in sizes(view.of(runs)):
+            of = runs[runs["size"] == size]
+            for value in sorted(of[column].unique()):
+                title = name(value) + (f", {size}" if several else "")
+                rows.append((title, view.of(of[of[column] == value])))
+        return _draw(view.of(runs), rows)
+
+    return draw
+
+
+def _near(value: float, *wanted: float) -> bool:
+    return any(math.isclose(value, w, rel_tol=0.05) for w in wanted)
+
+
+tokens = by_setting(
+    "tokens",
+    lambda n: f"{count_text(n)} tokens",
+    lambda n: _near(n, 8e9, 16e9),
+    "Needs runs with several numbers of tokens: "
+    "python -m scripts.sweep run scripts/recipes/sweeps/paper-400m-tokens.yaml.",
+)
+sequence_length = by_setting(
+    "sequence_length",
+    lambda n: f"sequence length {n:,.0f}",
+    lambda n: n == 2048,
+    "Needs runs with a second sequence length: python -m scripts.pretrain --config "
+    "scripts/recipes/400m-peri-seq2048.yaml and 400m-pre-seq2048.yaml.",
+)
+warmup = by_setting(
+    "warmup",
+    lambda x: f"warm-up {x:.0%}",
+    lambda x: _near(x, 0.3),
+    "Needs runs with a second warm-up: python -m scripts.sweep run scripts/recipes/sweeps/paper-400m-warmup.yaml.",
+)

@@ -1,0 +1,254 @@
+"""Measure what a norm placement does to causal LMs, and say it in words.
+
+python -m eval.stability RUN_OR_CHECKPOINT_OR_HUB_ID... --data wikitext --samples 1000
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from eval.render import Table, to_terminal
+from runkit.environment import describe_environment
+from runkit.errors import UsageError, make_parser
+from runkit.process import start_stage
+from runkit.progress import progress_bar
+
+from .certificate import certify
+from .data import Samples, random_samples, read_data, text_samples
+from .explain import explain
+from .measure import Measured, Options, measure, units
+from .records import Records, wide_table
+from .targets import Checkpoint, Model, find_model, hash_of
+from .verdict import number
+
+DTYPES = ("float32", "bfloat16", "float16")
+TOKENS = 256
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("python -m eval.stability", "What a norm placement does to causal LMs, measured, in words.")
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL", help="run folders (all their checkpoints), checkpoints, or Hub ids")
+    add("--explain", type=Path, metavar="RUN", help="only tell what happened in a run, from its records")
+    add("--data", default="wikitext", help="wikitext, hf:NAME[:CONFIG[:SPLIT]], a file or folder of text, or random")
+    add("--samples", type=int, default=1000, help="samples for the forward pass")
+    add("--tokens", type=int, metavar="N", help=f"tokens a sample; {TOKENS}, or what the model takes, when left out")
+    add("--seed", type=int, default=0, help="which samples are drawn")
+    add("--out", type=Path, metavar="DIR", help="results of DIR/NAME; ./stability for what is no run, when left out")
+    add("--batch-size", type=int, default=4, help="samples a forward pass")
+    add("--angles", default="all", metavar="all|N", help="angular distance of all pairs of layers, or of l and l + N")
+    add("--backward-samples", type=int, default=32, help="samples for gradients; 0: none")
+    add("--skip-samples", type=int, default=16, help="samples for the loss without each layer; 0: not measured")
+    add("--fp16-samples", type=int, default=4, help="samples that run in FP16, the hardest first; 0: none")
+    add("--loss-scale", type=float, default=1.0, help="of the backward pass in FP16")
+    add("--no-certificate", action="store_true", help="leave out the bounds from weights alone")
+    add("--dtype", default="float32", choices=DTYPES, help="the model's precision while measured")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
+    add("--revision", help="branch, tag or commit of a model of the Hub")
+    add("--tokenizer", metavar="PATH_OR_ID", help="another tokenizer than the model's own")
+    add("--trust-remote-code", action="store_true", help="run code that comes with a model")
+    add("--again", action="store_true", help="measure again what has been measured")
+    return parser.parse_args(argv)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Every mistake that can be seen before a model is loaded.
+
+    Raises:
+        UsageError: names the option and its value.
+    """
+    for name, least in (("samples", 1), ("batch_size", 1), ("backward_samples", 0), ("skip_samples", 0)):
+        if getattr(args, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    if args.fp16_samples < 0:
+        raise UsageError(f"--fp16-samples must be at least 0, not {args.fp16_samples}")
+    if args.tokens is not None and args.tokens < 2:
+        raise UsageError(f"--tokens must be at least 2, not {args.tokens}")
+    if not args.loss_scale > 0:
+        raise UsageError(f"--loss-scale must be positive, not {args.loss_scale:g}")
+    if args.angles != "all" and not (args.angles.isdigit() and int(args.angles) > 0):
+        raise UsageError(f"--angles must be all or a number of layers, not {args.angles!r}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
+    if not args.models and args.explain is None:
+        raise UsageError("name at least one run folder, checkpoint or Hub id")
+    if args.models and args.explain is not None:
+        raise UsageError("--explain reads a run's records alone: leave the models out")
+    if args.data not in ("wikitext", "random"):
+        read_data(args.data)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    return Options(
+        batch_size=args.batch_size,
+        angles=None if args.angles == "all" else int(args.angles),
+        backward_samples=min(args.backward_samples, args.samples),
+        skip_samples=min(args.skip_samples, args.samples),
+        fp16_samples=min(args.fp16_samples, args.samples),
+        loss_scale=args.loss_scale,
+    )
+
+
+def _asked(args: argparse.Namespace, options: Options) -> dict[str, Any]:
+    """What decides a result, as far as the command line says it."""
+    names = ("data", "samples", "tokens", "seed", "dtype", "tokenizer", "device")
+    certificate = {"certificate": not args.no_certificate}
+    return {n: getattr(args, n) for n in names} | options.asked() | certificate
+
+
+class _Bench:
+    """What the models of one command share: options, and samples by what they depend on."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.options = args, _options(args)
+        self.asked = _asked(args, self.options)
+        self.environment = describe_environment(torch.device(args.device))
+        self._tokenizers: dict[str, Any] = {}
+        self._samples: dict[tuple, Samples] = {}
+
+    def tokenizer(self, model: Model) -> Any:
+        """The model's tokenizer; None for random ids. `UserError` where it has none."""
+        if self.args.data == "random":
+            return None
+        if model.asked not in self._tokenizers:
+            self._tokenizers[model.asked] = model.tokenizer(self.args.tokenizer, self.args.trust_remote_code)
+        return self._tokenizers[model.asked]
+
+    def samples(self, model: Model, network: torch.nn.Module) -> Samples:
+        """The samples that a model is measured on, the same for all checkpoints of a run.
+
+        Raises:
+            UsageError: more tokens a sample than the model has positions.
+            UserError: too little text.
+        """
+        config = network.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        tokens = self.args.tokens or min(TOKENS, positions or TOKENS)
+        if positions is not None and tokens > positions:
+            raise UsageError(f"--tokens {tokens} is more than the {positions} positions of {model.asked}")
+        a, key, size = self.args, (model.asked, tokens), config.vocab_size
+        if key not in self._samples:
+            tokenizer = self.tokenizer(model)
+            self._samples[key] = (
+                random_samples(size, a.samples, tokens, a.seed)
+                if tokenizer is None
+                else text_samples(tokenizer, read_data(a.data), a.data, a.samples, tokens, a.seed, size)
+            )
+        return self._samples[key]
+
+    def checkpoint(self, model: Model, checkpoint: Checkpoint, records: Records, weights: str) -> None:
+        """Measure one checkpoint and write its records."""
+        a = self.args
+        network = checkpoint.load(getattr(torch, a.dtype), a.device, a.trust_remote_code)
+        samples, tokenizer = self.samples(model, network), self.tokenizer(model)
+        layers = getattr(network.config.get_text_config(), "num_hidden_layers", 0)
+
+        def text_of(token: int) -> str | None:
+            return None if tokenizer is None else tokenizer.decode([token])
+
+        total = units(layers, samples, self.options)
+        with progress_bar(a, total, f"{model.name} step {checkpoint.step}", "sample") as bar:
+            measured = measure(network, samples, self.options, checkpoint.step, text_of, bar.update)
+        certificate = None if a.no_certificate else certify(network, _peaks(measured.rows))
+        entry = measured.record | {
+            "path": str(checkpoint.path) if model.run is None else str(checkpoint.path.relative_to(model.run)),
+            "revision": model.revision,
+            "weights_sha256": weights,
+            "asked": self.asked,
+            "data": samples.described,
+            "dtype": a.dtype,
+            "model_type": network.config.model_type,
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "versions": self.environment["versions"],
+        }
+        if samples.described["overlapping"]:
+            entry["verdict"] = [*entry["verdict"], "The text is short: the samples overlap."]
+        if certificate is not None:
+            entry["verdict"] = [*entry["verdict"], _certified(certificate)]
+        records.write(measured, entry, certificate)
+        tqdm.write(to_terminal(_table(f"{model.name}, step {checkpoint.step}", measured)))
+        tqdm.write(_said(entry["verdict"]))
+
+
+def _peaks(rows: pd.DataFrame) -> dict[tuple[int, str, str], float]:
+    chosen = rows[rows.stat == "max_abs"]
+    return {(r.layer, r.sublayer, r.tensor): r.value for r in chosen.itertuples()}
+
+
+def _certified(certificate: dict[str, Any]) -> str:
+    if certificate["certified"]:
+        return (
+            "By its weights alone, no input can take any tensor of the certificate beyond FP16's 65504 (largest bound "
+            f"{number(certificate['largest_bound'])})."
+        )
+    free, above, rows = (len(certificate[key]) for key in ("unbounded", "above_limit", "rows"))
+    said = "By its weights alone FP16 is not certified"
+    return f"{said}: of {rows} tensors, {free} have no bound and {above} have one above 65504."
+
+
+def _said(verdict: list[str]) -> str:
+    return "\n".join(f"  - {sentence}" for sentence in verdict) + "\n"
+
+
+def _table(title: str, measured: Measured) -> Table:
+    wide = wide_table(measured.rows)
+    skips = wide[wide.sublayer == "layer"].set_index("layer")["skip loss"]
+    wide = wide[wide.sublayer != "layer"].copy()
+    wide = wide.drop(columns=["branch max", "kurtosis"])  # for the terminal's width; they are in layers_*.csv
+    wide["skip loss"] = wide["skip loss"].where(wide.sublayer != "mlp", wide.layer.map(skips))
+    wide = wide[[*wide.columns[:2], *(c for c in wide.columns[2:] if wide[c].notna().any())]]
+    text = wide.copy().astype(object)
+    for column in wide.columns[2:]:
+        text[column] = [("" if pd.isna(v) else number(v)) for v in wide[column]]
+    text["layer"] = wide["layer"].astype(str)
+    text.insert(0, "model", title)
+    notes = (
+        "bits: log2(65504 / max |x|). share: |branch| / |stream|. gradient: norm over parameters.",
+        "skip loss: rise of the loss without the whole layer.",
+    )
+    return Table("What flows through the layers", text, wide, notes, keys=2)
+
+
+def _measure_model(bench: _Bench, model: Model) -> None:
+    args = bench.args
+    folder = (args.out or Path("stability")) / model.name if model.run is None else model.run / "eval" / "stability"
+    # A run may have been moved: its records are its own, whatever the path.
+    records = Records(folder, model.name if model.run is not None else model.asked, single=model.run is None)
+    for checkpoint in model.checkpoints:
+        weights = hash_of(checkpoint)
+        if not args.again and records.has(checkpoint.step, bench.asked, weights):
+            tqdm.write(f"{model.name} step {checkpoint.step}: measured already ({records.table(checkpoint.step)})")
+            tqdm.write(_said(records.entry(checkpoint.step)["verdict"]))
+            continue
+        bench.checkpoint(model, checkpoint, records, weights)
+    if records.old.get("growth"):
+        tqdm.write(f"{model.name}, over its checkpoints\n{_said(records.old['verdict'][:2])}")
+    if model.run is not None and args.out is not None:
+        shutil.copytree(folder, args.out / model.name, dirs_exist_ok=True)
+    tqdm.write(f"written to {folder}")
+
+
+def main(args: argparse.Namespace) -> None:
+    start_stage(args)
+    _check(args)
+    if args.explain is not None:
+        print(explain(args.explain))
+        return
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    models = [find_model(asked, args.revision, args.trust_remote_code) for asked in args.models]
+    names = [m.name for m in models if m.run is None or args.out is not None]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise UsageError(f"two of the models are called {twice[0]}: measure them into different --out folders")
+    bench = _Bench(args)
+    for model in models:
+        bench.tokenizer(model)
+    for model in models:
+        _measure_model(bench, model)

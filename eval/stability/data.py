@@ -1,0 +1,146 @@
+"""Samples to measure on: windows of equally many tokens from WikiText, another data set, or text on disk."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from runkit.errors import UsageError, UserError, did_you_mean
+
+WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+NAMES = ("wikitext", "random")
+_ENOUGH = 16  # characters of text read for every token asked for
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Token ids (N, S), what they are, and whether windows overlap because the text is short."""
+
+    ids: torch.Tensor
+    described: dict[str, Any]
+
+    def batches(
+        self, size: int, device: torch.device | str = "cpu", limit: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Consecutive batches (B, S)."""
+        ids = self.ids[:limit]
+        for start in range(0, len(ids), size):
+            yield ids[start : start + size].to(device)
+
+
+def _file_texts(path: Path) -> Iterator[str]:
+    try:
+        if path.suffix == ".parquet":
+            yield from pd.read_parquet(path, columns=["text"])["text"]
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as file:
+                yield from (json.loads(line)["text"] + "\n\n" for line in file if line.strip())
+        else:
+            yield path.read_text(encoding="utf-8")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read texts from {path}: {error}") from error
+
+
+def _hub_texts(name: str, config: str | None, split: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    label = ":".join(filter(None, (name, config, split)))
+    try:
+        rows = load_dataset(name, config, split=split, streaming=True)
+        for row in rows:
+            if not isinstance(row.get("text"), str):
+                raise UserError(f"the data set {label} has no column text (it has: {', '.join(row)})")
+            yield row["text"]
+    except UserError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"cannot read the data set {label}: {said} (--data takes text on disk as well)") from error
+
+
+def read_data(data: str) -> Iterator[str]:
+    """Texts of `wikitext`, of `hf:NAME[:CONFIG[:SPLIT]]`, or of a file or folder (.txt; .jsonl and .parquet: `text`).
+
+    Raises:
+        UsageError: none of these.
+        UserError: it cannot be read.
+    """
+    if data == "wikitext":
+        return _hub_texts(*WIKITEXT)
+    if data.startswith("hf:"):
+        name, config, split = [*data.removeprefix("hf:").split(":"), "", ""][:3]
+        return _hub_texts(name, config or None, split or "train")
+    path = Path(data)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet"))
+        if not files:
+            raise UsageError(f"--data {data} holds no .txt, .jsonl or .parquet file")
+        return (text for file in files for text in _file_texts(file))
+    if path.exists():
+        return _file_texts(path)
+    raise UsageError(f"--data {data!r} is no file, and none of {', '.join(NAMES)}, hf:NAME{did_you_mean(data, NAMES)}")
+
+
+def random_samples(vocabulary: int, samples: int, tokens: int, seed: int) -> Samples:
+    """Uniformly random ids, for a model that has no tokenizer."""
+    ids = torch.randint(0, vocabulary, (samples, tokens), generator=torch.Generator().manual_seed(seed))
+    return Samples(ids, _described("random", ids, seed, overlapping=False))
+
+
+def _described(data: str, ids: torch.Tensor, seed: int, overlapping: bool) -> dict[str, Any]:
+    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    samples, tokens = ids.shape
+    known = {"data": data, "samples": samples, "tokens": tokens, "seed": seed, "overlapping": overlapping}
+    return known | {"ids_sha256": digest}
+
+
+def _token_ids(tokenizer: Any, texts: Iterator[str], wanted: int) -> torch.Tensor:
+    ids: list[int] = []
+    read, held, piece = 0, 0, []
+    for text in texts:
+        piece.append(text)
+        read, held = read + len(text), held + len(text)
+        if held > 100_000:
+            ids += tokenizer("".join(piece), add_special_tokens=False)["input_ids"]
+            held, piece = 0, []
+        if read > _ENOUGH * wanted:
+            break
+    ids += tokenizer("".join(piece), add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def text_samples(
+    tokenizer: Any, texts: Iterator[str], data: str, samples: int, tokens: int, seed: int, vocabulary: int
+) -> Samples:
+    """`samples` windows of `tokens` ids, chosen by `seed`; each starts with the token that the tokenizer starts with.
+
+    Windows do not overlap where the text has enough of them; else their starts are drawn anywhere, and `overlapping`
+    says so.
+
+    Raises:
+        UserError: the text is shorter than one window, or the tokenizer's ids are not the model's.
+    """
+    probe = tokenizer("a")["input_ids"]
+    starts_with = tokenizer.bos_token_id if probe and probe[0] == tokenizer.bos_token_id else None
+    width = tokens - (starts_with is not None)
+    ids = _token_ids(tokenizer, texts, samples * width)
+    if len(ids) < width:
+        raise UserError(f"{data} gives {len(ids)} tokens, fewer than one sample of {width}")
+    if int(ids.max()) >= vocabulary:
+        raise UserError(f"the tokenizer gives the id {int(ids.max())}, but the model has {vocabulary} embeddings")
+    generator = torch.Generator().manual_seed(seed)
+    whole = len(ids) // width
+    overlapping = whole < samples
+    if overlapping:
+        starts = torch.randint(0, len(ids) - width + 1, (samples,), generator=generator).sort().values
+    else:
+        starts = torch.randperm(whole, generator=generator)[:samples].sort().values * width
+    rows = torch.stack([ids[s : s + width] for s in starts.tolist()])
+    if starts_with is not None:
+        rows = torch.cat([torch.full((samples, 1), starts_with), rows], dim=1)
+    return Samples(rows, _described(data, rows, seed, overlapping))

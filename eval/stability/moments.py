@@ -1,0 +1,95 @@
+"""Moments of a tensor over a stream of batches, in float64; memory does not grow with what has been seen."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+FP16_MAX = 65504.0
+
+
+@dataclass
+class Peak:
+    """The entry of the largest |x|: its value, and the sample, position and channel where it stands."""
+
+    value: float = 0.0
+    sample: int = -1
+    token: int = -1
+    channel: int = -1
+
+
+@dataclass
+class Moments:
+    """Sums over all entries of tensors (B, S, D) that came by, and over each channel.
+
+    `stats()` gives mean |x|; variance over all entries; the data-wise variance (of each channel over all tokens,
+    averaged over channels); kurtosis m4 / m2^2 (3 for a normal distribution); max |x| and where it stands; and the bits
+    that are left between it and FP16's largest number, log2(65504 / max |x|).
+    """
+
+    count: int = 0
+    absolute: float = 0.0
+    third: float = 0.0
+    fourth: float = 0.0
+    not_finite: int = 0
+    channel_sum: torch.Tensor | None = None
+    channel_square: torch.Tensor | None = None
+    peak: Peak = field(default_factory=Peak)
+
+    @torch.no_grad()
+    def add(self, x: torch.Tensor, first_sample: int) -> None:
+        """Take in a batch whose first row is sample number `first_sample`."""
+        _, length, width = x.shape
+        flat = x.detach().double().reshape(-1, width)
+        size = flat.abs()
+        index = int(size.argmax())  # NaN counts as the largest
+        value = size.flatten()[index].item()
+        if value > self.peak.value or math.isnan(value):
+            row, channel = divmod(index, width)
+            sample, token = divmod(row, length)
+            self.peak = Peak(value, first_sample + sample, token, channel)
+        if not math.isfinite(value):
+            self.not_finite += int((~flat.isfinite()).sum())
+        square = flat.square()
+        if self.channel_sum is None:
+            self.channel_sum, self.channel_square = flat.new_zeros(width), flat.new_zeros(width)
+        self.channel_sum += flat.sum(0)
+        self.channel_square += square.sum(0)
+        self.absolute += size.sum().item()
+        self.third += torch.dot(square.flatten(), flat.flatten()).item()
+        self.fourth += torch.dot(square.flatten(), square.flatten()).item()
+        self.count += flat.numel()
+
+    @property
+    def typical(self) -> float:
+        """The median over channels of their root mean square: a size that a few outlying channels do not move."""
+        width = len(self.channel_square)
+        return (self.channel_square * width / self.count).sqrt().median().item()
+
+    def stats(self) -> dict[str, float]:
+        """All statistics by name."""
+        n, width = self.count, len(self.channel_sum)
+        mean = self.channel_sum.sum().item() / n
+        square = self.channel_square.sum().item() / n
+        variance = square - mean**2
+        tokens = n / width
+        data_wise = (self.channel_square / tokens - (self.channel_sum / tokens).square()).mean().item()
+        fourth = self.fourth / n - 4 * mean * self.third / n + 6 * mean**2 * square - 3 * mean**4
+        return {
+            "mean_abs": self.absolute / n,
+            "variance": max(variance, 0.0) if math.isfinite(variance) else variance,
+            "variance_data": max(data_wise, 0.0) if math.isfinite(data_wise) else data_wise,
+            "kurtosis": fourth / variance**2 if variance > 0 else math.nan,
+            "max_abs": self.peak.value,
+            "max_sample": float(self.peak.sample),
+            "max_token": float(self.peak.token),
+            "max_channel": float(self.peak.channel),
+            "headroom_bits": headroom_bits(self.peak.value),
+        }
+
+
+def headroom_bits(largest: float) -> float:
+    """log2(65504 / largest): negative for what FP16 cannot hold, infinite for zeros, NaN for what is not finite."""
+    if not math.isfinite(largest):
+        return math.nan
+    return math.inf if largest == 0 else math.log2(FP16_MAX / largest)

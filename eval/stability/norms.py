@@ -1,0 +1,78 @@
+"""What a norm module computes, found by what it does: RMSNorm or LayerNorm, gamma or 1 + w, its epsilon."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from runkit.errors import UserError
+
+_EPS_NAMES = ("eps", "variance_epsilon", "norm_eps", "epsilon", "layer_norm_epsilon")
+
+
+@dataclass(frozen=True)
+class NormFacts:
+    """y = gain * (x - mean) / sqrt(var + eps) + bias with `kind` "layer", gain * x / sqrt(mean x^2 + eps) with "rms".
+
+    `gain` and `bias` are (D,), detached, or None where there is none; `offset` is what is added to the weight to make
+    the gain: 1 for Gemma's norms, else 0.
+    """
+
+    kind: str
+    eps: float
+    gain: torch.Tensor | None
+    bias: torch.Tensor | None
+    offset: float
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A norm over channels: called one, and without a matrix of weights."""
+    named = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or "norm" in type(module).__name__.lower()
+    return named and all(p.ndim <= 1 for p in module.parameters())
+
+
+def epsilon_of(module: nn.Module) -> float | None:
+    """The epsilon that a norm module states, None where it states none."""
+    for name in _EPS_NAMES:
+        value = getattr(module, name, None)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    return None
+
+
+@torch.no_grad()
+def norm_facts(module: nn.Module, name: str = "") -> NormFacts:
+    """What a norm computes, checked on random vectors.
+
+    Raises:
+        UserError: it is neither an RMSNorm nor a LayerNorm over the last dimension.
+    """
+    label = f"the norm {name or type(module).__name__} ({type(module).__name__})"
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    eps = epsilon_of(module)
+    if eps is None:
+        raise UserError(f"{label} states no epsilon (none of {', '.join(_EPS_NAMES)})")
+    parameter = next(module.parameters(), None)
+    sizes = getattr(module, "normalized_shape", None)
+    size = len(parameter) if parameter is not None else sizes[-1] if sizes else getattr(module, "dim", None)
+    if not isinstance(size, int):
+        size = 64  # without parameters it takes any size
+    device = "cpu" if parameter is None else parameter.device
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    x = torch.randn(4, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    y = module(x).double()
+    x = x.double()
+    centred = x - x.mean(-1, keepdim=True)
+    unit = {
+        "rms": x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps),
+        "layer": centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps),
+    }
+    shift = 0.0 if bias is None else bias.double()
+    for kind, hat in unit.items():
+        for offset in (0.0, 1.0) if weight is not None else (0.0,):
+            gain = 1.0 if weight is None else offset + weight.double()
+            expected = hat * gain + shift
+            if bool((y - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()):
+                exact = None if weight is None else gain.detach()
+                return NormFacts(kind, eps, exact, None if bias is None else bias.detach().double(), offset)
+    raise UserError(f"{label} is neither an RMSNorm nor a LayerNorm of the last dimension")

@@ -1,0 +1,115 @@
+"""A page in headless Chromium, through the DevTools protocol: its console, its size, and a picture of it."""
+
+import asyncio
+import base64
+import json
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+
+# What sticks out to the right of the window, unless it stands in something that scrolls by itself.
+MEASURE = """(() => {
+  const width = document.documentElement.clientWidth;
+  const inside = e => { for (let p = e.parentElement; p; p = p.parentElement)
+    if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return true; return false; };
+  const wide = [...document.body.querySelectorAll('*')].filter(
+    e => e.getBoundingClientRect().right > width + 1 && !inside(e)).map(e => e.tagName + '.' + e.className);
+  const images = [...document.images];
+  return {width, scroll: document.documentElement.scrollWidth, height: document.documentElement.scrollHeight,
+          wide: wide.slice(0, 9), images: images.length, broken: images.filter(i => !i.naturalWidth).length,
+          smallest: Math.min(...images.map(i => i.getBoundingClientRect().width)),
+          font: parseFloat(getComputedStyle(document.querySelector('p')).fontSize)};
+})()"""
+
+
+@dataclass
+class Seen:
+    """What a browser made of a page: `problems` are console messages of warning or worse, exceptions, and requests
+    for anything but the page itself and data URLs."""
+
+    page: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def look(file: Path, width: int, picture: Path | None = None) -> Seen:
+    """Open a file at a window's width, in CSS pixels; with `picture`, keep a PNG of the whole page."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # its helpers may still write
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0"]
+        command = [CHROMIUM, *flags, f"--user-data-dir={profile}", "about:blank"]
+        browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            return asyncio.run(asyncio.wait_for(_look(Path(profile), file, width, picture), timeout=90))
+        finally:
+            browser.terminate()
+            browser.wait(timeout=20)
+
+
+async def _look(profile: Path, file: Path, width: int, picture: Path | None) -> Seen:
+    import aiohttp
+
+    port_file = profile / "DevToolsActivePort"
+    while not (port_file.exists() and port_file.read_text().count("\n")):
+        await asyncio.sleep(0.05)
+    port = port_file.read_text().split()[0]
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+            pages = [target for target in await answer.json() if target["type"] == "page"]
+        async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+            return await _Tab(socket).visit(file.resolve().as_uri(), width, picture)
+
+
+class _Tab:
+    def __init__(self, socket: Any):
+        self.socket, self.seen, self.count, self.loaded = socket, Seen(), 0, False
+        self.address = ""
+
+    async def call(self, method: str, **params: Any) -> dict[str, Any]:
+        self.count += 1
+        number = self.count
+        await self.socket.send_json({"id": number, "method": method, "params": params})
+        while True:
+            message = await self._next()
+            if message.get("id") == number:
+                assert "error" not in message, message
+                return message["result"]
+
+    async def _next(self) -> dict[str, Any]:
+        message = json.loads((await self.socket.receive()).data)
+        method, params = message.get("method"), message.get("params", {})
+        if method == "Page.loadEventFired":
+            self.loaded = True
+        elif method == "Log.entryAdded" and params["entry"]["level"] in ("warning", "error"):
+            self.seen.problems.append(params["entry"]["text"])
+        elif method == "Runtime.consoleAPICalled" and params["type"] in ("warning", "error", "assert"):
+            self.seen.problems.append(str(params["args"]))
+        elif method == "Runtime.exceptionThrown":
+            self.seen.problems.append(str(params["exceptionDetails"]))
+        elif method == "Network.requestWillBeSent":
+            url = params["request"]["url"]
+            if not url.startswith("data:") and url != self.address:
+                self.seen.problems.append(f"asked for {url}")
+        return message
+
+    async def visit(self, address: str, width: int, picture: Path | None) -> Seen:
+        self.address = address
+        for domain in ("Page", "Log", "Runtime", "Network"):
+            await self.call(f"{domain}.enable")
+        mobile = {"deviceScaleFactor": 1, "mobile": width < 600}
+        await self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, **mobile)
+        self.loaded = False
+        await self.call("Page.navigate", url=address)
+        while not self.loaded:
+            await self._next()
+        found = await self.call("Runtime.evaluate", expression=MEASURE, returnByValue=True)
+        self.seen.page = found["result"]["value"]
+        if picture:
+            shot = await self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+            picture.write_bytes(base64.b64decode(shot["data"]))
+        return self.seen

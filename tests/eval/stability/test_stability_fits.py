@@ -1,0 +1,43 @@
+"""Constant, linear, exponential: the planted law is the one that is found."""
+
+import math
+
+import numpy as np
+import pytest
+
+from eval.stability.fits import fit_growth
+
+DEPTH = np.arange(25)
+
+
+@pytest.mark.parametrize(
+    ("law", "y"),
+    [
+        ("constant", 1.0 + 0.05 * np.sin(DEPTH)),
+        ("linear", 1.0 + 2.0 * DEPTH),
+        ("exponential", 0.5 * np.exp(0.3 * DEPTH)),
+    ],
+)
+def test_the_planted_law_fits_best(law, y):
+    fit = fit_growth(DEPTH, y)
+    assert fit["best"] == law
+    if law != "constant":
+        assert fit[law]["r2"] == pytest.approx(1.0, abs=1e-9)
+        other = "linear" if law == "exponential" else "exponential"
+        assert fit[other]["r2"] < 0.99
+    assert fit["constant"]["r2"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_fitted_numbers_are_those_of_the_law():
+    linear = fit_growth(DEPTH, 3.0 + 2.0 * DEPTH)["linear"]
+    assert (linear["intercept"], linear["slope"]) == pytest.approx((3.0, 2.0))
+    exponential = fit_growth(DEPTH, 0.5 * np.exp(0.3 * DEPTH))["exponential"]
+    assert (exponential["factor"], exponential["rate"]) == pytest.approx((0.5, 0.3))
+
+
+def test_what_cannot_be_fitted_is_left_open():
+    assert fit_growth([0, 1], [1.0, 2.0])["best"] is None
+    assert fit_growth(DEPTH, -1.0 - DEPTH)["best"] is None
+    y = 1.0 + 2.0 * DEPTH
+    y[3] = math.nan
+    assert fit_growth(DEPTH, y)["best"] == "linear"
