@@ -113,7 +113,6 @@ def find_anatomy(model: nn.Module) -> Anatomy:
             that is not finite.
     """
     vocabulary = _text_config(model).vocab_size
-    vocabulary = _text_config(model).vocab_size
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or model.get_input_embeddings() is None:
         raise UserError(f"{type(model).__name__} has no language-model head: it is no causal LM")

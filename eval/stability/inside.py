@@ -60,7 +60,7 @@ class Unknown(Exception):
     """The inside of a module is not one of these; the message says why."""
 
 
-def _linears(module: nn.Module) -> dict[str, nn.Linear]:
+def linear_maps(module: nn.Module) -> dict[str, nn.Linear]:
     """The module's linear maps by name; anything else with parameters, except norms of queries and keys, is unknown."""
     found = {}
     for name, child in module.named_children():
@@ -87,7 +87,7 @@ def _wide(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _attention(module: nn.Module, size: int) -> tuple[Attention, nn.Module]:
-    linears = _linears(module)
+    linears = linear_maps(module)
     names = set(linears)
     head = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
     if names == {"q_proj", "k_proj", "v_proj", "o_proj"} and head:
@@ -106,7 +106,7 @@ def _attention(module: nn.Module, size: int) -> tuple[Attention, nn.Module]:
 
 
 def _mlp(module: nn.Module) -> tuple[Gated, nn.Module]:
-    linears = _linears(module)
+    linears = linear_maps(module)
     names, act = set(linears), _act(module)
     if names == {"gate_proj", "up_proj", "down_proj"}:
         gate, up, down = (linears[n] for n in ("gate_proj", "up_proj", "down_proj"))

@@ -206,6 +206,20 @@ def test_a_record_says_what_was_measured(tmp_path):
     assert all(row["stderr"] is not None and row["n"] == 2 for row in record["results"])
 
 
+def test_a_model_of_another_family_is_scored_beside_its_folder(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer, folder = make_tokenizer(), tmp_path / "a-llama"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert call(folder, "--tasks", "mini_winogrande", "--limit", 3, "--device", "cpu", "--out", tmp_path / "out") == 0
+    (record,) = records(tmp_path / "out" / "a-llama")
+    assert record["evaluated"]["path"] == "a-llama"
+    assert [row["metric"] for row in record["results"]] == ["acc"]
+    assert not (folder / "eval").exists()
+
+
 @pytest.mark.slow
 def test_a_model_of_the_hub_is_scored_at_its_commit_and_pickles_are_refused(hub, tmp_path, capsys):
     words = ("--tasks", "mini_piqa", "--limit", 3, "--device", "cpu")
