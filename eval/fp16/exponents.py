@@ -52,21 +52,29 @@ class Plan:
 
 def choose(
     layout: Layout, peaks: list[Peak], margin: float, loss_scale: float, keep_eps: bool, scale_sums: bool
-) -> Plan:
-    """Exponents for all groups.
+) -> list[Plan]:
+    """Exponents for all groups; two plans where measuring must tell which of them is better.
 
-    With one epsilon for all norms (`layout.epsilon` is a field) their inputs get one exponent, so that the field times
-    its square is exact; where no one exponent fits them all, or with `keep_eps`, each has its own and epsilon stays.
+    With one epsilon for all norms (`layout.epsilon` is a field) the first plan gives all that norms read one exponent,
+    so that the field times its square is exact; but weights are moved that need not be, and in FP16 tiny weights, or
+    gains stored as gain - 1, are rounded. The second (the only one with `keep_eps`) moves each group by itself and
+    leaves the epsilon, which then is not exact.
 
     Raises:
         NoExactRewrite: a tensor that no power of two can move, or two that want opposite ones.
     """
+
+    def plan(uniform: bool) -> Plan:
+        return _choose(layout, peaks, margin, loss_scale, uniform, scale_sums)
+
     if layout.epsilon == SLOTS or keep_eps:
-        return _choose(layout, peaks, margin, loss_scale, False, scale_sums)
+        return [plan(False)]
     try:
-        return _choose(layout, peaks, margin, loss_scale, True, scale_sums)
+        first = plan(True)
     except NoExactRewrite:
-        return _choose(layout, peaks, margin, loss_scale, False, scale_sums)
+        return [plan(False)]
+    second = plan(False)
+    return [first] if second.exponents == first.exponents else [first, second]
 
 
 def _classes(layout: Layout, uniform: bool) -> dict[str, tuple[str, int]]:

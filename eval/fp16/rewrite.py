@@ -68,14 +68,14 @@ def _scale_gain(norm: NormUse, module: nn.Module, factor: float) -> None:
 
 
 def _set_epsilon(model: nn.Module, layout: Layout, plan: Plan) -> Epsilon:
-    config, e = model.config, plan.exponents
+    config, e, modules = model.config, plan.exponents, dict(model.named_modules())
     if layout.epsilon == SLOTS:
         before = config.norm_eps
         after = _eps_by_slot(config, layout, plan)
         changed = any(e[n.reads] for n in layout.norms)
         config.norm_eps = after if changed else before
         for norm in layout.norms:
-            _set_on(norm.module, norm.facts.eps * 4.0 ** e[norm.reads])
+            _set_on(modules[norm.name], norm.facts.eps * 4.0 ** e[norm.reads])
         return Epsilon("norm_eps", before, config.norm_eps, True)
     before = getattr(config, layout.epsilon)
     shared = {e[n.reads] for n in layout.norms}
@@ -83,7 +83,7 @@ def _set_epsilon(model: nn.Module, layout: Layout, plan: Plan) -> Epsilon:
     if exact:
         setattr(config, layout.epsilon, before * 4.0 ** shared.pop())
     for norm in layout.norms:
-        _set_on(norm.module, getattr(config, layout.epsilon))
+        _set_on(modules[norm.name], getattr(config, layout.epsilon))
     return Epsilon(layout.epsilon, before, getattr(config, layout.epsilon), exact)
 
 
