@@ -1,0 +1,134 @@
+"""What bounds each module's gradient, token by token, and what bounds each tensor: the paper's propositions on a model.
+
+python -m eval.bounds RUN_OR_CHECKPOINT_OR_HUB_ID --out DIR
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers.utils import logging as transformers_logging
+
+from runkit.environment import describe_environment
+from runkit.errors import UsageError, make_parser, run_command
+from runkit.folder import write_folder, write_json, write_text
+from runkit.process import start_stage
+from runkit.progress import progress_bar
+
+from .render import Table, to_markdown, to_terminal
+from .stability.anatomy import find_anatomy
+from .stability.certificate import certify
+from .stability.data import Samples, random_samples, read_data, text_samples
+from .stability.targets import find_model, hash_of
+from .stability.token_bounds import SLACK, broken_assumptions, summary, token_bounds
+from .stability.verdict import number
+
+NOTES = (
+    "measured: a token's share of |dL/dW2|_F, |dL/da| |h|; bound: from |dL/dx|, |h| and |a| (or |x + a|); the loss is "
+    "the sum over tokens.",
+    "tight: median of measured / bound over tokens; held: share of tokens with measured <= bound; paper held: the same "
+    "of 4 gamma sqrt(D) |h| / |a|, which assumes that the stream is the logits.",
+)
+
+
+def _table(name: str, rows: pd.DataFrame) -> Table:
+    def shares(value: float | None) -> str:
+        return "" if value is None or pd.isna(value) else f"{100 * value:.1f} %"
+
+    text = pd.DataFrame(
+        {
+            "model": name,
+            "layer": [f"{r.layer} {r.sublayer}" for r in rows.itertuples()],
+            "mean |h|": rows.mean_h.map(number),
+            "mean |a|": rows.mean_a.map(number),
+            "mean |x+a|": rows.mean_sum.map(number),
+            "largest measured": rows.largest_measured.map(number),
+            "largest bound": rows.largest_bound.map(number),
+            "tight": rows.tightness.map(lambda v: "" if v is None or pd.isna(v) else f"{v:.3f}"),
+            "held": rows.held.map(shares),
+            "paper held": rows.paper_held.map(shares),
+        }
+    )
+    return Table("Gradient of each module's last matrix: bound and measurement", text, rows, NOTES)
+
+
+def _samples(args: argparse.Namespace, model: Any, network: torch.nn.Module) -> Samples:
+    config = network.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or args.tokens
+    if args.tokens > positions:
+        raise UsageError(f"--tokens {args.tokens} is more than the {positions} positions of {model.asked}")
+    if args.data == "random":
+        return random_samples(config.vocab_size, args.samples, args.tokens, args.seed)
+    tokenizer, texts = model.tokenizer(args.tokenizer, args.trust_remote_code), read_data(args.data)
+    return text_samples(tokenizer, texts, args.data, args.samples, args.tokens, args.seed, config.vocab_size)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("samples", 1), ("tokens", 2), ("batch_size", 1)):
+        if getattr(args, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise UsageError(f"{args.out} exists: nothing is overwritten, give another --out")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
+    if args.data not in ("wikitext", "random"):
+        read_data(args.data)
+
+
+def main(args: argparse.Namespace) -> None:
+    start_stage(args)
+    _check(args)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    model = find_model(args.model, args.revision, args.trust_remote_code)
+    checkpoint = model.checkpoints[-1]
+    network = checkpoint.load(torch.float32, args.device, args.trust_remote_code)
+    samples, anatomy = _samples(args, model, network), find_anatomy(network)
+    with progress_bar(args, args.samples, model.name, "sample") as bar:
+        rows = token_bounds(anatomy, samples.batches(args.batch_size, args.device), bar.update)
+    table, broken = _table(model.name, summary(rows)), broken_assumptions(anatomy)
+    numbers = table.numbers.astype(object).where(table.numbers.notna(), None)
+    record = {
+        "model": model.asked,
+        "step": checkpoint.step,
+        "weights_sha256": hash_of(checkpoint),
+        "data": samples.described,
+        "slack": SLACK,
+        "sublayers": numbers.to_dict("records"),
+        "assumptions_broken": broken,
+        "environment": describe_environment(torch.device(args.device)),
+    }
+    said = "\n".join(f"- {text}" for text in broken)
+    with write_folder(args.out) as folder:
+        rows.to_parquet(folder / "tokens.parquet", index=False)
+        write_json(folder / "bounds.json", record)
+        write_json(folder / "certificate.json", certify(network, anatomy=anatomy))
+        write_text(
+            folder / "bounds.md", f"{to_markdown(table)}\nOf the propositions' assumptions it breaks:\n\n{said}\n"
+        )
+    print(f"{to_terminal(table)}\nOf the propositions' assumptions this model breaks:\n{said}\nwritten: {args.out}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("python -m eval.bounds", "Proposition 3.1 on a model, token by token, and its certificate.")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run folder (its newest checkpoint), checkpoint, or Hub id")
+    add("--out", type=Path, required=True, metavar="DIR", help="new folder; nothing is overwritten")
+    add("--data", default="wikitext", help="wikitext, hf:NAME[:CONFIG[:SPLIT]], a file or folder of text, or random")
+    add("--samples", type=int, default=32, help="samples")
+    add("--tokens", type=int, default=128, help="tokens a sample")
+    add("--batch-size", type=int, default=4, help="samples a pass")
+    add("--seed", type=int, default=0, help="which samples are drawn")
+    add("--tokenizer", metavar="PATH_OR_ID", help="another tokenizer than the model's own")
+    add("--revision", help="branch, tag or commit of a model of the Hub")
+    add("--trust-remote-code", action="store_true", help="run code that comes with a model")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    sys.exit(run_command(main, arguments))
