@@ -196,11 +196,19 @@ class PeriLlamaConfig(PreTrainedConfig):
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
         attention = "layers.*.self_attn."
+        tied = {"embed_tokens": "embedding_rowwise"} if self.tie_word_embeddings else {}  # split as the head is
+        plan = {**TP_PLAN, **tied}
         if self.qk_norm == "full":  # a norm over all heads needs them all: only the weights are split (as OLMo 2)
             gathered = dict.fromkeys((f"{attention}{x}_proj" for x in "qkv"), "colwise_gather_output")
-            return {**TP_PLAN, **gathered, f"{attention}o_proj": "rowwise_split_input"}
+            return {**plan, **gathered, f"{attention}o_proj": "rowwise_split_input"}
         norms = dict.fromkeys((f"{attention}{x}_norm" for x in "qk"), "replicated_with_grad_allreduce")
-        return {**TP_PLAN, **(norms if self.qk_norm == "head" else {})}
+        return {**plan, **(norms if self.qk_norm == "head" else {})}
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        """Some releases (5.19) add a tied embedding's entry to the plan of every configuration; it is there already."""
+        if plan != self.base_model_tp_plan:
+            raise AttributeError(f"base_model_tp_plan={plan!r}: the plan follows from the other fields")
 
     def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
         known = [f.name for f in fields(type(self))]

@@ -28,11 +28,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import (
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -42,6 +38,7 @@ from .configuration_periln import PeriLlamaConfig
 from .loss import IGNORE_INDEX, chunked_losses, shift_labels
 from .norms import NORMS
 from .placements import LayerPlan
+from .rotary import PeriLlamaRotaryEmbedding, rotate
 
 
 def build_norm(
@@ -135,10 +132,9 @@ class PeriLlamaAttention(nn.Module):
         query, key, value = query.view(hidden_shape), key.view(hidden_shape), value.view(hidden_shape)  # B S H|K E
         if self.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # B H|K S E
 
-        cos, sin = position_embeddings
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -224,18 +220,6 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
         if self.c != 1.0:
             x = self.c * x
         return x if dtype is None else x.to(dtype)
-
-
-class PeriLlamaRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's, whose frequencies stay in FP32: `model.to(torch.bfloat16)` would turn late positions by radians."""
-
-    def _apply(self, fn, recurse=True):
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
-        return self
 
 
 class PeriLlamaPreTrainedModel(PreTrainedModel):

@@ -79,6 +79,7 @@ class PeriLlamaRMSNorm(nn.Module):
 
     `learnable=False` keeps gamma at 1, as a buffer that no optimizer sees. `fused_backward = False`, on the class or
     on one norm, has autograd differentiate the plain operations; the result is the same to the last bit either way.
+    So it is without gradients, where PyTorch's own norm does the same operations in one call.
     """
 
     fused_backward = True
@@ -93,15 +94,15 @@ class PeriLlamaRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and self._fuses(hidden_states):
-            return FusedBackwardRMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)[0]
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
-
-    def _fuses(self, x: torch.Tensor) -> bool:
-        """Eager training on a CPU. Compilers, tracers and tensor subclasses get operations that they can see."""
-        if not self.fused_backward or type(x) is not torch.Tensor or torch.compiler.is_compiling():
-            return False
-        return x.requires_grad and x.device.type == "cpu"
+        # Fast paths are for eager CPUs. Compilers, tracers and tensor subclasses get operations that they can see.
+        x, weight = hidden_states, self.weight
+        if type(x) is torch.Tensor and x.is_cpu and not torch.compiler.is_compiling():
+            if not torch.is_grad_enabled():
+                if x.dtype == weight.dtype:
+                    return F.rms_norm(x, weight.shape, weight, self.variance_epsilon)
+            elif x.requires_grad and self.fused_backward:
+                return FusedBackwardRMSNorm.apply(x, weight, self.variance_epsilon)[0]
+        return rms_norm(x, weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"

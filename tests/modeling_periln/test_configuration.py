@@ -330,6 +330,17 @@ def test_tensor_plan_names_modules_that_exist():
     assert "layers.*.self_attn.q_norm" not in tiny_config().base_model_tp_plan
 
 
+def test_tensor_plan_may_be_given_a_tied_embedding_by_a_release_that_does_so_and_nothing_else():
+    """Transformers 5.19 assigns that entry when a tied configuration is made; there, the assignment used to fail."""
+    config = tiny_config(tie_word_embeddings=True)
+    tied = {"embed_tokens": "embedding_rowwise"}
+    config.base_model_tp_plan = {**config.base_model_tp_plan, **tied}
+    assert tied.items() <= config.base_model_tp_plan.items()
+    assert not tied.items() <= tiny_config().base_model_tp_plan.items()
+    with pytest.raises(AttributeError, match="base_model_tp_plan"):
+        config.base_model_tp_plan = tied
+
+
 # Overrides, aliases and names that come from elsewhere
 
 

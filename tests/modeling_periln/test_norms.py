@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import random_ids, shaken_model
 
-from modeling_periln.norms import FusedBackwardRMSNorm, PeriLlamaRMSNorm
+from modeling_periln.norms import FusedBackwardRMSNorm, PeriLlamaRMSNorm, rms_norm
 
 HALF = {torch.float16: 1e-3, torch.bfloat16: 8e-3}  # one unit in the last place of the largest value
 
@@ -66,6 +66,20 @@ def test_the_fused_norm_is_its_twin_in_half_precision(dtype, weight_dtype):
     assert relative(dw, dw2) <= HALF[dtype]
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, None])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 7, 20), (2, 5, 129), (9,)])
+def test_without_gradients_the_norm_is_its_definition_to_the_bit(shape, dtype, weight_dtype):
+    x = 300 * torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for y in (x, x.transpose(0, -2) if x.ndim > 1 else x[::2]):  # strides of its own
+        norm = norm_of(y.shape[-1], weight_dtype or dtype, eps=1e-3)
+        expected = rms_norm(y, norm.weight, 1e-3)
+        assert expected.isfinite().all() and expected.dtype == dtype
+        for context in (torch.no_grad(), torch.inference_mode()):
+            with context:
+                assert torch.equal(norm(y), expected)
+
+
 def test_statistics_do_not_overflow_where_a_square_does():
     x = torch.full((1, 8), 300.0, dtype=torch.float16, requires_grad=True)
     for y, *gradients in both(norm_of(8), x, torch.ones(1, 8)):
@@ -114,6 +128,20 @@ def test_only_eager_training_on_a_cpu_takes_the_fused_pass(monkeypatch):
     assert not calls
     norm(x.clone().requires_grad_())
     assert calls
+
+
+def test_compilers_and_tracers_see_the_definition_without_gradients_too(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda x, *_: calls.append(1) or x)
+    norm, x = norm_of(6), torch.randn(2, 6)
+    with torch.no_grad():
+        torch.fx.symbolic_trace(norm)
+        torch.compile(norm, backend="eager", fullgraph=True)(x)
+        torch.export.export(norm, (x,))
+        norm(x.bfloat16())  # a gain in FP32: mixed dtypes are not for PyTorch's norm
+        assert not calls
+        norm(x)
+        assert calls
 
 
 def test_a_traced_norm_is_plain_tensor_operations():

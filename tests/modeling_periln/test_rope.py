@@ -7,8 +7,10 @@ import torch
 from test_equal_to_llama import LLAMA3_ROPE, LLAMA_NAMES, largest_difference, twin
 from tiny_models import random_ids, shaken_model, tiny_config, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
+from modeling_periln.rotary import PeriLlamaRotaryEmbedding, rotate
 
 ORIGINAL_LENGTH = 16
 EXTENDED = {"rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": ORIGINAL_LENGTH}
@@ -73,6 +75,23 @@ def test_frequencies_change_beyond_the_original_length_where_the_type_says_so_an
     assert torch.equal(rotary.inv_freq, before) == (rope not in CHANGES_WITH_LENGTH)
     assert torch.equal(model(ids[:, :7]).logits, short)
     assert torch.equal(rotary.inv_freq, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [2, 6, 64])
+def test_a_rotation_and_its_gradient_are_llamas_to_the_bit(head_dim, dtype):
+    """The slow twin, with its negation and its slices, is Transformers' own."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(2, 5, 3, head_dim, generator=generator).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    config = tiny_config(head_dim=head_dim)
+    positions = torch.tensor([[0, 1, 2, 50, 9]])
+    ours = rotate(x, *PeriLlamaRotaryEmbedding(config)(x, positions))
+    theirs, _ = apply_rotary_pos_emb(x, x, *LlamaRotaryEmbedding(config)(x, positions), unsqueeze_dim=2)
+    assert ours.dtype == dtype and largest_difference(ours, x) > 0.1
+    assert torch.equal(ours, theirs)
+    gradients = [torch.autograd.grad(y, x, grad)[0] for y in (ours, theirs)]
+    assert torch.equal(*gradients)
 
 
 @torch.no_grad()
