@@ -16,7 +16,7 @@ DEMO_FLAGS = --out "$(OUT)" $(if $(DEVICE),--device "$(DEVICE)") $(if $(TEXT),--
 # A file's tests stay together; every test has one thread (tests/conftest.py).
 PARALLEL = --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-slow test-fast test-hf lint setup clean
+.PHONY: demo test test-slow test-fast test-hf test-vllm lint setup clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -50,6 +50,9 @@ test-fast: $(STAMP) ## the tests that train nothing and start nothing
 test-hf: $(STAMP) ## Transformers' own common model tests; TRANSFORMERS_SRC=/path/to/its/source, see tests/README.md
 	TRANSFORMERS_SRC="$(TRANSFORMERS_SRC)" $(BIN)/python -m pytest tests/transformers_suite/peri_llama_tests.py \
 		-o addopts= -p no:cacheprovider -rfE -W ignore::pytest.PytestUnknownMarkWarning $(PYTEST_ARGS)
+
+test-vllm: $(STAMP) ## every placement and export in vLLM; VLLM_PYTHON=/path/to/its/python, see README.md
+	VLLM_PYTHON="$(VLLM_PYTHON)" $(BIN)/python -m pytest tests/modeling_periln/test_vllm.py $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff: lint and format
 	$(BIN)/ruff check .
