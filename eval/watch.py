@@ -34,7 +34,7 @@ from .checkpoints import Target
 from .harness import Benchmarks, Settings
 from .suites import SUITES
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.1
 
 
 class Held:
@@ -43,7 +43,6 @@ class Held:
     def __init__(self, run: RunFolder, due: Callable[[int], bool], done: set[int]):
         self.run, self.due, self.done = run, due, done
         self.folder = run.path / "eval" / ".watch"
-        self.missed: list[int] = []
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="checkpoint-links")
 
@@ -81,9 +80,6 @@ class Held:
             half.rename(self.folder / path.name)
         except FileNotFoundError:  # removed under our hands
             shutil.rmtree(half)
-            if step not in self.missed:
-                self.missed.append(step)
-                tqdm.write(f"step {step} was removed before it could be held: it is not scored", file=sys.stderr)
 
     def next(self) -> Path | None:
         """The oldest checkpoint that is held."""
@@ -158,6 +154,13 @@ class Ending:
             return why
         self._since = self._since or time.monotonic()
         return why if time.monotonic() - self._since >= self.patience else None
+
+
+def missed_steps(run: RunFolder, due: Callable[[int], bool], scored: set[int]) -> list[int]:
+    """Steps that were due up to the run's last one, were not scored and have no checkpoint any more."""
+    there = {int(path.name.removeprefix("step_")) for path in run.checkpoints()}
+    last = max(there | scored, default=0)
+    return [step for step in range(1, last + 1) if due(step) and step not in there | scored]
 
 
 # --- score against tokens ------------------------------------------------------------------------------------
@@ -265,6 +268,9 @@ def main(args: argparse.Namespace) -> None:
     with progress_bar(args, None, f"watching {run.path.name}", "checkpoint") as bar:
         why = watch(run, settings, names, args, bar)
     write_curve(run, settings)
+    if missed := missed_steps(run, due_steps(run, args.every), scored_steps(run, settings, names)):
+        steps = ", ".join(map(str, missed))
+        print(f"warning: removed before they could be held, hence not scored: steps {steps}", file=sys.stderr)
     print(f"{why}; {bar.n} checkpoints scored: {run.path / 'eval' / 'watch.csv'}, watch.png")
 
 
