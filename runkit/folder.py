@@ -167,25 +167,28 @@ class RunFolder:
     def finished(self) -> bool:
         return self.status in ("completed", "diverged")
 
-    def claim(self, recipe: dict[str, Any]) -> None:
-        """Write the recipe, or check that the folder belongs to this very recipe.
+    def check_claim(self, recipe: dict[str, Any]) -> None:
+        """What `claim` does, without writing.
 
         Raises:
             UserError: the folder belongs to another recipe (the differing fields are named), or holds
                 files but no recipe.
         """
-        file = self.path / "recipe.yaml"
-        if file.exists():
+        if (self.path / "recipe.yaml").exists():
             different = differing_fields(self.recipe, recipe)
             if different:
                 raise UserError(
                     f"{self.path} belongs to another recipe ({'; '.join(different)}); "
                     "give another folder, or remove this one"
                 )
-            return
-        if self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
+        elif self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
             raise UserError(f"{self.path} holds files but no recipe.yaml; it is left alone: give another folder")
-        write_text(file, dump_yaml(recipe))
+
+    def claim(self, recipe: dict[str, Any]) -> None:
+        """Write the recipe, or check that the folder belongs to this very recipe. Raises as `check_claim`."""
+        self.check_claim(recipe)
+        if not (self.path / "recipe.yaml").exists():
+            write_text(self.path / "recipe.yaml", dump_yaml(recipe))
 
     def set_status(self, status: str, **more: Any) -> None:
         """Write summary.json: the status, and whatever else is to be known at once about the run."""

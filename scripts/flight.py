@@ -23,7 +23,7 @@ from torch import Tensor
 from runkit.folder import RunFolder, write_text
 
 from .engine import Engine
-from .layer_stats import Activations, LayerStats, gradient_places, write_rows
+from .layer_stats import Activations, LayerStats, drop_rows, gradient_places, step_of, write_rows
 from .recipe import Recipe
 
 
@@ -72,11 +72,9 @@ class FlightRecorder:
         if self.engine.is_main and self.events_path.exists():
             lines = self.events_path.read_text().splitlines()
             self._events = [event for event in map(json.loads, lines) if event["step"] < step]
-            for file in self._files():
-                if _step_of(file.name) >= step:
-                    file.unlink()
+            drop_rows(self.folder, step)
             self._write_events()
-        newest = max((_step_of(event["file"]) for event in self._events if event["file"]), default=self._written)
+        newest = max((step_of(event["file"]) for event in self._events if event["file"]), default=self._written)
         self._written = self.engine.gather(newest)[0]
 
     def write(self) -> None:
@@ -115,7 +113,3 @@ class FlightRecorder:
                     squares[place] = squares.get(place, 0.0) + norm**2
             for place, square in squares.items():
                 yield step, *place, "gradient", "norm", square**0.5
-
-
-def _step_of(name: str) -> int:
-    return int(name.removeprefix("step_").removesuffix(".parquet"))

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from runkit.errors import UserError
 
+from .encoders import Encoder
 from .engine import Engine
 
 
@@ -19,13 +21,14 @@ def heldout_sequences(
     Raises:
         UserError: there is not one whole sequence.
     """
+    # As the shards were encoded: a text that spells a special token is only text.
+    encode = Encoder(data / "tokenizer" / "tokenizer.json", tokenizer.eos_token_id, np.dtype(np.int64))
     wanted, ids = count * sequence_length + 1, []
     with open(data / "heldout.jsonl", encoding="utf-8") as file:
         for line in file:
             if len(ids) >= wanted:
                 break
-            ids += tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False).input_ids
-            ids.append(tokenizer.eos_token_id)
+            ids += encode([json.loads(line)["text"]])[0].tolist()
     n = min(count, (len(ids) - 1) // sequence_length)
     if n < 1:
         raise UserError(

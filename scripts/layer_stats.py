@@ -37,6 +37,18 @@ def write_rows(path: Path, rows: Iterable[tuple]) -> None:
     write_bytes(path, pd.DataFrame(rows, columns=COLUMNS).to_parquet(index=False))
 
 
+def step_of(name: str) -> int:
+    """The step in a file's name, `step_00000050.parquet`."""
+    return int(name.removeprefix("step_").removesuffix(".parquet"))
+
+
+def drop_rows(folder: Path, step: int) -> None:
+    """Remove the files of steps from `step` on, which will be done again."""
+    for file in folder.glob("step_*.parquet"):
+        if step_of(file.name) >= step:
+            file.unlink()
+
+
 def gradient_places(name: str) -> list[tuple[int, str]]:
     """Each (layer, sublayer) that a parameter belongs to, by its name; none for the final norm and the head."""
     words = name.split(".")

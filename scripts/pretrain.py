@@ -18,7 +18,7 @@ from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
 from runkit.recipes import apply_overrides, from_mapping, read_yaml, to_mapping
 
-from .data import TokenData
+from .data import FixedOrder, TokenData
 from .engine import LAUNCHED, Engine, pick_device, process_count, process_rank
 from .recipe import Recipe
 from .tracking import check_trackers
@@ -42,6 +42,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Toke
     if recipe.compile and recipe.precision.mode == "fp16" and pick_device(recipe.device) == "cpu":
         raise UsageError("compile with precision.mode fp16 on a CPU: the compiler's products are not a tensor core's")
     data = TokenData(recipe.data)
+    FixedOrder(data, recipe.sequence_length, recipe.batch_size, recipe.seed)  # are there tokens for one sequence?
     if recipe.data_fingerprint not in (None, data.fingerprint):
         raise UserError(f"data: {recipe.data} has another fingerprint than the recipe {path}")
     recipe.data_fingerprint = data.fingerprint
@@ -67,7 +68,9 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError("the recipes differ in precision.mode or device; one process can have one: start them apart")
     is_main = process_rank() == 0  # claims, locks and writes; the other ranks only compute
     for recipe, _, _ in planned if is_main else ():
-        RunFolder(args.runs / recipe.name).claim(to_mapping(recipe))
+        run = RunFolder(args.runs / recipe.name)
+        run.check_claim(to_mapping(recipe))
+        check_resume(run, args.resume)
     total = sum(recipe.steps for recipe, _, _ in planned)
     with progress_bar(args, total, "pretraining", "step", shown=is_main) as bar:
         for recipe, data, _ in planned:
@@ -77,11 +80,22 @@ def main(args: argparse.Namespace) -> None:
                 if engine.gather(run.finished)[0]:  # the main rank holds the lock, and knows
                     bar.update(recipe.steps)
                     continue
-                _train_one(Trainer(recipe, run, data, engine), stop, bar)
+                trainer = Trainer(recipe, run, data, engine)
+                if is_main:
+                    run.claim(to_mapping(recipe))  # only now that nothing is left to be refused
+                _train_one(trainer, stop, bar)
                 summary = run.summary
                 if is_main:
                     reason = f", {summary['reason']}" if summary["reason"] else ""
                     tqdm.write(f"{recipe.name}: {summary['status']}{reason}")
+
+
+def check_resume(run: RunFolder, mode: str) -> None:
+    """Raise UserError where the folder's state is not what `--resume` expects: `must` a checkpoint, `never` a run."""
+    if mode == "never" and (run.summary or run.metrics() or run.checkpoints()):
+        raise UserError(f"--resume never: {run.path} holds a run already ({run.status or 'no status'}): name another")
+    if mode == "must" and not run.checkpoints():
+        raise UserError(f"--resume must: {run.path} has no checkpoint to go on from")
 
 
 def _train_one(trainer: Trainer, stop: StopRequest, bar: tqdm) -> None:
@@ -106,6 +120,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     more = "recipe fields of all of them, such as seed=2 optimizer.learning_rate=1e-3"
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=more)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder in which the run folders stand")
+    go_on = "auto: from the newest whole checkpoint, or the start; must: refuse without a checkpoint; never: with a run"
+    parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto", help=go_on)
     return parser.parse_args(argv)
 
 

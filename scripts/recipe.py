@@ -4,7 +4,10 @@ Where the Peri-LN paper (arXiv 2502.02732) names a value, it is the default here
 eps, clipping, final learning rate, divergence), the default is ours.
 """
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Literal
 
 from modeling_periln import PeriLlamaConfig
@@ -63,6 +66,72 @@ class Flight:
     files: int = 32  # beyond them the oldest goes
 
 
+_Rule = tuple[Callable[[float], bool], str]  # what a number must be, and in words
+
+
+def _at_least(least: float, more: str = "") -> _Rule:
+    return lambda x: x >= least, f"must be at least {least:g}{more}"
+
+
+def _above_zero(more: str = "") -> _Rule:
+    return lambda x: x > 0, f"must be above 0{more}"
+
+
+def _share(of: str) -> _Rule:
+    return lambda x: 0 <= x <= 1, f"is a share of {of}, 0 to 1"
+
+
+_BETA: _Rule = (lambda x: 0 <= x < 1, "must be at least 0 and below 1")
+NUMBERS: dict[str, _Rule] = {
+    "steps": _at_least(1),
+    "batch_size": _at_least(1),
+    "sequence_length": _at_least(1),
+    "seed": _at_least(0),
+    "micro_batch_size": _at_least(1, ", or null"),
+    "layer_stats_every": _at_least(1),
+    "checkpoint_every": _at_least(1),
+    "keep_last": _at_least(1),
+    "keep_every": _at_least(1),
+    "heldout_every": _at_least(1),
+    "heldout_sequences": _at_least(1),
+    "optimizer.learning_rate": _above_zero(),
+    "optimizer.final_learning_rate": _share("learning_rate"),
+    "optimizer.warmup": _share("the steps"),
+    "optimizer.weight_decay": _at_least(0),
+    "optimizer.beta1": _BETA,
+    "optimizer.beta2": _BETA,
+    "optimizer.eps": _above_zero(),
+    "optimizer.gradient_clip": _above_zero(", or null for none"),
+    "optimizer.z_loss": _at_least(0),
+    "precision.initial_loss_scale": _above_zero(),
+    "precision.loss_scale_growth_interval": _at_least(1),
+    "divergence.nonfinite_losses": _at_least(1),
+    "divergence.consecutive_skips": _at_least(1),
+    "divergence.loss_rise": _above_zero(),
+    "divergence.window": _at_least(1),
+    "spikes.sigmas": _above_zero(),
+    "spikes.window": _at_least(2),
+    "flight.steps": _at_least(0, " (none)"),
+    "flight.files": _at_least(1),
+}
+_TOKENIZERS = "is the data's tokenizer's to say"
+NOT_THE_MODELS = {  # what a recipe's `model` cannot say, and why: it would be overruled without a word
+    "residual_dtype": "belongs to the run: set precision.residual_dtype",
+    "dtype": "belongs to the run, whose weights are FP32: set precision.mode",
+    "torch_dtype": "belongs to the run, whose weights are FP32: set precision.mode",
+    "model_type": "cannot be chosen: the model is peri_llama",
+    "bos_token_id": _TOKENIZERS,
+    "eos_token_id": _TOKENIZERS,
+    "pad_token_id": _TOKENIZERS,
+}
+
+
+def check_run_name(name: Any) -> None:
+    """Raise UsageError for what cannot be the name of a run's folder."""
+    if not isinstance(name, str) or name.strip() != name or not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f\x7f]+", name):
+        raise UsageError(f"name {name!r} must be a plain folder name")
+
+
 @dataclass
 class Recipe:
     """One pretraining run."""
@@ -89,6 +158,7 @@ class Recipe:
     checkpoint_every: int = 50  # steps
     keep_last: int = 2  # checkpoints; two, so that one damaged on the disk costs no more than the steps since the other
     keep_every: int | None = None  # steps; checkpoints at their multiples stay for good
+    keep_initial: bool = False  # writes a checkpoint before the first step, and keeps it (the paper's Figure 7a)
     keep_best: bool = False  # keeps the checkpoint of lowest held-out loss; needs heldout_every
     heldout_every: int | None = None  # steps between two measurements of the held-out loss
     heldout_sequences: int = 64
@@ -101,56 +171,38 @@ class Recipe:
         Raises:
             UsageError: names field and value.
         """
-        positive = ("steps", "batch_size", "sequence_length", "layer_stats_every", "checkpoint_every", "keep_last")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.optimizer.warmup <= 1:
-            raise UsageError(f"optimizer.warmup is a share of the steps, 0 to 1, not {self.optimizer.warmup}")
-        if not 0 <= self.optimizer.final_learning_rate <= 1:
-            value = self.optimizer.final_learning_rate
-            raise UsageError(f"optimizer.final_learning_rate is a share of learning_rate, 0 to 1, not {value}")
-        if self.optimizer.learning_rate <= 0:
-            raise UsageError(f"optimizer.learning_rate must be above 0, not {self.optimizer.learning_rate}")
-        if self.optimizer.gradient_clip is not None and self.optimizer.gradient_clip <= 0:
+        check_run_name(self.name)
+        self._check_numbers()
+        self._check_kept()
+        micro = self.micro_batch_size or max(1, self.batch_size // processes)
+        if self.batch_size % (micro * processes):
             raise UsageError(
-                f"optimizer.gradient_clip must be above 0, or null for none, not {self.optimizer.gradient_clip}"
+                f"batch_size {self.batch_size} is not a multiple of {micro} x {processes} (micro batch x processes)"
             )
         if self.precision.mode != "fp16" and self.precision.residual_dtype == "float16":
             raise UsageError(
                 f"precision.residual_dtype float16 in a {self.precision.mode} run would be FP16 in disguise: "
                 "give null, float32 or bfloat16"
             )
-        if self.seed < 0:
-            raise UsageError(f"seed must be at least 0, not {self.seed}")
-        if self.precision.mode == "fp16" and self.precision.initial_loss_scale <= 0:
-            raise UsageError(f"precision.initial_loss_scale must be above 0, not {self.precision.initial_loss_scale}")
-        if self.precision.loss_scale_growth_interval < 1:
-            value = self.precision.loss_scale_growth_interval
-            raise UsageError(f"precision.loss_scale_growth_interval must be at least 1, not {value}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self.optimizer, name) < 1:
-                raise UsageError(
-                    f"optimizer.{name} must be at least 0 and below 1, not {getattr(self.optimizer, name)}"
-                )
-        if self.optimizer.weight_decay < 0 or self.optimizer.eps <= 0:
-            values = f"{self.optimizer.weight_decay} and {self.optimizer.eps}"
-            raise UsageError(f"optimizer.weight_decay must be at least 0 and optimizer.eps above 0, not {values}")
-        for name in ("nonfinite_losses", "consecutive_skips", "window"):
-            if getattr(self.divergence, name) < 1:
-                raise UsageError(f"divergence.{name} must be at least 1, not {getattr(self.divergence, name)}")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise UsageError(f"micro_batch_size must be at least 1, or null, not {self.micro_batch_size}")
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise UsageError(f"name {self.name!r} must be a plain folder name")
-        micro = self.micro_batch_size or max(1, self.batch_size // processes)
-        if self.batch_size % (micro * processes):
+        for name, instead in NOT_THE_MODELS.items():
+            if name in self.model:
+                raise UsageError(f"model.{name} {instead}")
+        config = self.model_config()
+        if self.sequence_length > config.max_position_embeddings:
             raise UsageError(
-                f"batch_size {self.batch_size} is not a multiple of {micro} x {processes} (micro batch x processes)"
+                f"sequence_length {self.sequence_length} exceeds model.max_position_embeddings "
+                f"{config.max_position_embeddings}"
             )
-        for name in ("keep_every", "heldout_every", "heldout_sequences"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def _check_numbers(self) -> None:
+        """Each number for itself."""
+        for name, (holds, rule) in NUMBERS.items():
+            value = reduce(getattr, name.split("."), self)
+            if value is not None and not holds(value):
+                raise UsageError(f"{name} {rule}, not {value}")
+
+    def _check_kept(self) -> None:
+        """Which checkpoints stay."""
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             raise UsageError(
                 f"keep_every {self.keep_every} is not a multiple of checkpoint_every {self.checkpoint_every}"
@@ -159,22 +211,6 @@ class Recipe:
             raise UsageError(
                 f"keep_best needs a heldout_every that divides checkpoint_every {self.checkpoint_every}, not "
                 f"{self.heldout_every}"
-            )
-        if self.optimizer.z_loss < 0:
-            raise UsageError(f"optimizer.z_loss must be at least 0, not {self.optimizer.z_loss}")
-        if self.spikes.sigmas <= 0 or self.spikes.window < 2:
-            values = f"{self.spikes.sigmas} and {self.spikes.window}"
-            raise UsageError(f"spikes.sigmas must be above 0 and spikes.window at least 2, not {values}")
-        if self.flight.steps < 0 or self.flight.files < 1:
-            values = f"{self.flight.steps} and {self.flight.files}"
-            raise UsageError(f"flight.steps must be at least 0 (none) and flight.files at least 1, not {values}")
-        if "residual_dtype" in self.model:
-            raise UsageError("model.residual_dtype belongs to the run: set precision.residual_dtype")
-        config = self.model_config()
-        if self.sequence_length > config.max_position_embeddings:
-            raise UsageError(
-                f"sequence_length {self.sequence_length} exceeds model.max_position_embeddings "
-                f"{config.max_position_embeddings}"
             )
 
     def model_config(self, **more: Any) -> PeriLlamaConfig:

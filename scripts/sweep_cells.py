@@ -32,7 +32,7 @@ from runkit.recipes import (
     to_mapping,
 )
 
-from .recipe import Recipe
+from .recipe import Recipe, check_run_name
 
 PLACEMENT, RATE, SEED = "model.norm_placement", "optimizer.learning_rate", "seed"
 _SHORT = {PLACEMENT: "", "model": "", RATE: "lr", "optimizer.warmup": "warmup", SEED: "seed"}
@@ -150,8 +150,10 @@ def load_sweep(path: Path, runs: Path = Path("runs")) -> Sweep:
     mapping = read_yaml(path)
     grid = _check_grid(mapping, mapping.pop("grid", None), path)
     name = mapping.get("name")
-    if not isinstance(name, str) or not name or "/" in name or name.startswith("."):
-        raise UsageError(f"{path}: name {name!r} must be a plain folder name")
+    try:
+        check_run_name(name)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
     cells = []
     for combination in product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))

@@ -6,7 +6,6 @@ The order of a step is: compute, update, record, save. All ranks do the same; th
 import json
 import math
 import os
-import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -31,7 +30,8 @@ from .data import FixedOrder, TokenData
 from .engine import Engine
 from .flight import FlightRecorder
 from .heldout import heldout_loss, heldout_sequences
-from .layer_stats import LayerStats, write_rows
+from .layer_stats import LayerStats, drop_rows, write_rows
+from .memory_meter import peak_rss
 from .overflow import FirstNonFinite
 from .recipe import Recipe
 from .spikes import count_spikes
@@ -219,7 +219,7 @@ class Trainer:
     def _peak_memory(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_rss()
 
     def _record_environment(self, seen: DtypeWitness) -> None:
         environment = describe_environment(self.device) | {
@@ -260,6 +260,7 @@ class Trainer:
         self.engine.wait()
         if self.is_main:
             self.run.truncate_metrics(self.step)
+            drop_rows(self.run.path / "layers", self.step)
         self.book.replay(records)
         if self.recorder:
             self.recorder.resume(self.step)
@@ -276,6 +277,7 @@ class Trainer:
             keep |= {s for s in steps if s % recipe.keep_every == 0}
         best = self._best(steps) if recipe.keep_best and self.is_main else None
         keep |= {best["step"]} if best else set()
+        keep |= {0} if recipe.keep_initial else set()
         save_checkpoint(self.run, self.step, self.engine, self.tokenizer, keep)
         if best:
             write_json(self.run.path / BEST, best)
@@ -297,6 +299,8 @@ class Trainer:
         """
         self._set_status("running", step=self.step)
         self.resume()
+        if self.recipe.keep_initial and self.step == 0:
+            self.save()
         bar.update(self.step)
         bar.set_postfix_str(self.recipe.name)
         recipe, saved, start, witness = self.recipe, self.step, time.monotonic(), True

@@ -9,10 +9,8 @@ import pytest
 import torch
 from tiny import timeless, train, write_recipe
 
-from runkit.errors import UsageError
 from runkit.folder import RunFolder, weights_hash
 from scripts.pretrain import load_recipe
-from scripts.recipe import Flight
 from scripts.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
@@ -167,13 +165,3 @@ def test_a_layer_that_is_computed_again_in_the_backward_pass_counts_once(tmp_pat
         both.append(seen.sums)
     assert torch.equal(*both)
     assert both[0][:, 3].min() > 0
-
-
-def test_wrong_fields_are_refused(tmp_path, data):
-    for wrong in ({"steps": -1}, {"files": 0}):
-        values = {**Flight().__dict__, **wrong}
-        said = f"flight.steps must be at least 0 .* not {values['steps']} and {values['files']}"
-        with pytest.raises(UsageError, match=said):
-            load_recipe(write_recipe(tmp_path, data, flight=wrong))
-    with pytest.raises(UsageError, match="unknown field flight.step .did you mean 'steps'"):
-        load_recipe(write_recipe(tmp_path, data, flight={"step": 3}))

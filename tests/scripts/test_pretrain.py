@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from modeling_periln import PeriLlamaForCausalLM
 from runkit.checkpoints import latest_whole
 from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, weights_hash
+from scripts import pretrain
 from scripts.pretrain import load_recipe
 from scripts.trainer import Trainer, resolved_config
 
@@ -289,6 +291,19 @@ def test_a_backward_overflow_skips_and_halves_the_scale(tmp_path, data):
         ({"data_fingerprint": "other"}, UserError, "another fingerprint"),
         ({"device": "tpu"}, UsageError, "device must be one of 'auto', 'cpu', 'cuda', not 'tpu'"),
         ({"steps": 0}, UsageError, "steps must be at least 1, not 0"),
+        ({"divergence": {"loss_rise": 0}}, UsageError, "divergence.loss_rise must be above 0, not 0"),
+        ({"optimizer": {"eps": 0}}, UsageError, "optimizer.eps must be above 0, not 0"),
+        ({"spikes": {"window": 1}}, UsageError, "spikes.window must be at least 2, not 1"),
+        ({"flight": {"steps": -1}}, UsageError, "flight.steps must be at least 0 .none., not -1"),
+        ({"flight": {"files": 0}}, UsageError, "flight.files must be at least 1, not 0"),
+        ({"flight": {"step": 3}}, UsageError, "unknown field flight.step .did you mean 'steps'"),
+        ({"model": {**MODEL, "eos_token_id": 7}}, UsageError, "model.eos_token_id is the data's tokenizer's to say"),
+        ({"model": {**MODEL, "dtype": "float16"}}, UsageError, "model.dtype belongs to the run.* precision.mode"),
+        (
+            {"batch_size": 1, "sequence_length": 100_000, "model": {**MODEL, "max_position_embeddings": 100_000}},
+            UserError,
+            "tokens, fewer than one sequence of sequence_length 100000",
+        ),
         ({"name": "../up"}, UsageError, "name '../up' must be a plain folder name"),
         ({"micro_batch_size": 0}, UsageError, "micro_batch_size must be at least 1"),
         ({"optimizer": {"learning_rate": float("nan")}}, UsageError, "optimizer.learning_rate must be float, not nan"),
@@ -299,6 +314,50 @@ def test_a_backward_overflow_skips_and_halves_the_scale(tmp_path, data):
 def test_recipe_mistakes_are_found_before_any_work(tmp_path, data, fields, error, message):
     with pytest.raises(error, match=message):
         load_recipe(write_recipe(tmp_path, data, **fields))
+
+
+def test_what_is_refused_at_the_last_moment_leaves_no_claim_behind(tmp_path, data):
+    file = write_recipe(tmp_path, data, heldout_every=1, sequence_length=128, heldout_sequences=1)
+    empty = tmp_path / "data"
+    shutil.copytree(data, empty)
+    (empty / "heldout.jsonl").write_text(json.dumps({"name": "a", "text": "short"}) + "\n")
+    words = ["--config", str(file), "--runs", str(tmp_path / "runs"), "--set", f"data={empty}"]
+    with pytest.raises(UserError, match="fewer than one sequence of 128 . 1"):
+        pretrain.main(pretrain.parse(words))
+    assert not (tmp_path / "runs" / "run" / "recipe.yaml").exists()
+
+
+def test_a_run_that_must_go_on_and_one_that_must_not_exist(tmp_path, data):
+    words = ["--config", str(write_recipe(tmp_path, data, steps=3)), "--runs", str(tmp_path / "runs"), "--resume"]
+
+    def start(mode: str) -> None:
+        pretrain.main(pretrain.parse([*words, mode]))
+
+    with pytest.raises(UserError, match="--resume must: .*run has no checkpoint to go on from"):
+        start("must")
+    assert not (tmp_path / "runs").exists()
+    start("never")
+    with pytest.raises(UserError, match="--resume never: .*run holds a run already .completed."):
+        start("never")
+    start("must")
+
+
+def test_the_checkpoint_before_the_first_step_stays_and_is_the_initialization(tmp_path, data):
+    folder = train(tmp_path, data, keep_initial=True, keep_last=1, steps=6)
+    assert [path.name for path in folder.checkpoints()] == ["step_00000000", "step_00000006"]
+    recipe, tokens = load_recipe(tmp_path / "run.yaml")
+    fresh = Trainer(recipe, RunFolder(tmp_path / "other"), tokens)
+    saved = load_file(folder.checkpoints()[0] / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in fresh.model.state_dict().items())
+    plain = train(tmp_path, data, name="plain", steps=6)
+    assert timeless(folder.path) == timeless(plain.path)
+    # From it a run can begin again.
+    shutil.rmtree(folder.checkpoints()[-1])
+    folder.set_status("running")
+    stale = folder.path / "layers" / "step_00000500.parquet"  # of steps that were done on another machine, say
+    stale.write_bytes(b"")
+    assert timeless(train(tmp_path, data, keep_initial=True, keep_last=1, steps=6).path) == timeless(plain.path)
+    assert not stale.exists()
 
 
 def test_another_recipe_on_the_same_folder_is_refused_with_the_fields(untouched, data, tmp_path):

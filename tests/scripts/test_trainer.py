@@ -1,6 +1,7 @@
 """What a recipe can switch in the trainer, and what the trainer says of what went wrong."""
 
 import json
+import shutil
 import sqlite3
 
 import numpy as np
@@ -11,10 +12,12 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import LoggerType
 from tiny import run, train, write_recipe
 from torch import nn
+from transformers import AutoTokenizer
 
 from runkit.errors import UsageError
 from runkit.folder import RunFolder
 from scripts import tracking
+from scripts.heldout import heldout_sequences
 from scripts.overflow import FirstNonFinite
 from scripts.pretrain import load_recipe
 from scripts.trainer import Trainer, peak_flops
@@ -117,6 +120,17 @@ def test_the_heldout_loss_is_that_of_the_heldout_text(tmp_path, data):
     trainer.recipe.optimizer.learning_rate = 0.0
     trainer.step = 5
     assert trainer._train_step(witness=False)["heldout_loss"] == pytest.approx(after, abs=1e-6)
+
+
+def test_heldout_text_that_spells_a_special_token_is_only_text_as_in_the_shards(tmp_path, data):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    (folder / "heldout.jsonl").write_text(json.dumps({"name": "a", "text": "<|end_of_text|>" * 9}) + "\n")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    inputs, targets = heldout_sequences(folder, tokenizer, 8, 4)
+    assert tokenizer.eos_token_id not in inputs
+    assert "".join(tokenizer.decode(inputs.flatten())).startswith("<|end_of_text|>")
+    assert targets[0].tolist() == [*inputs[0, 1:].tolist(), inputs[1, 0].item()]
 
 
 def test_the_first_module_that_overflows_is_named():
