@@ -27,7 +27,7 @@ from runkit.progress import progress_bar
 
 from .checkpoints import DTYPES, Target, find_model
 from .harness import Benchmarks, Settings
-from .render import Table, to_terminal
+from .render import Table, to_terminal, values
 from .suites import SUITES
 
 
@@ -93,8 +93,8 @@ def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
     one = records[0][1]
     shots = f"{one['num_fewshot']}-shot" + ("" if one["limit"] is None else f", limit {one['limit']:g}")
     notes = (
-        f"lm-eval {one['harness']['version']}, {shots}, batch size {one['batch_size']}, {one['dtype']}, "
-        f"{one['device']}.",
+        f"lm-eval {one['harness']['version']}, {shots}, batch size {one['batch_size']}, "
+        f"{values([record for _, record in records], 'dtype')}, {one['device']}.",
     )
     return Table("Benchmarks", pd.DataFrame(lines), pd.DataFrame(lines), notes, keys=2)
 
