@@ -27,7 +27,7 @@ from runkit.progress import progress_bar
 
 from .checkpoints import DTYPES, Target, find_model
 from .harness import Benchmarks, Settings
-from .render import Table, to_terminal
+from .render import Table, to_terminal, values
 from .suites import SUITES
 
 
@@ -93,8 +93,8 @@ def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
     one = records[0][1]
     shots = f"{one['num_fewshot']}-shot" + ("" if one["limit"] is None else f", limit {one['limit']:g}")
     notes = (
-        f"lm-eval {one['harness']['version']}, {shots}, batch size {one['batch_size']}, {one['dtype']}, "
-        f"{one['device']}.",
+        f"lm-eval {one['harness']['version']}, {shots}, batch size {one['batch_size']}, "
+        f"{values([record for _, record in records], 'dtype')}, {one['device']}.",
     )
     return Table("Benchmarks", pd.DataFrame(lines), pd.DataFrame(lines), notes, keys=2)
 
@@ -112,17 +112,20 @@ def main(args: argparse.Namespace) -> None:
     out = args.out.parent if one_file else args.out
     found = [(name, find_model(name, args.revision, args.trust_remote_code, out)) for name in args.targets]
     benchmarks = Benchmarks(names, settings)
+    files = [args.out if one_file else target and result_file(target, settings) for _, target in found]
+    scored = [(target, file) for (_, target), file in zip(found, files, strict=True) if target is not None]
+    if args.check_data or any(benchmarks.lacking(*each, args.again) for each in scored):
+        benchmarks.load()  # what is wrong with a task or its data is said before the first score
     if args.check_data:
         return
     records = []
     with progress_bar(args, len(found) * len(benchmarks.tasks), "benchmarks", "task") as bar:
-        for name, target in found:
+        for (name, target), file in zip(found, files, strict=True):
             if target is None:
                 tqdm.write(f"{name}: diverged, not evaluated")
                 bar.update(len(benchmarks.tasks))
                 continue
             bar.set_postfix_str(target.name)
-            file = args.out if one_file else result_file(target, settings)
             record = benchmarks.score(target, file, args.again, lambda: bar.update(1))
             records.append((f"{target.name}, {record['evaluated']['path']} -> {file}", record))
     if records:

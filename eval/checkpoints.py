@@ -1,12 +1,14 @@
 """What is evaluated: a run folder's newest checkpoint, a checkpoint folder, or a model of the Hub."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
 from runkit.errors import UsageError, UserError
@@ -45,9 +47,25 @@ class Target:
             UserError: neither can be loaded; in one sentence.
         """
         trust = {"trust_remote_code": self.trust_remote_code}
-        try:
+        with self._said_in_one_sentence():
             model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=dtype, use_safetensors=True, **trust)
             tokenizer = AutoTokenizer.from_pretrained(self.checkpoint, **trust)
+        return model.to(torch.device(device)).eval(), tokenizer
+
+    def positions(self) -> int | None:
+        """How many tokens the model has positions for; None where it has no such limit.
+
+        Raises:
+            UserError: its configuration cannot be read; in one sentence.
+        """
+        with self._said_in_one_sentence():
+            config = AutoConfig.from_pretrained(self.checkpoint, trust_remote_code=self.trust_remote_code)
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    @contextmanager
+    def _said_in_one_sentence(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # an architecture, a file or a shape that does not fit shows itself in many ways
             text = " ".join(str(error).split())
             if "trust_remote_code" in text:
@@ -55,7 +73,6 @@ class Target:
                     f"{self.name} brings code of its own, which is only run with --trust-remote-code: read it first"
                 ) from error
             raise UserError(f"{self.name} cannot be loaded as a causal LM ({text[:200]})") from error
-        return model.to(torch.device(device)).eval(), tokenizer
 
 
 def find_target(path: Path, trust_remote_code: bool = False) -> Target | None:

@@ -40,6 +40,11 @@ def _once(file: Path, options: dict[str, Any], weights: str, compute: Callable[[
     write_json(file, compute())
 
 
+def scores_file(target: Target, args: argparse.Namespace) -> Path:
+    """Where a suite's scores of a target stand."""
+    return target.results / f"benchmarks-{args.suite}.json"
+
+
 def evaluate_target(
     target: Target, benchmarks: Benchmarks, texts: list[str] | None, args: argparse.Namespace, bar: tqdm
 ) -> None:
@@ -61,7 +66,7 @@ def evaluate_target(
         prompts = list(CHAT_PROMPTS if chat else PROMPTS)
         return {"evaluated": target.evaluated(), "samples": generate_samples(model, tokenizer, prompts, chat)}
 
-    benchmarks.score(target, target.results / f"benchmarks-{args.suite}.json")
+    benchmarks.score(target, scores_file(target, args))
     bar.update(1)
     if texts is not None:
         _once(target.results / "heldout.json", which | more, weights, loss)
@@ -86,6 +91,9 @@ def main(args: argparse.Namespace) -> None:
     targets = [(path, find_target(path)) for path in args.targets]
     texts = read_texts(args.heldout) if args.heldout else None
     benchmarks = Benchmarks(SUITES[args.suite], settings)
+    there = [target for _, target in targets if target is not None]
+    if args.check_data or any(benchmarks.lacking(target, scores_file(target, args)) for target in there):
+        benchmarks.load()  # what is wrong with a task or its data is said before the first score
     if args.check_data:
         return
     with progress_bar(args, 3 * len(targets), "evaluation", "part") as bar:

@@ -29,7 +29,7 @@ from .checkpoints import Target, find_model
 from .documents import KNOWN, METHOD, Sample, draw, named, read_sample, write_sample
 from .heldout import Sums, make_windows, sum_losses, summarized
 from .likelihood import fitting_batch_size
-from .render import Table, to_terminal
+from .render import Table, to_terminal, values
 
 CONTEXT = 2048  # tokens a window, where the model has as many positions
 SAVE_EVERY = 50  # batches
@@ -67,22 +67,22 @@ def file_of(target: Target, head: dict[str, Any], task: str) -> Path:
     return target.results / f"loss-{name}-{target.checkpoint.name}-{short}.json"
 
 
-def context_of(model: Any, asked: int | None) -> int:
+def context_of(target: Target, asked: int | None) -> int:
     """Tokens a window.
 
     Raises:
-        UserError: more than the model has positions.
+        UserError: more than the model has positions, or see `Target.positions`.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = target.positions()
     if asked is not None and positions is not None and asked > positions:
-        raise UserError(f"--context {asked} is more than the model's {positions} positions")
+        raise UserError(f"--context {asked} is more than the {positions} positions of {target.name}")
     return asked or min(CONTEXT, positions or CONTEXT)
 
 
 def measure(target: Target, sample: Sample, head: dict[str, Any], file: Path, bar: tqdm) -> dict[str, Any]:
     """Compute and write the record; sums so far stand in a hidden file beside it until it is whole."""
     model, tokenizer = target.load(head["device"], head["dtype_asked"])
-    context = context_of(model, head["context_asked"])
+    context = context_of(target, head["context_asked"])
     size = head["batch_size"]
     if size == "auto":
         size = fitting_batch_size(context, model.config.get_text_config().vocab_size, model.device)
@@ -96,13 +96,13 @@ def measure(target: Target, sample: Sample, head: dict[str, Any], file: Path, ba
 
     def after(done: int, batches: int) -> None:
         bar.update(1)
+        if not sums.nats.isfinite().all():
+            raise UserError(f"{target.name}: the loss is not finite in {model.dtype}; try --dtype float32")
         if done % SAVE_EVERY == 0 and done < batches:
             values = {"nats": sums.nats.tolist(), "tokens": sums.tokens.tolist(), "batches": done}
             write_json(partial, {"key": key} | values)
 
     sum_losses(model, windows, sums, size, after)
-    if not sums.nats.isfinite().all():
-        raise UserError(f"{target.name}: the loss is not finite in {model.dtype}; try --dtype float32")
     found = {"context": context, "batch_size_used": size, "dtype": str(model.dtype).removeprefix("torch.")}
     record = head | found | summarized(sums, sample.texts, sample.source.task)
     write_json(file, record)
@@ -133,11 +133,12 @@ def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
             for row in record["results"]
         )
         lines.append({"block": record["dataset"], "target": name, "loss": loss, "bits per byte": bits})
-    one = records[0][1]
+    one, of = records[0][1], [record for _, record in records]
     how = "packed over the documents' ends" if one["packed"] else "each document by itself"
     notes = (
-        f"{one['documents']:,} of {one['of_documents']:,} documents (seed {one['seed']}), {one['tokens']:,} tokens, "
-        f"{how}, windows of {one['context']} tokens, {one['dtype']}; nats a token ± standard error over documents.",
+        f"{one['documents']:,} of {one['of_documents']:,} documents (seed {one['seed']}), {values(of, 'tokens', ',')} "
+        f"tokens, {how}, windows of {values(of, 'context')} tokens, {values(of, 'dtype')}; nats a token ± standard "
+        "error over documents.",
     )
     return Table("Loss", pd.DataFrame(lines), pd.DataFrame(lines), notes)
 
@@ -154,6 +155,9 @@ def main(args: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     found = [(name, find_model(name, args.revision, args.trust_remote_code, args.out)) for name in args.targets]
+    for _, target in found:  # before the whole split is streamed
+        if target is not None:
+            context_of(target, args.context)
     sample, records = documents(args), []
     with progress_bar(args, 0, "loss", "batch") as bar:
         for name, target in found:

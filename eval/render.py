@@ -26,6 +26,11 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 }
 
 
+def values(records: Sequence[dict], key: str, how: str = "") -> str:
+    """What the records have under a key, each value once: `512`, `512 and 1,024` (`how` is a format)."""
+    return " and ".join(dict.fromkeys(format(record[key], how) for record in records))
+
+
 @dataclass(frozen=True)
 class Table:
     """`text` is what is shown, a block for each value of its first column; `numbers` is what it was made from."""

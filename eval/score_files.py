@@ -81,6 +81,8 @@ def _row(cells: dict[str, str], tasks: tuple[str, ...], where: str) -> dict:
         row[name] = _number(cells[name], name, where) if cells.get(name) else math.nan
     for name in OPTIONAL:
         row[name] = cells.get(name) or None
+    if row["limit"] is None and "limit" in cells and row["status"] == "completed":
+        row["limit"] = "none"  # an empty cell beside others with a limit: all items
     if row["tokens"]:
         row["tokens"] = _number(row["tokens"], "tokens", where)
     return row

@@ -230,7 +230,8 @@ def watch(run: RunFolder, settings: Settings, tasks: list[str], args: argparse.N
     stop, ending = StopRequest().install(), Ending(run, args.wait)
     done = set() if args.again else scored_steps(run, settings, tasks)
     with Held(run, due_steps(run, args.every), done) as held:
-        benchmarks = Benchmarks(tasks, settings)  # takes seconds, in which checkpoints come and go
+        benchmarks = Benchmarks(tasks, settings)
+        benchmarks.load()  # takes seconds, in which checkpoints come and go
         while True:
             if stop.exit_code is not None:
                 raise StoppedBySignal(stop.exit_code, "stopped; start the watch again and it goes on from here")

@@ -92,7 +92,8 @@ def record_before_after(
         "dtype": "float32",
     }
     for name, checkpoint in (("before", before), ("after", after)):
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True)
+        model = model.to(device).eval()
         record[name] = {"weights_sha256": hashes[name]} | conversation_loss(model, tokens, pulse)
         record[name]["samples"] = answers(model, tokenizer, pulse)
     write_json(file, record)

@@ -15,6 +15,7 @@ from .conversations import END_OF_TURN
 from .recipe import Lora
 
 PROBE = (2, 16)  # rows and tokens of the batch on which a merged model is compared
+TOLERANCE = 1e-5  # of the largest logit, or of 1
 
 
 def is_adapter(checkpoint: Path) -> bool:
@@ -42,14 +43,15 @@ def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
 
 
 @torch.no_grad()
-def merge(checkpoint: Path, out: Path) -> float:
+def merge(checkpoint: Path, out: Path) -> tuple[float, float]:
     """Write the model of an adapter checkpoint with the adapter merged in, to the folder `out`.
 
     Returns:
-        the largest difference of a logit before and after, on random tokens.
+        the largest difference of a logit before and after, and the largest logit, on random tokens.
 
     Raises:
-        UserError: no adapter, or one whose base model is gone; names the path.
+        UserError: no adapter, one whose base model is gone, or a merged model that computes something else; names the
+            path.
     """
     if not is_adapter(checkpoint):
         raise UserError(f"{checkpoint} holds no adapter (adapter_config.json): there is nothing to merge")
@@ -62,7 +64,9 @@ def merge(checkpoint: Path, out: Path) -> float:
     ids = torch.randint(0, model.config.vocab_size, PROBE, generator=generator)
     before = model(input_ids=ids).logits
     merged = model.merge_and_unload()
-    difference = (merged(input_ids=ids).logits - before).abs().max().item()
+    difference, largest = (merged(input_ids=ids).logits - before).abs().max().item(), before.abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, largest):
+        raise UserError(f"{checkpoint}: merged in, it changes a logit by {difference:.1e}; {out} is not written")
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)}
     merged.generation_config.eos_token_id = sorted(ends)
     with write_checkpoint(out, merged, tokenizer):
@@ -70,4 +74,4 @@ def merge(checkpoint: Path, out: Path) -> float:
     damage = damage_of(out)
     if damage is not None:
         raise UserError(f"the merged model was not written: {damage}")
-    return difference
+    return difference, largest

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,8 @@ class Selection:
         if not file.exists():
             return False
         record, asked = read_json(file), {"limit": self.args.limit, "batch_size": self.args.batch_size}
-        return record["selected_from"] == one.weights and all(record.get(k) == v for k, v in asked.items())
+        asked |= {"selected_from": one.weights, "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")}}
+        return all(record.get(key) == value for key, value in asked.items())
 
     def select(self, bar: tqdm) -> dict[str, Any]:
         """Score every epoch, write best.json, evaluate the best one; returns the record."""

@@ -60,7 +60,7 @@ class Job:
 def _build_trainer(job: Job, recorder_bar: tqdm, stop: StopRequest, scratch: str) -> ExactTrainer:
     recipe = job.recipe
     # An absolute path: it is what an adapter names as its base.
-    model = AutoModelForCausalLM.from_pretrained(job.checkpoint.resolve(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job.checkpoint.resolve(), dtype=torch.float32, use_safetensors=True)
     model.config.residual_dtype = recipe.residual_dtype
     if recipe.lora is not None:
         model = lora.add_adapters(model, recipe.lora, recipe.seed)
@@ -177,6 +177,8 @@ def plan(recipe: Recipe, path: Path, conversations: Conversations, name: str) ->
     if source is None:
         return None
     checkpoint, folder = source
+    if not any(checkpoint.glob("*.safetensors")):
+        raise UserError(f"{checkpoint} has no weights in safetensors; pickled ones (.bin, .pt) are not read")
     tokenizer = chat_tokenizer(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint)
     if len(tokenizer) > config.vocab_size:
@@ -201,9 +203,15 @@ def plan(recipe: Recipe, path: Path, conversations: Conversations, name: str) ->
     )
 
 
+def _is_over(run: RunFolder) -> bool:
+    """Whether a run has ended and what it ended with is still there, whole."""
+    last = run.checkpoints()[-1:]
+    return run.status == "diverged" or (run.finished and bool(last) and damage_of(last[0]) is None)
+
+
 def _run_job(job: Job, bar: tqdm, stop: StopRequest) -> None:
     run = job.run
-    if run.finished and (run.status == "diverged" or damage_of(run.checkpoints()[-1]) is None):
+    if _is_over(run):
         bar.update(job.steps)
         return
     bar.set_postfix_str(run.path.parent.name)
@@ -228,8 +236,11 @@ def merge_adapter(run: RunFolder) -> None:
     if whole is None:
         raise UserError(f"{run.path} has no whole checkpoint to merge")
     out = run.path / "merged" / whole.name
-    difference = lora.merge(whole, out)
-    tqdm.write(f"{out}: the adapter of {whole.name} merged in; logits differ by at most {difference:.1e}")
+    difference, largest = lora.merge(whole, out)
+    tqdm.write(
+        f"{out}: the adapter of {whole.name} merged in; logits differ by at most {difference:.1e} (the largest is "
+        f"{largest:.1f})"
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hub_store import write_store
+from lm_eval.models.huggingface import HFLM
 from small_models import make_model, make_run, make_tokenizer, serving
 
-from eval import benchmarks
+from eval import benchmarks, harness
 from eval.checkpoints import find_model, find_target
 from eval.harness import Benchmarks, Settings
 from eval.likelihood import ContinuationLM
@@ -119,8 +121,6 @@ def test_scores_are_those_of_the_lm_eval_command_line_on_the_unmodified_tasks(ru
 @pytest.mark.parametrize("size", [1, 5])
 @pytest.mark.parametrize("logits_cache", [True, False])
 def test_log_likelihoods_are_bit_for_bit_those_of_the_harness(size, logits_cache):
-    from lm_eval.models.huggingface import HFLM
-
     tokenizer = make_tokenizer()
     model, texts = make_model(tokenizer), ("a", "ab", " water", " and eggs and water", " " * 700)
     pairs = [(f"{i} {'so ' * i}".strip(), text) for i in range(1, 9) for text in texts[: 3 + i % 2]]
@@ -136,7 +136,6 @@ def test_log_likelihoods_are_bit_for_bit_those_of_the_harness(size, logits_cache
 
 def test_an_automatic_batch_is_no_larger_than_the_memory_holds(monkeypatch):
     import psutil
-    import torch
 
     from eval.likelihood import fitting_batch_size
 
@@ -172,6 +171,40 @@ def test_what_was_scored_stays_and_a_stop_costs_one_task(tmp_path, monkeypatch, 
     assert "mini_arc_easy" in capsys.readouterr().out  # ... but shown
     assert call(*words, "--again") == 0
     assert len(asked) == 5
+
+
+def test_a_task_that_is_computed_again_takes_no_other_task_s_results_away(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    words = (run.path, "--limit", 3, "--device", "cpu", "--tasks")
+    assert call(*words, "mini_piqa,mini_arc_easy") == 0
+    (before,) = records(run.path / "eval")
+    with monkeypatch.context() as patch:
+        patch.setattr(Benchmarks, "load", lambda self: pytest.fail("the tasks were loaded for nothing"))
+        assert call(*words, "mini_arc_easy") == 0
+    assert call(*words, "mini_piqa", "--again") == 0
+    (after,) = records(run.path / "eval")
+    assert after["tasks"] == ["mini_arc_easy", "mini_piqa"]
+    assert sorted(after["results"], key=str) == sorted(before["results"], key=str)
+
+
+def test_the_few_tasks_that_are_looked_up_without_the_whole_list_are_those_of_the_list():
+    import lm_eval.tasks
+
+    whole = lm_eval.tasks.TaskManager()
+    few = harness._manager_of([*harness.FOLDERS, "mini_piqa"])
+    assert len(few.all_tasks) < 100 < len(whole.all_tasks)
+    for name in harness.FOLDERS:
+        assert few.task_index[name] == whole.task_index[name]
+
+
+def test_log_likelihoods_that_are_no_numbers_are_no_scores(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    model = make_model(make_tokenizer())
+    model.model.layers[0].mlp.down_proj.weight.data[3, 3] = torch.nan
+    model.save_pretrained(run.checkpoints()[-1])
+    assert call(run.path, "--tasks", "mini_piqa", "--limit", 3, "--device", "cpu") == 1
+    assert "mini_piqa: log-likelihoods are no numbers in torch.float32" in capsys.readouterr().err
+    assert not records(run.path / "eval")
 
 
 def test_other_settings_and_other_weights_have_files_of_their_own(tmp_path):

@@ -168,6 +168,15 @@ def test_a_missing_score_and_a_missing_seed_are_said(capsys, tmp_path):
     assert "Missing: pre at 1.5B has no seed 4." in text
 
 
+def test_an_empty_limit_beside_others_is_none(capsys, tmp_path):
+    def limited(row):
+        return row | {"limit": "100" if row["placement"] == "peri" else ""}
+
+    text = " ".join(tables(capsys, "--scores", altered(tmp_path, limited), "--table", "means").split())
+    assert "limits differ (100; none)" in text
+    assert "Different limits (items a task): none (post 400M seeds 1 to 5;" in text
+
+
 def test_provenance_beside_the_scores_is_compared(capsys, tmp_path):
     def mixed(row):
         row |= {"harness": "0.4.12" if row["placement"] == "post" else "0.4.13", "tokens": "30e9", "tokenizer": "a"}

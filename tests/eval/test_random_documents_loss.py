@@ -128,6 +128,34 @@ def test_c4_loss_is_the_mean_over_chosen_documents_streamed_from_the_hub(hub, tm
     assert float(cells["c4_bits_per_byte"]) == pytest.approx(by_name["bits_per_byte"]["value"], abs=0.01)
 
 
+def test_the_note_names_every_window_and_count_of_tokens():
+    one = {"dataset": "d", "documents": 5, "of_documents": 9, "seed": 0, "packed": False, "dtype": "float32"}
+    one |= {"results": [{"value": 1.0, "stderr": 0.1}, {"value": 2.0, "stderr": None}], "tokens": 1200, "context": 64}
+    (note,) = loss.table([("a", one), ("b", one | {"context": 128}), ("c", one | {"tokens": 900})]).notes
+    assert "1,200 and 900 tokens, each document by itself, windows of 64 and 128 tokens, float32;" in note
+
+
+def test_a_window_longer_than_the_positions_is_refused_before_a_document_is_read(tmp_path, capsys, monkeypatch):
+    run = make_run(tmp_path / "run")
+    monkeypatch.setattr(documents, "stream", lambda *a: pytest.fail("documents were read"))
+    assert call(run.path, "--context", 513) == 1
+    assert "--context 513 is more than the 512 positions of run" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_is_said_at_the_first_batch_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    run, sample = make_run(tmp_path / "run"), tmp_path / "sample.jsonl"
+    model = make_model(make_tokenizer())
+    model.model.layers[0].mlp.down_proj.weight.data[3, 3] = torch.nan
+    model.save_pretrained(run.checkpoints()[-1])
+    source = documents.named("no/where", None, None, None, None)
+    documents.write_sample(sample, documents.Sample(source, 0, DOCUMENTS[:4], 60), 4)
+    monkeypatch.setattr(loss, "SAVE_EVERY", 1)
+    words = ("--dataset", "no/where", "--documents", 4, "--sample", sample, "--batch-size", 1)
+    assert call(run.path, *words) == 1
+    assert "run: the loss is not finite in torch.float32" in capsys.readouterr().err
+    assert not (run.path / "eval").exists()
+
+
 @pytest.mark.slow
 def test_a_loss_that_was_stopped_goes_on_to_the_same_number(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(loss, "SAVE_EVERY", 2)
@@ -171,7 +199,6 @@ def test_what_cannot_be_measured_is_one_sentence(hub, tmp_path, capsys):
     assert call(run.path, "--documents", 3, "--sample", sample) == 0
     for words, code, message in (
         (("--documents", 0), 2, "--documents must be at least 1, not 0"),
-        (("--documents", 2, "--context", 4096), 1, "--context 4096 is more than the model's 512 positions"),
         (("--documents", 2, "--column", "txt"), 1, "has no column 'txt' (did you mean 'text'?)"),
         (("--dataset", "no/where"), 1, "no/where validation: the Hub has it not"),
         (("--split", "tset"), 1, "allenai/c4 en tset: "),

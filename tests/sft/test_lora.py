@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import AutoPeftModelForCausalLM
+from peft.tuners.lora import LoraModel
 from small import make_model, make_run, tune, write_recipe
 from transformers import AutoModelForCausalLM
 
@@ -55,6 +56,25 @@ def test_every_placement_has_default_modules_and_the_seed_decides_the_start(plac
     states = [{n: p for n, p in m.named_parameters() if p.requires_grad} for m in (one, same, other)]
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
     assert not all(torch.equal(states[0][n], states[2][n]) for n in states[0])
+
+
+def test_a_merged_model_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(run.checkpoints()[-1])
+    adapted, tokenizer = add_adapters(model, Lora(r=2), seed=1), make_model()[1]
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    real = LoraModel.merge_and_unload
+
+    def spoiled(self):
+        merged = real(self)
+        merged.lm_head.weight.data[0] += 1e-2
+        return merged
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", spoiled)
+    with pytest.raises(UserError, match="merged in, it changes a logit by .*e-0.; .*out is not written"):
+        merge(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_an_adapter_cannot_be_merged(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib import metadata
 
 import pytest
 from small import make_model
@@ -27,7 +28,7 @@ if "--out" in words:
     results = [{"task": t, "metric": m, "value": v * (m == "acc"), "stderr": 0.1, "n": 7}
                for t, v in zip(tasks, table[target.name]) for m in ("acc", "acc_norm")]
     pathlib.Path(words[words.index("--out") + 1]).write_text(json.dumps(
-        {"evaluated": {"path": str(target)}, "harness": {"name": "lm-eval", "version": "0"}, "limit": limit,
+        {"evaluated": {"path": str(target)}, "harness": table["harness"], "limit": limit,
          "batch_size": int(words[words.index("--batch-size") + 1]), "results": results}))
 """
 STEPS = (6, 12, 18)
@@ -51,8 +52,10 @@ def run(tmp_path, monkeypatch):
     return folder
 
 
-def table(tmp_path, scores, fail=()):
-    (tmp_path / "table.json").write_text(json.dumps(dict(zip(NAMES, scores, strict=True)) | {"fail": list(fail)}))
+def table(tmp_path, scores, fail=(), version=None):
+    harness = {"name": "lm-eval", "version": version or metadata.version("lm-eval")}
+    more = {"fail": list(fail), "harness": harness}
+    (tmp_path / "table.json").write_text(json.dumps(dict(zip(NAMES, scores, strict=True)) | more))
 
 
 def calls(tmp_path):
@@ -97,6 +100,17 @@ def test_a_selection_that_failed_goes_on_where_it_was(tmp_path, run, capsys):
     assert json.loads((run.path / "best.json").read_text())["epoch"] == 3
     assert chosen(run, "--limit", "3") == 0  # other options are another measurement
     assert sum("--out" in call for call in calls(tmp_path)) == 4 + 3
+
+
+def test_scores_of_another_harness_are_not_compared_with_this_one_s(tmp_path, run):
+    scores = [(0.1,) * 4, (0.2,) * 4, (0.3,) * 4]
+    table(tmp_path, scores, version="0.0.1")
+    assert chosen(run) == 0
+    table(tmp_path, scores)
+    assert chosen(run) == 0
+    assert sum("--out" in call for call in calls(tmp_path)) == 6
+    assert chosen(run) == 0
+    assert sum("--out" in call for call in calls(tmp_path)) == 6
 
 
 def test_a_run_of_which_an_epoch_is_damaged_or_that_is_not_done_is_not_chosen_from(tmp_path, run, capsys):

@@ -115,6 +115,9 @@ def test_a_finished_run_is_left_alone_unless_its_last_checkpoint_is_damaged(tune
     last.write_bytes(last.read_bytes()[:-1])
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         tune(file, run)
+    shutil.rmtree(last.parent.parent)
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        tune(file, run)
 
 
 @pytest.mark.slow
@@ -201,6 +204,12 @@ def _new_token(run):
     _other_token(run, "tokenizer.json")  # the configuration still names it, as one more
 
 
+def _pickled(run):
+    (file,) = run.checkpoints()[-1].glob("*.safetensors")
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+
+
 def _bad_row(run):
     with open(run.path.parent / "talk.jsonl", "a") as file:
         file.write(json.dumps({"conversations": ["alone"]}) + "\n")
@@ -212,6 +221,7 @@ def _bad_row(run):
         (_no_tokenizer, {}, "step_00000001 has no tokenizer", 1),
         (_no_tokens, {}, "has no token <|assistant|> for conversations", 1),
         (_new_token, {}, "has 287 tokens, its model 286", 1),
+        (_pickled, {}, "has no weights in safetensors; pickled ones", 1),
         (_bad_row, {}, "talk.jsonl, row 15: a conversation with 1 turn(s) has no assistant's answer", 1),
         (None, {"max_length": 129}, "max_length 129 exceeds the 128 positions of", 2),
         (None, {"max_length": 3}, "no answer begins within max_length 3", 1),
