@@ -6,7 +6,6 @@ python -m eval.bounds RUN_OR_CHECKPOINT_OR_HUB_ID --out DIR
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -21,7 +20,7 @@ from runkit.progress import progress_bar
 from .render import Table, to_markdown, to_terminal
 from .stability.anatomy import find_anatomy
 from .stability.certificate import certify
-from .stability.data import Samples, random_samples, read_data, text_samples
+from .stability.data import find_samples, read_data
 from .stability.targets import find_model, hash_of
 from .stability.token_bounds import SLACK, broken_assumptions, summary, token_bounds
 from .stability.verdict import number
@@ -55,17 +54,6 @@ def _table(name: str, rows: pd.DataFrame) -> Table:
     return Table("Gradient of each module's last matrix: bound and measurement", text, rows, NOTES)
 
 
-def _samples(args: argparse.Namespace, model: Any, network: torch.nn.Module) -> Samples:
-    config = network.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or args.tokens
-    if args.tokens > positions:
-        raise UsageError(f"--tokens {args.tokens} is more than the {positions} positions of {model.asked}")
-    if args.data == "random":
-        return random_samples(config.vocab_size, args.samples, args.tokens, args.seed)
-    tokenizer, texts = model.tokenizer(args.tokenizer, args.trust_remote_code), read_data(args.data)
-    return text_samples(tokenizer, texts, args.data, args.samples, args.tokens, args.seed, config.vocab_size)
-
-
 def _check(args: argparse.Namespace) -> None:
     for name, least in (("samples", 1), ("tokens", 2), ("batch_size", 1)):
         if getattr(args, name) < least:
@@ -86,7 +74,9 @@ def main(args: argparse.Namespace) -> None:
     model = find_model(args.model, args.revision, args.trust_remote_code)
     checkpoint = model.checkpoints[-1]
     network = checkpoint.load(torch.float32, args.device, args.trust_remote_code)
-    samples, anatomy = _samples(args, model, network), find_anatomy(network)
+    tokenizer = None if args.data == "random" else model.tokenizer(args.tokenizer, args.trust_remote_code)
+    samples = find_samples(network.config, tokenizer, args.data, args.samples, args.tokens, args.seed)
+    anatomy = find_anatomy(network)
     with progress_bar(args, args.samples, model.name, "sample") as bar:
         rows = token_bounds(anatomy, samples.batches(args.batch_size, args.device), bar.update)
     table, broken = _table(model.name, summary(rows)), broken_assumptions(anatomy)
