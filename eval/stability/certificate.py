@@ -44,13 +44,13 @@ class _Rows:
     def add(self, key: Key, reach: Reach | torch.Tensor | None, why: str, roundings: int = 0) -> None:
         row = dict(zip(("layer", "sublayer", "tensor"), key, strict=True))
         if reach is None:
-            row |= {"bound": None, "channel": None, "fp16_factor": None}
+            row |= {"bound": None, "channel": None, "length": None, "fp16_factor": None}
         else:
             if isinstance(reach, Reach):
-                (value, channel), roundings = reach.largest, reach.roundings
+                (value, channel), length, roundings = reach.largest, reach.length, reach.roundings
             else:
-                value, channel = reach.max().item(), int(reach.argmax())
-            row |= {"bound": value, "channel": channel, "fp16_factor": (1 + UNIT) ** roundings}
+                (value, channel), length = (reach.max().item(), int(reach.argmax())), None
+            row |= {"bound": value, "channel": channel, "length": length, "fp16_factor": (1 + UNIT) ** roundings}
         self.rows.append(row | {"why": why, "measured": self.measured.get(key)})
 
 
@@ -66,7 +66,8 @@ def certify(
         anatomy: the model's, if it is known already.
 
     Returns:
-        `limit`; `rows` (layer, sublayer, tensor, bound or None, channel, fp16_factor, why, measured); `largest_bound`
+        `limit`; `rows` (layer, sublayer, tensor, bound or None, channel, length (the largest Euclidean one of a token's
+        vector, None for what is bounded row by row), fp16_factor, why, measured); `largest_bound`
         over the rows that have one; `unbounded`: what has none, and why; `above_limit`: the rows whose bound times
         factor exceeds the limit; `certified`: no row is unbounded or above the limit.
 
