@@ -1,12 +1,12 @@
-"""What bounds each module's gradient, token by token, and what bounds each tensor: the paper's propositions on a model.
+"""Bounds beside what they bound, token by token: the paper's propositions, residual steps, and the certificate.
 
 python -m eval.bounds RUN_OR_CHECKPOINT_OR_HUB_ID --out DIR
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -21,7 +21,10 @@ from runkit.progress import progress_bar
 from .render import Table, to_markdown, to_terminal
 from .stability.anatomy import find_anatomy
 from .stability.certificate import certify
-from .stability.data import Samples, random_samples, read_data, text_samples
+from .stability.data import find_samples, read_data
+from .stability.measure import json_number
+from .stability.residual_step import said, steps_of, token_steps
+from .stability.residual_step import summary as step_summary
 from .stability.targets import find_model, hash_of
 from .stability.token_bounds import SLACK, broken_assumptions, summary, token_bounds
 from .stability.verdict import number
@@ -33,11 +36,44 @@ NOTES = (
     "of 4 gamma sqrt(D) |h| / |a|, which assumes that the stream is the logits.",
 )
 
+STEP_NOTES = (
+    "step: |x' - alpha x|, the largest measured, and the largest that the weights allow for any input.",
+    "length, std: the largest of a token after the add; by step: from the stream before it; so far: by all steps up to "
+    "it, from the token's embedding. angle: median over tokens, in units of pi (1: no bound). Derivations: "
+    "eval/stability/residual_step.py.",
+)
+
+
+def shares(value: float | None) -> str:
+    """A share as a percentage; empty where there is none."""
+    return "" if value is None or pd.isna(value) else f"{100 * value:.1f} %"
+
+
+def _bound(value: float) -> str:
+    return "none" if math.isinf(value) else number(value)
+
+
+def _step_table(name: str, rows: pd.DataFrame) -> Table:
+    text = pd.DataFrame(
+        {
+            "model": name,
+            "layer": [f"{r.layer} {r.sublayer}" for r in rows.itertuples()],
+            "step": rows.largest_step.map(number),
+            "at most": rows.step_bound.map(_bound),
+            "length": rows.largest_length.map(number),
+            "by step": rows.length_bound.map(_bound),
+            "so far": rows.length_bound_so_far.map(_bound),
+            "angle": rows.median_angle.map(lambda v: f"{v:.3f}"),
+            "angle by step": rows.median_angle_bound.map(lambda v: f"{v:.3f}"),
+            "std": rows.largest_std.map(number),
+            "std so far": rows.std_bound_so_far.map(_bound),
+            "held": rows.held.map(shares),
+        }
+    )
+    return Table("Residual steps: what they did to tokens, and what they can do", text, rows, STEP_NOTES)
+
 
 def _table(name: str, rows: pd.DataFrame) -> Table:
-    def shares(value: float | None) -> str:
-        return "" if value is None or pd.isna(value) else f"{100 * value:.1f} %"
-
     text = pd.DataFrame(
         {
             "model": name,
@@ -53,17 +89,6 @@ def _table(name: str, rows: pd.DataFrame) -> Table:
         }
     )
     return Table("Gradient of each module's last matrix: bound and measurement", text, rows, NOTES)
-
-
-def _samples(args: argparse.Namespace, model: Any, network: torch.nn.Module) -> Samples:
-    config = network.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or args.tokens
-    if args.tokens > positions:
-        raise UsageError(f"--tokens {args.tokens} is more than the {positions} positions of {model.asked}")
-    if args.data == "random":
-        return random_samples(config.vocab_size, args.samples, args.tokens, args.seed)
-    tokenizer, texts = model.tokenizer(args.tokenizer, args.trust_remote_code), read_data(args.data)
-    return text_samples(tokenizer, texts, args.data, args.samples, args.tokens, args.seed, config.vocab_size)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -86,34 +111,49 @@ def main(args: argparse.Namespace) -> None:
     model = find_model(args.model, args.revision, args.trust_remote_code)
     checkpoint = model.checkpoints[-1]
     network = checkpoint.load(torch.float32, args.device, args.trust_remote_code)
-    samples, anatomy = _samples(args, model, network), find_anatomy(network)
-    with progress_bar(args, args.samples, model.name, "sample") as bar:
+    tokenizer = None if args.data == "random" else model.tokenizer(args.tokenizer, args.trust_remote_code)
+    samples = find_samples(network.config, tokenizer, args.data, args.samples, args.tokens, args.seed)
+    anatomy = find_anatomy(network)
+    certificate = certify(network, anatomy=anatomy)
+    steps = steps_of(anatomy, certificate)
+    with progress_bar(args, 2 * args.samples, model.name, "sample") as bar:
+        taken = token_steps(anatomy, steps, samples.batches(args.batch_size, args.device), bar.update)
         rows = token_bounds(anatomy, samples.batches(args.batch_size, args.device), bar.update)
     table, broken = _table(model.name, summary(rows)), broken_assumptions(anatomy)
-    numbers = table.numbers.astype(object).where(table.numbers.notna(), None)
+    step_table = _step_table(model.name, step_summary(taken, steps))
+    told = said(steps, step_table.numbers)
     record = {
         "model": model.asked,
         "step": checkpoint.step,
         "weights_sha256": hash_of(checkpoint),
         "data": samples.described,
         "slack": SLACK,
-        "sublayers": numbers.to_dict("records"),
+        "sublayers": table.numbers.to_dict("records"),
+        "residual_steps": step_table.numbers.to_dict("records"),
+        "residual_steps_in_words": told,
         "assumptions_broken": broken,
         "environment": describe_environment(torch.device(args.device)),
     }
-    said = "\n".join(f"- {text}" for text in broken)
+    page = (
+        f"{to_markdown(table)}\nOf the propositions' assumptions it breaks:\n\n{_listed(broken)}\n\n"
+        f"{to_markdown(step_table)}\n{_listed(told)}\n"
+    )
     with write_folder(args.out) as folder:
         rows.to_parquet(folder / "tokens.parquet", index=False)
-        write_json(folder / "bounds.json", record)
-        write_json(folder / "certificate.json", certify(network, anatomy=anatomy))
-        write_text(
-            folder / "bounds.md", f"{to_markdown(table)}\nOf the propositions' assumptions it breaks:\n\n{said}\n"
-        )
-    print(f"{to_terminal(table)}\nOf the propositions' assumptions this model breaks:\n{said}\nwritten: {args.out}")
+        taken.to_parquet(folder / "steps.parquet", index=False)
+        write_json(folder / "bounds.json", json_number(record))
+        write_json(folder / "certificate.json", json_number(certificate))
+        write_text(folder / "bounds.md", page)
+    print(f"{to_terminal(table)}\nOf the propositions' assumptions this model breaks:\n{_listed(broken)}\n")
+    print(f"{to_terminal(step_table)}\n{_listed(told)}\nwritten: {args.out}")
+
+
+def _listed(sentences: list[str]) -> str:
+    return "\n".join(f"- {text}" for text in sentences)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m eval.bounds", "Proposition 3.1 on a model, token by token, and its certificate.")
+    parser = make_parser("python -m eval.bounds", "Proposition 3.1, residual steps and the certificate on a model.")
     add = parser.add_argument
     add("model", metavar="MODEL", help="run folder (its newest checkpoint), checkpoint, or Hub id")
     add("--out", type=Path, required=True, metavar="DIR", help="new folder; nothing is overwritten")

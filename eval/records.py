@@ -290,6 +290,12 @@ def load(root: str | Path, measurements: bool = True) -> Frames:
     )
 
 
+def nothing_recorded(name: str) -> Frames:
+    """Frames without a run."""
+    columns = (_RUNS, _METRICS, _LAYERS, _SCORES, _SAMPLES)
+    return Frames(name, {}, *(pd.DataFrame(columns=names) for names in columns), recipes={}, environments={})
+
+
 def load_all(roots: Sequence[str | Path], measurements: bool = True) -> Frames:
     """`load` for several folders; runs are then named by their whole path, and one that is reached twice is read once.
 
@@ -411,12 +417,21 @@ def recorded_steps(data: pd.DataFrame) -> str:
     return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}, {len(steps)} recorded"
 
 
+def first_steps(data: pd.DataFrame) -> pd.Series:
+    """The first recorded step of every run that has a later one as well."""
+    steps = data.groupby("run").step.agg(["min", "max"])
+    return steps["min"][steps["min"] < steps["max"]]
+
+
 def first_and_last(data: pd.DataFrame) -> str:
     """Which steps `at_edge` means."""
-    first, last = at_edge(data, False).step, at_edge(data, True).step
+    first, last = first_steps(data), at_edge(data, True).step
+    if first.empty:
+        return f"One step is recorded of each ({listed(last)}): there is no earlier one beside it."
+    start = "Initialization is" if (first <= 1).all() else "Nothing is recorded of initialization, the first is"
     return (
-        f"Initialization is step {listed(first)}; the end is each run's last recorded step ({listed(last)}), for a run "
-        "that diverged the one at which it was stopped."
+        f"{start} step {listed(first)}; the end is each run's last recorded step ({listed(last)}), for a run that "
+        "diverged the one at which it was stopped."
     )
 
 

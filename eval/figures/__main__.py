@@ -8,8 +8,8 @@ from runkit.errors import UsageError, UserError, did_you_mean, make_parser, run_
 from runkit.folder import write_bytes, write_text
 from runkit.progress import progress_bar
 
-from ..records import load_all
 from . import CATALOGUE, Drawing, draw, drawings
+from .models import load_measured
 from .selection import view_of
 
 KINDS = ("png", "svg")
@@ -48,11 +48,12 @@ def main(args: argparse.Namespace) -> int:
     kinds = args.format or list(KINDS)
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out} is not a folder")
-    frames = load_all(list(dict.fromkeys(args.runs)))
+    frames = load_measured(list(dict.fromkeys(args.runs)))
     rates = frames.learning_rates
     for rate in args.learning_rate or []:
         if rate not in rates:
-            raise UsageError(f"--learning-rate {rate:g} is none of the runs': {', '.join(f'{r:g}' for r in rates)}")
+            known = ", ".join(f"{r:g}" for r in rates) or "there is none"
+            raise UsageError(f"--learning-rate {rate:g} is none of the runs': {known}")
     whole = "all" in args.fig.lower().split(",")
     view = view_of(frames, args.learning_rate)
     found = drawings(frames, kinds, args.learning_rate) if whole else (draw(name, view, kinds) for name in names)
@@ -77,7 +78,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.formatter_class = type("Help", (argparse.RawDescriptionHelpFormatter, parser.formatter_class), {})
     parser.epilog = f"figures:\n  all       every figure the runs have records for\n{EXPLAINED}"
     parser.add_argument("fig", metavar="FIG", help="a figure's number, several with commas between, or all")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, or a folder of them")
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        help="run folder, folder of eval.stability --out, or one that holds them",
+    )
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder to write to")
     parser.add_argument("--format", action="append", choices=KINDS, help="png or svg; both when left out")
     parser.add_argument(

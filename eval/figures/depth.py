@@ -6,7 +6,7 @@ from matplotlib import cm
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..records import at_edge, first_and_last, rate_text, recorded_steps
+from ..records import at_edge, first_and_last, first_steps, recorded_steps
 from .pieces import (
     DEPTH,
     DEPTH_CROSS,
@@ -22,7 +22,7 @@ from .pieces import (
     wrapped,
 )
 from .probes import by_depth, layer_rows, source_words
-from .selection import View, at_best_rate, rates_words, seeds_words, sizes
+from .selection import MODELS, View, at_best_rate, rate_name, rate_names, rates_words, seeds_words, sizes
 
 MOST_ROWS = 4  # of learning rates, below the initialization; more: every series at its best rate
 MOST_LINES = 9  # steps in one panel
@@ -36,7 +36,7 @@ def panels(view: View, most: int = MOST_ROWS) -> tuple[list[tuple[str, View]], s
     for size in sizes(view):
         of = view.where(size=size)
         rates = sorted(of.runs.learning_rate.unique())
-        rows += [(rate_text(rate) + (f", {size}" if several else ""), of.where(learning_rate=rate)) for rate in rates]
+        rows += [(rate_name(rate) + (f", {size}" if several else ""), of.where(learning_rate=rate)) for rate in rates]
     if len(rows) <= most:
         return rows, ""
     best = at_best_rate(view)
@@ -48,18 +48,22 @@ def _first_and_last(view: View, rows: pd.DataFrame, stats: tuple[str, str], name
     data = [by_depth(rows, stat) for stat in stats]
     below, words = panels(view.where(run=set(rows.run)))
     # At initialization the learning rate has not acted yet: a seed's runs are the same run.
-    start = view.runs[view.runs.run.isin(rows.run)].drop_duplicates(["series", "size", "seed"])
-    top = [("at initialization", view.of(start.assign(status="completed")))]
+    first = first_steps(rows)
+    start = view.runs[view.runs.run.isin(first.index)].drop_duplicates(["series", "size", "seed"])
+    when = "at initialization" if (first <= 1).all() else "at the first recorded step"
+    top = [(when, view.of(start.assign(status="completed")))] if len(start) else []
     if start["size"].nunique() > 1:
-        top = [(f"at initialization, {size}", top[0][1].where(size=size)) for size in sizes(top[0][1])]
-    figure, axes = grid(len(top) + len(below), 2, sharex=start["size"].nunique() == 1, sharey="col")
+        top = [(f"{when}, {size}", top[0][1].where(size=size)) for size in sizes(top[0][1])]
+    alike = view.runs["size"][view.runs.run.isin(rows.run)].nunique() == 1
+    figure, axes = grid(len(top) + len(below), 2, sharex=alike, sharey="col")
     for i, (row, (title, of)) in enumerate(zip(axes, [*top, *below], strict=True)):
         for ax, all_steps, name in zip(row, data, names, strict=True):
             shown = at_edge(all_steps, last=i >= len(top))
             curves(ax, shown, view, of.runs, markers=True)
             if not np.isfinite(shown.y[shown.run.isin(of.runs.run)]).any():
                 ax.text(0.5, 0.5, "nothing finite was recorded", transform=ax.transAxes, ha="center")
-            ax.set(title=title if i < len(top) else f"at the end, {title}", ylabel=name)
+            end = title if title.startswith(MODELS) else f"at the end, {title}"
+            ax.set(title=title if i < len(top) else end, ylabel=name)
             whole_numbers(ax)
             log_axis(ax)
     for ax in axes[-1]:
@@ -177,7 +181,7 @@ def output_gamma(view: View) -> Drawn:
                 mean = of.groupby("step").value.mean()
                 mark = "." if len(mean) < 40 else ""
                 ax.plot(mean.index, mean.to_numpy(float), color=colours(norm(layer)), marker=mark)
-            where = f"{view.label(series)}, {rate_text(rate)}" + (f", {size}" if several else "")
+            where = ", ".join([view.label(series), *rate_names(rate), *([size] if several else [])])
             name = {"attn": "attention", "mlp": "MLP"}[sublayer]
             ax.set_title(wrapped(where, 2) + f"\n{name}" + ("" if len(alive) else " (diverged)"))
             ax.margins(y=0.1)

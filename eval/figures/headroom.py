@@ -8,11 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from ..records import FP16_MAX, rate_text, recorded_steps
+from ..records import FP16_MAX, recorded_steps
 from .depth import STREAM, panels
 from .pieces import DEPTH, Drawn, NotRecorded, curves, grid, hide_empty, legend, plain, whole_numbers, wrapped
 from .probes import by_depth, layer_rows, source_words
-from .selection import View, at_best_rate, rates_words, seeds_words, sizes
+from .selection import View, at_best_rate, rate_names, rates_words, seeds_words, sizes
 
 TENSORS = {"stream": "stream", "residual_add": "residual sum", "branch": "module output"}
 OVERFLOW, NOT_MEASURED = "#D55E00", "#EEEEEE"
@@ -109,7 +109,7 @@ def headroom_map(view: View) -> Drawn:
         bits = _map(ax, rows[rows.run.isin(same.run)], palette, norm)
         overflow, gap = overflow or bool((bits < 0).any()), gap or bool(np.isnan(bits).any())
         least = "overflow" if (bits < 0).any() else f"least {np.nanmin(bits):.1f} bits"
-        name = f"{used.label(series)}, {rate_text(rate).replace('learning ', '')}" + (f", {size}" if several else "")
+        name = ", ".join([used.label(series), *rate_names(rate), *([size] if several else [])])
         ended = "" if not lost else " (diverged)" if lost == len(same) else f" ({lost} of {len(same)} diverged)"
         ax.set_title(wrapped(f"{name}{ended}\n{least}", columns), fontsize=8.5)
     hide_empty(axes, len(cells))

@@ -6,7 +6,7 @@ layers/step_*.parquet            of one training batch, written by the trainer
 """
 
 from collections.abc import Iterable
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import pandas as pd
@@ -14,6 +14,7 @@ import pandas as pd
 from runkit.folder import read_json
 
 from ..records import Frames, read_layers
+from .models import STAGE
 from .pieces import NotRecorded
 from .selection import View
 
@@ -26,9 +27,15 @@ def _concat(frames: Iterable[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
 
 
+def bench_folder(frames: Frames, run: str) -> Path | None:
+    """Where the stability bench's records of a run stand, or those of a model that is no run."""
+    folder = frames.folders.get(run)
+    return folder if folder is None or frames.recipes[run].get("stage") == STAGE else folder / "eval" / "stability"
+
+
 def bench_rows(frames: Frames, runs: Iterable[str]) -> pd.DataFrame:
     """What the stability bench measured on the runs' checkpoints, in the columns of `frames.layers`."""
-    folders = {run: frames.folders[run] / "eval" / "stability" for run in runs if run in frames.folders}
+    folders = {run: folder for run in runs if (folder := bench_folder(frames, run))}
     rows = (part for run, folder in folders.items() for part in read_layers(run, folder))
     return _concat(rows, list(frames.layers.columns))
 
@@ -39,7 +46,7 @@ def angle_rows(view: View) -> pd.DataFrame:
     Raises:
         NotRecorded: no run has any.
     """
-    folders = {run: view.frames.folders[run] / "eval" / "stability" for run in view.runs.run}
+    folders = {run: folder for run in view.runs.run if (folder := bench_folder(view.frames, run))}
     rows = (part for run, folder in folders.items() for part in read_layers(run, folder, "angles_*.parquet", ANGLES))
     found = _concat(rows, ANGLES)
     if found.empty:
@@ -49,7 +56,8 @@ def angle_rows(view: View) -> pd.DataFrame:
 
 def bench_report(frames: Frames, run: str) -> dict[str, Any]:
     """stability.json of a run; empty where the bench has not looked at it."""
-    file = frames.folders[run] / "eval" / "stability" / "stability.json" if run in frames.folders else None
+    folder = bench_folder(frames, run)
+    file = folder and folder / "stability.json"
     found = read_json(file) if file and file.exists() else {}
     return found if isinstance(found, dict) else {}
 
@@ -134,6 +142,7 @@ def data_words(report: dict[str, Any]) -> str:
     asked = entry.get("asked") if isinstance(entry.get("asked"), dict) else entry
     data, samples, tokens = asked.get("data"), asked.get("samples"), entry.get("predicted_tokens")
     words = PurePath(data).name if isinstance(data, str) else "the data of the stability bench"
+    words = "random ids" if words == "random" else words
     if isinstance(samples, (int, float)):
         words += f", {samples:,.0f} samples"
     if isinstance(tokens, (int, float)):

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..records import listed
+from .models import STAGE
 from .pieces import DPI, WIDTH, Drawn, NotRecorded, curves, legend, whole_numbers, wrapped
-from .probes import BENCH, angle_rows
+from .probes import BENCH, angle_rows, source_words
 from .selection import View, at_best_rate, rates_words, seeds_words, sizes
 
 CAPTION = (
@@ -53,7 +54,8 @@ def _draw(used: View, rows: pd.DataFrame, when: str) -> Drawn:
     bar = figure.colorbar(cm.ScalarMappable(norm, "viridis"), ax=maps, aspect=24)
     bar.set_label("angular distance / pi")
     legend(figure, used, average="mean of the seeds")
-    return Drawn(figure, f"{CAPTION} {rates_words(used)} {seeds_words(used, rows.run)}{used.names}")
+    source = source_words(used, rows.assign(source="bench"))
+    return Drawn(figure, f"{CAPTION} {source} {rates_words(used)} {seeds_words(used, rows.run)}{used.names}")
 
 
 def _neighbours(ax: Axes, used: View, rows: pd.DataFrame) -> None:
@@ -81,9 +83,14 @@ def distances(last: bool) -> Callable[[View], Drawn]:
     """Figures 7(a), at initialization, and 7(c), at the end."""
 
     def draw(view: View) -> Drawn:
+        if not last and (view.runs.stage == STAGE).any():
+            view = view.where(stage="pretrain")  # measured models are not at their start
+            if view.runs.empty:
+                raise NotRecorded("Needs runs: a model that was measured is not at initialization; Figure 7c shows it.")
         used, rows = _at(view, last)
         steps = rows.step[rows.run.isin(used.runs.run)]
         when = "at the end" if last else "at initialization"
+        when = "as measured" if (used.runs.stage == STAGE).all() else when
         if not last and steps.min() > 0:
             everything = angle_rows(used)
             if everything.step.max() == steps.max():

@@ -7,6 +7,7 @@ frozen, LayerNorm, ...). Size, tokens, sequence length and warm-up are panels, n
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 import matplotlib as mpl
@@ -15,10 +16,12 @@ import pandas as pd
 from runkit.looks import OTHER_COLOUR, colour_of, marker_of
 
 from ..records import Frames, final_loss, rate_text
+from .models import NO_RATE, STAGE
 
 # Non-embedding parameters of the paper's models (its names; the widths of their FFN are not in the paper).
 PAPER_SIZES = {"400M": 4.0e8, "1.5B": 1.5e9, "3.2B": 3.2e9}
 LONGEST_LABEL = 44
+MODELS = "measured models"  # in the place of a learning rate
 _OWN_COLOURS = (OTHER_COLOUR, "#222222", "#9C6B4E", "#5B4FA2")
 _OWN_MARKERS = ("d", "p", "X", "<", ">", "H")
 _SHADES = ((0, 0.0), (0, 0.5), (1, 0.45), (0, 0.75))  # towards black or white, by how much
@@ -131,7 +134,18 @@ def sizes_of(runs: pd.DataFrame) -> pd.Series:
     return shapes.map(names)
 
 
+def _model_sizes(models: pd.DataFrame) -> pd.Series:
+    """One size for all measured models, so that they stand in one panel."""
+    counts = [_count(n) for n in models.parameters.dropna().sort_values()]
+    ends = " to ".join(dict.fromkeys([*counts[:1], *counts[-1:]]))
+    return pd.Series(f"{ends} parameters" if ends else "size not recorded", index=models.index, dtype=object)
+
+
 def _describe(frames: Frames, run: pd.Series) -> dict[str, Any]:
+    if run.stage == STAGE:
+        flags = dict.fromkeys(("embedding_norm", "frozen"), False) | dict.fromkeys(("norm_type", "qk_norm"), "none")
+        numbers = dict.fromkeys(("tokens", "warmup", "final_loss"), math.nan)
+        return {"variant": "", "series": PurePath(run.run).name} | flags | numbers
     recipe = frames.recipes[run.run]
     model, optimizer = recipe.get("model") or {}, recipe.get("optimizer") or {}
     changes = _changes(model, run.placement)
@@ -168,19 +182,20 @@ def looks_of(runs: pd.DataFrame) -> dict[str, Look]:
 
 def view_of(frames: Frames, rates: Sequence[float] | None = None) -> View:
     """All pretraining runs of the frames, or those with these learning rates."""
-    runs = frames.pretrained
+    runs = frames.runs[frames.runs.stage.isin(["pretrain", STAGE])]
     more = pd.DataFrame([_describe(frames, run) for _, run in runs.iterrows()], index=runs.index)
     runs = pd.concat([runs, more], axis=1)
     numbers = ("parameters", "parameters_non_embedding", "num_layers", "hidden_size", "intermediate_size")
     for column in (*numbers, "warmup", "sequence_length", "steps"):
         runs[column] = pd.to_numeric(runs[column], errors="coerce")
-    runs["size"] = sizes_of(runs)
+    models = runs.stage == STAGE
+    runs["size"] = pd.concat([sizes_of(same) for same in (runs[~models],) if len(same)] + [_model_sizes(runs[models])])
     long = [series for series in runs.series.unique() if len(series) > LONGEST_LABEL]
     looks = looks_of(runs)
     order = {series: i for i, series in enumerate(looks)}
     # By rate first, as everywhere; within it the variants of a placement stand together.
     runs = runs.assign(order=runs.series.map(order)).sort_values(["learning_rate", "order"], kind="stable")
-    if rates:
+    if rates:  # measured models have none: they stay out
         runs = runs[runs.learning_rate.isin(rates)]
     return View(frames, runs, looks, {series: f"own placement {i}" for i, series in enumerate(long, start=1)})
 
@@ -243,9 +258,22 @@ def at_best_rate(view: View) -> View:
     return view.of(view.runs[keys.isin(pd.MultiIndex.from_frame(best))])
 
 
+def rate_name(rate: float) -> str:
+    """A learning rate as panels call it, or what stands in its place."""
+    return MODELS if rate == NO_RATE else rate_text(rate)
+
+
+def rate_names(rate: float) -> list[str]:
+    """A learning rate as a part of a panel's title; nothing where there is none."""
+    return [] if rate == NO_RATE else [rate_text(rate).removeprefix("learning ")]
+
+
 def rates_words(view: View) -> str:
     """At which rates the series of a view were trained."""
     best = best_rates(view)
+    best = best[best.learning_rate != NO_RATE]
+    if best.empty:
+        return "Models that were measured, not trained here."
     if best.learning_rate.nunique() == 1:
         return f"All at {rate_text(best.learning_rate.iloc[0])}."
     several = best["size"].nunique() > 1
@@ -267,6 +295,9 @@ def seeds_words(view: View, found: pd.Series) -> str:
     runs = view.runs[view.runs.run.isin(found.unique())]
     parts = []
     for series, same in runs.groupby("series", sort=False):
+        if (same.stage == STAGE).all():
+            parts.append(view.label(series))
+            continue
         lost = (same.status == "diverged").sum()
         parts.append(f"{view.label(series)} {len(same)}" + (f" ({lost} diverged)" if lost else ""))
     return f"Runs drawn: {_joined(parts)}."

@@ -85,10 +85,9 @@ def _classes(layout: Layout, uniform: bool) -> dict[str, tuple[str, int]]:
         if FIXED in readers:
             raise NoExactRewrite("a norm reads a tensor that cannot be scaled")
         classes |= dict.fromkeys(readers, ("the input of every norm", 1))
-    if layout.tied is not None:
-        reads, table = layout.tied
-        name, sign = classes[table]
-        classes[reads] = (name, -sign)
+    for group, other in [*layout.opposites, *([layout.tied[::-1]] if layout.tied else [])]:
+        name, sign = classes[group]
+        classes[other] = (name, -sign)
     return classes
 
 
@@ -174,7 +173,8 @@ def _ranges(
 def _refuse_fixed(r: _Range, loss_scale: float) -> None:
     if r.high < 0:
         raise NoExactRewrite(
-            f"{r.high_by.words} reaches {r.high_by.forward:.4g}, and what follows is not linear: no factor can be moved"
+            f"the largest |x| in {r.high_by.words} is {r.high_by.forward:.4g}, and what follows is not linear: no "
+            "factor can be moved"
         )
     if r.low > 0:
         raise NoExactRewrite(
@@ -184,7 +184,7 @@ def _refuse_fixed(r: _Range, loss_scale: float) -> None:
 
 
 def _contradiction(r: _Range, loss_scale: float) -> str:
-    high = "it must not be scaled" if r.high_by is None else f"{r.high_by.words} reaches {_peak(r.high_by)}"
+    high = "it must not be scaled" if r.high_by is None else f"{r.high_by.words} ({_peak(r.high_by)})"
     low = (
         "it must not be scaled" if r.low_by is None else f"the other end is set by {r.low_by.words} ({_peak(r.low_by)})"
     )
@@ -200,5 +200,5 @@ def _words(r: _Range, exponent: int, loss_scale: float) -> str:
     if by is None:
         return ""
     if exponent < 0:
-        return f"{by.words} reaches {by.forward:.4g}"
-    return f"the gradient of {by.words} reaches {by.gradient * loss_scale:.4g}"
+        return f"the largest |x| in {by.words} is {by.forward:.4g}"
+    return f"the largest |gradient| in {by.words} is {by.gradient * loss_scale:.4g}"

@@ -7,11 +7,13 @@ what they were. Everything between groups is linear or a norm, and absorbs the d
     norm     gamma <- 2^gives gamma,  beta <- 2^gives beta,  eps <- 4^reads eps
     sum      both terms and the sum are of one group
 
-The group `FIXED` has the exponent 0: what a nonlinear function reads (gates, attention logits without QK-norm, the
-head's logits). The stream is one group from the embedding to the final norm ("stream scale"), and a module's output
-before its output norm one of its own, as is what lies between its matrices ("branch scale"). A norm C on the stream
-after an add ends the stream's group there: no one factor goes along a Post-LN stream, though each sum can have its own.
-A sublayer that reads the stream without a norm gets the inverse in its first matrices by the rule above.
+The group `FIXED` has the exponent 0: what a nonlinear function reads (gates, attention logits, the head's logits). Two
+groups are *opposite* where only their product is read: queries and keys without norms of their own, and what a head
+reads with the embedding table that it shares; their exponents sum to 0. The stream is one group from the embedding to
+the final norm ("stream scale"), and a module's output before its output norm one of its own, as is what lies between
+its matrices ("branch scale"). A norm C on the stream after an add ends the stream's group there: no one factor goes
+along a Post-LN stream, though each sum can have its own. A sublayer that reads the stream without a norm gets the
+inverse in its first matrices by the rule above.
 """
 
 from collections.abc import Iterator
@@ -89,6 +91,8 @@ class Layout:
     watches: list[Watch] = field(default_factory=list)
     # The head shares the table: the final norm's gain takes the inverse of the table's exponent.
     tied: tuple[str, str] | None = None
+    # Pairs of groups whose product alone is read.
+    opposites: list[tuple[str, str]] = field(default_factory=list)
     head: str = ""
     # Stream groups that end in a norm on the stream (place C).
     behind_norms: set[str] = field(default_factory=set)
@@ -100,6 +104,10 @@ class Layout:
 
     def watch(self, group: str, words: str, module: nn.Module, name: str, side: str = "output") -> None:
         self.watches.append(Watch(group, words, Point(name, module, side)))
+
+    def watch_rows(self, group: str, words: str, linear: nn.Linear, name: str, rows: torch.Tensor) -> None:
+        """Some rows of a fused matrix: the channels of its output that they give."""
+        self.watches.append(Watch(group, words, Channels(name, linear, "output", rows)))
 
     def matrix(self, name: str, linear: nn.Linear, reads: str, gives: str, rows: torch.Tensor | None = None) -> None:
         weight = linear.weight.detach() if rows is None else linear.weight.detach()[rows]
@@ -172,27 +180,32 @@ def _attention(layout: Layout, s: Sublayer, where: str, reads: str, gives: str) 
     linears, name = linear_maps(s.module), s.name
     values = f"{name}.values"
     parts = dict(s.module.named_children())
+    queries, keys = f"{name}.queries", f"{name}.keys"
     if set(linears) == {"q_proj", "k_proj", "v_proj", "o_proj"}:
-        for x, called in (("q", "queries"), ("k", "keys")):
-            norm, group = parts.get(f"{x}_norm"), FIXED
-            if norm is not None and any(True for _ in norm.parameters()):
-                group = f"{name}.{called}"
+        normed = [_normed(parts.get(f"{x}_norm")) for x in "qk"]
+        for x, group in (("q", queries), ("k", keys)):
+            norm, called = parts.get(f"{x}_norm"), group.rpartition(".")[2]
+            if _normed(norm):
                 layout.norm(Norm(f"{name}.{x}_norm", norm), group, FIXED)
                 layout.watch(FIXED, f"the normed {called} of {where}", norm, f"{name}.{x}_norm")
+            elif any(normed):
+                group = FIXED  # its product is with what a norm fixes
             layout.matrix(f"{name}.{x}_proj", linears[f"{x}_proj"], reads, group)
             layout.watch(group, f"the {called} of {where}", linears[f"{x}_proj"], f"{name}.{x}_proj")
+        if not any(normed):
+            layout.opposites.append((queries, keys))
         layout.matrix(f"{name}.v_proj", linears["v_proj"], reads, values)
         layout.watch(values, f"the values of {where}", linears["v_proj"], f"{name}.v_proj")
         last = "o_proj"
     elif set(linears) == {"query_key_value", "dense"}:
         size, last = s.module.head_size, "dense"
         fused = linears["query_key_value"]
-        rows = torch.arange(fused.out_features)
-        value = rows // size % 3 == 2  # each head's rows are its query, key and value
-        layout.matrix(f"{name}.query_key_value", fused, reads, FIXED, rows[~value])
-        layout.matrix(f"{name}.query_key_value", fused, reads, values, rows[value])
-        # Seen together: the values' exponent is bounded by the queries' and keys' size too, which is only stricter.
-        layout.watch(FIXED, f"queries, keys and values of {where}", fused, f"{name}.query_key_value")
+        part = torch.arange(fused.out_features) // size % 3  # each head's rows are its query, key and value
+        for i, (group, called) in enumerate(((queries, "queries"), (keys, "keys"), (values, "values"))):
+            rows = (part == i).nonzero().flatten()
+            layout.matrix(f"{name}.query_key_value", fused, reads, group, rows)
+            layout.watch_rows(group, f"the {called} of {where}", fused, f"{name}.query_key_value", rows)
+        layout.opposites.append((queries, keys))
     else:
         raise Unknown(f"the matrices of {type(s.module).__name__} are not known: {', '.join(sorted(linears))}")
     layout.matrix(f"{name}.{last}", linears[last], values, gives)
@@ -212,9 +225,8 @@ def _mlp(layout: Layout, s: Sublayer, where: str, reads: str, gives: str) -> Non
         half = torch.arange(fused.out_features // 2)
         layout.matrix(f"{name}.gate_up_proj", fused, reads, FIXED, half)
         layout.matrix(f"{name}.gate_up_proj", fused, reads, hidden, half + len(half))
-        for group, part, half_of in ((FIXED, "gate", 0), (hidden, "up-projection", 1)):
-            point = HalfOutput(f"{name}.gate_up_proj", fused, "output", half_of)
-            layout.watches.append(Watch(group, f"the {part} of {where}", point))
+        layout.watch_rows(FIXED, f"the gate of {where}", fused, f"{name}.gate_up_proj", half)
+        layout.watch_rows(hidden, f"the up-projection of {where}", fused, f"{name}.gate_up_proj", half + len(half))
     elif set(linears) in ({"dense_h_to_4h", "dense_4h_to_h"}, {"fc1", "fc2"}):
         first, down = ("fc1", "fc2") if "fc1" in linears else ("dense_h_to_4h", "dense_4h_to_h")
         hidden = FIXED
@@ -227,13 +239,17 @@ def _mlp(layout: Layout, s: Sublayer, where: str, reads: str, gives: str) -> Non
 
 
 @dataclass(frozen=True)
-class HalfOutput(Point):
-    """One half of the channels of a fused matrix's output."""
+class Channels(Point):
+    """Some channels of a tensor."""
 
-    half: int = 0
+    channels: torch.Tensor | None = None
 
     def watch(self, see):
-        return super().watch(lambda x: see(x.chunk(2, dim=-1)[self.half]))
+        return super().watch(lambda x: see(x[..., self.channels.to(x.device)]))
+
+
+def _normed(norm: nn.Module | None) -> bool:
+    return norm is not None and any(True for _ in norm.parameters())
 
 
 def _ends(layout: Layout, anatomy: Anatomy, stream: str, table: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from modeling_periln.placements import PLACEMENTS
 from runkit.errors import UserError
 
 from .norms import NormFacts, is_norm, norm_facts
@@ -55,6 +56,20 @@ class Anatomy:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def placement(self) -> str | None:
+        """The placement that its configuration names, or whose norms A, B and C stand where its norms stand.
+
+        None where its layers differ, or no placement is like it.
+        """
+        config = self.model.config
+        named = getattr(config, "norm_placement", None)
+        if isinstance(named, str) and not getattr(config, "layer_placements", None):
+            return named
+        places = {(bool(s.input_norm), bool(s.output_norm), bool(s.residual_norm)) for s in self.sublayers}
+        rows = ((name, (p.input_norm, p.output_norm, p.residual_norm)) for name, p in PLACEMENTS.items())
+        return next((name for name, row in rows if places == {row}), None)
 
     def gain(self, norm: Norm | nn.Module) -> torch.Tensor | None:
         """The effective gamma (D,) of a norm, 1 + w for Gemma's; None where it has none."""

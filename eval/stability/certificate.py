@@ -15,8 +15,9 @@ each add. A sublayer that reads the stream without a norm (OLMo 2, Post-LN) is b
 is finite but loose.
 
 The bounds are of exact arithmetic and hold for token ids (not for embeddings given in their place). A pass in FP16
-rounds: each row's `fp16_factor`, (1 + 2^-11)^n for the n roundings since the last norm, is the room that needs; norms'
-statistics must be in FP32, sums of products accumulated in FP32, and the weights be those that the pass uses.
+rounds: each row's `fp16_factor`, (1 + 2^-11)^n for the n roundings since the last norm, is the room that needs (a sum
+in FP32 counts as a part of one, see `reach.py`); norms' statistics must be in FP32, sums of products accumulated in
+FP32, and the weights be those that the pass uses. What is left out is underflow.
 """
 
 from collections.abc import Mapping
@@ -27,11 +28,10 @@ from torch import nn
 
 from .anatomy import Anatomy, find_anatomy
 from .inside import Attention, Gated, Inside, Unknown, look_inside
-from .reach import Reach, linear_rows, norm_reach, product_rows, rows_reach, spectral_norm
+from .reach import SUMMED, UNIT, Reach, linear_rows, norm_reach, product_rows, rows_reach, spectral_norm
 from .sublayers import Sublayer
 
 LIMIT = 65504.0  # the largest finite FP16 number
-UNIT = 2.0**-11  # the largest relative error of a rounding to FP16
 Key = tuple[int, str, str]
 
 
@@ -41,16 +41,16 @@ class _Rows:
     def __init__(self, measured: Mapping[Key, float]):
         self.measured, self.rows = measured, []
 
-    def add(self, key: Key, reach: Reach | torch.Tensor | None, why: str, roundings: int = 0) -> None:
+    def add(self, key: Key, reach: Reach | torch.Tensor | None, why: str, roundings: float = 0) -> None:
         row = dict(zip(("layer", "sublayer", "tensor"), key, strict=True))
         if reach is None:
-            row |= {"bound": None, "channel": None, "fp16_factor": None}
+            row |= {"bound": None, "channel": None, "length": None, "fp16_factor": None}
         else:
             if isinstance(reach, Reach):
-                (value, channel), roundings = reach.largest, reach.roundings
+                (value, channel), length, roundings = reach.largest, reach.length, reach.roundings
             else:
-                value, channel = reach.max().item(), int(reach.argmax())
-            row |= {"bound": value, "channel": channel, "fp16_factor": (1 + UNIT) ** roundings}
+                (value, channel), length = (reach.max().item(), int(reach.argmax())), None
+            row |= {"bound": value, "channel": channel, "length": length, "fp16_factor": (1 + UNIT) ** roundings}
         self.rows.append(row | {"why": why, "measured": self.measured.get(key)})
 
 
@@ -66,7 +66,8 @@ def certify(
         anatomy: the model's, if it is known already.
 
     Returns:
-        `limit`; `rows` (layer, sublayer, tensor, bound or None, channel, fp16_factor, why, measured); `largest_bound`
+        `limit`; `rows` (layer, sublayer, tensor, bound or None, channel, length (the largest Euclidean one of a token's
+        vector, None for what is bounded row by row), fp16_factor, why, measured); `largest_bound`
         over the rows that have one; `unbounded`: what has none, and why; `above_limit`: the rows whose bound times
         factor exceeds the limit; `certified`: no row is unbounded or above the limit.
 
@@ -131,7 +132,7 @@ def _attention(s: Sublayer, m: Attention, given: Reach, reads: str, rows: _Rows)
     """Values, and W_o of a convex combination of them in every head."""
     heads, size = len(m.of_head), m.values.shape[1]
     flat, bias = m.values.flatten(0, 1), None if m.value_bias is None else m.value_bias.flatten()
-    roundings = given.roundings + 1
+    roundings = given.roundings_of(m.values.shape[-1])
     why = f"rows of W_v on {reads}; attention's convex combination of values stays below"
     rows.add((s.layer, s.kind, "values"), linear_rows(given, flat, bias), why, roundings)
     box = torch.zeros(len(m.output), dtype=torch.float64)
@@ -147,7 +148,10 @@ def _attention(s: Sublayer, m: Attention, given: Reach, reads: str, rows: _Rows)
         )
     shift = m.gives_on_one_token(given.centre) @ m.output.T
     shift = shift if m.output_bias is None else shift + m.output_bias
-    reach = Reach.of_box(box + shift.abs(), length + shift.norm().item(), roundings + 2)
+    # Rounded: probabilities, what the heads give (a sum over positions), W_o's product; and what cancels in the centre.
+    cancelled = roundings * UNIT * m.gives_on_one_token_at_most(given.centre) @ m.output.abs().T
+    box, length = box + shift.abs() + cancelled, length + shift.norm().item() + cancelled.norm().item()
+    reach = Reach.of_box(box, length, roundings + 3 + 1 + m.output.shape[1] / SUMMED)
     rows.add((s.layer, s.kind, "branch"), reach, f"rows of W_o W_v in {heads} heads on {reads}")
     return reach
 
@@ -158,9 +162,12 @@ def _definite(gram: torch.Tensor) -> bool:
 
 def _mlp(s: Sublayer, m: Gated, given: Reach, reads: str, rows: _Rows) -> Reach:
     """The hidden units, and W_down of them."""
-    roundings = given.roundings + (2 if m.up is None else 3)
+    # An activation in plain operations is rounded three times; both factors of a product read the rounded input.
+    once = given.roundings_of(m.gate.shape[1])
+    roundings = once + 3 if m.up is None else 2 * once + 4
     gate = linear_rows(given, m.gate, m.gate_bias)
     radius, shift = given.radius, (m.gate @ given.centre).norm().item()
+    shift += once * UNIT * (m.gate.abs() @ given.centre.abs()).norm().item()
     length = (
         radius * spectral_norm(m.gate * given.gain)
         + shift
@@ -171,12 +178,12 @@ def _mlp(s: Sublayer, m: Gated, given: Reach, reads: str, rows: _Rows) -> Reach:
     else:
         hidden = product_rows(given, m.gate, m.up, m.gate_bias, m.up_bias)
         length *= linear_rows(given, m.up, m.up_bias).max().item()
-        rows.add((s.layer, s.kind, "gate"), gate, f"rows of W_gate on {reads}", given.roundings + 1)
+        rows.add((s.layer, s.kind, "gate"), gate, f"rows of W_gate on {reads}", once)
     rows.add((s.layer, s.kind, "hidden"), hidden, f"products of rows of the MLP's first matrices on {reads}", roundings)
     between = Reach.of_box(hidden, length, roundings)
     box = linear_rows(between, m.down, m.down_bias)
     shift = 0.0 if m.down_bias is None else m.down_bias.norm().item()
-    reach = Reach.of_box(box, spectral_norm(m.down) * between.length + shift, roundings + 1)
+    reach = Reach.of_box(box, spectral_norm(m.down) * between.length + shift, between.roundings_of(m.down.shape[1]))
     rows.add(
         (s.layer, s.kind, "branch"), reach, f"rows of W_down on the bounds of the hidden units, which read {reads}"
     )
@@ -208,7 +215,7 @@ def _ends(anatomy: Anatomy, stream: Reach | None, rows: _Rows) -> None:
     else:
         logits = linear_rows(stream, head.weight, getattr(head, "bias", None))
         why = "rows of the head on what it reads, before any scaling or soft cap of the logits"
-        rows.add((last, "final", "logits"), logits, why, stream.roundings + 1)
+        rows.add((last, "final", "logits"), logits, why, stream.roundings_of(head.weight.shape[1]))
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from runkit.process import start_stage
 from runkit.progress import progress_bar
 
 from .certificate import certify
-from .data import Samples, random_samples, read_data, text_samples
+from .data import TOKENS, Samples, find_samples, read_data
 from .explain import explain
 from .measure import Measured, Options, measure, units
 from .records import Records, wide_table
@@ -28,7 +28,6 @@ from .targets import Checkpoint, Model, find_model, hash_of
 from .verdict import number
 
 DTYPES = ("float32", "bfloat16", "float16")
-TOKENS = 256
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -127,19 +126,12 @@ class _Bench:
             UsageError: more tokens a sample than the model has positions.
             UserError: too little text.
         """
-        config = network.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None)
-        tokens = self.args.tokens or min(TOKENS, positions or TOKENS)
-        if positions is not None and tokens > positions:
-            raise UsageError(f"--tokens {tokens} is more than the {positions} positions of {model.asked}")
-        a, key, size = self.args, (model.asked, tokens), config.vocab_size
+        a, config = self.args, network.config
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        key = (model.asked, limit)
         if key not in self._samples:
             tokenizer = self.tokenizer(model)
-            self._samples[key] = (
-                random_samples(size, a.samples, tokens, a.seed)
-                if tokenizer is None
-                else text_samples(tokenizer, read_data(a.data), a.data, a.samples, tokens, a.seed, size)
-            )
+            self._samples[key] = find_samples(config, tokenizer, a.data, a.samples, a.tokens, a.seed)
         return self._samples[key]
 
     def checkpoint(self, model: Model, checkpoint: Checkpoint, records: Records, weights: str) -> None:

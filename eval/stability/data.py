@@ -14,6 +14,7 @@ from runkit.errors import UsageError, UserError, did_you_mean
 
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 NAMES = ("wikitext", "random")
+TOKENS = 256  # a sample, where nothing else is asked for
 _ENOUGH = 16  # characters of text read for every token asked for
 
 
@@ -144,3 +145,26 @@ def text_samples(
     if starts_with is not None:
         rows = torch.cat([torch.full((samples, 1), starts_with), rows], dim=1)
     return Samples(rows, _described(data, rows, seed, overlapping))
+
+
+def find_samples(
+    config: Any, tokenizer: Any, data: str, samples: int, tokens: int | None, seed: int, usual: int = TOKENS
+) -> Samples:
+    """What a model is measured on: windows of the texts of `data`; without a tokenizer (None), random ids.
+
+    Args:
+        config: the model's; it says how many ids and positions there are.
+        tokens: a sample's length; None: `usual`, or the model's positions if they are fewer.
+
+    Raises:
+        UsageError: more tokens a sample than the model has positions.
+        UserError: `data` cannot be read, or is too little.
+    """
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    tokens = tokens or min(usual, positions or usual)
+    if positions is not None and tokens > positions:
+        raise UsageError(f"--tokens {tokens} is more than the {positions} positions of the model")
+    if tokenizer is None:
+        return random_samples(config.vocab_size, samples, tokens, seed)
+    return text_samples(tokenizer, read_data(data), data, samples, tokens, seed, config.vocab_size)

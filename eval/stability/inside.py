@@ -6,7 +6,7 @@ module for which it does not hold (experts, other activations, norms of values) 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,11 @@ class Attention:
         v = torch.einsum("ked,...d->...ke", self.values, x)
         v = v if self.value_bias is None else v + self.value_bias
         return v[..., self.of_head, :].flatten(-2)
+
+    def gives_on_one_token_at_most(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of the sizes of its terms (..., H E), for what cancels in it."""
+        bias = None if self.value_bias is None else self.value_bias.abs()
+        return replace(self, values=self.values.abs(), value_bias=bias).gives_on_one_token(x.abs())
 
 
 @dataclass(frozen=True)

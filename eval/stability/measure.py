@@ -146,6 +146,9 @@ def measure(
     fits = {stat: fit_growth((p := depth_profile(table, stat)).index, p) for stat in PROFILES}
     record = {
         "step": step,
+        "placement": anatomy.placement,
+        "num_layers": anatomy.num_layers,
+        "hidden_size": anatomy.hidden_size,
         "loss": probe.loss,
         "predicted_tokens": probe.predicted,
         "fits": fits,

@@ -8,7 +8,9 @@ All three come from one fact: x / rms(x) has length sqrt(D) for any x, so an RMS
 |u| <= sqrt(D), an ellipsoid; LayerNorm's is that moved by beta. Linear maps of an ellipsoid are bounded row by row,
 sqrt(D) |W_j * gamma| + |W_j beta + b_j|, which some x attains; so are products of two such rows. Everything is in
 float64 and in exact arithmetic; `roundings` counts how many results rounded to FP16 lie between a bounded value and
-the last norm, so that a value computed in FP16 is at most bound * (1 + 2^-11)^roundings.
+the last norm, so that a value computed in FP16 is at most bound * (1 + 2^-11)^roundings (underflow apart). An FP32 sum
+of n terms is off by n 2^-24 of the sum of their sizes, which the same bounds hold for: n / `SUMMED` of a rounding. A
+rounded centre c is off by as much of |W| |c|, however much of W c cancels, so that much is added to its rows' bounds.
 """
 
 import math
@@ -18,6 +20,8 @@ import torch
 
 from .norms import NormFacts
 
+UNIT = 2.0**-11  # the largest relative error of a rounding to FP16
+SUMMED = 8000.0  # terms whose sum in FP32 is off by less than one rounding to FP16
 EXACT_SPECTRUM = 1024  # largest side whose spectral norm is taken from eigenvalues
 
 
@@ -30,13 +34,17 @@ class Reach:
     centre: torch.Tensor
     gain: torch.Tensor
     radius: float
-    roundings: int
+    roundings: float
 
     @classmethod
-    def of_box(cls, box: torch.Tensor, length: float, roundings: int) -> "Reach":
+    def of_box(cls, box: torch.Tensor, length: float, roundings: float) -> "Reach":
         """A box, with a length if a better one than the box's own is known."""
         length = min(length, box.norm().item())
         return cls(box.clamp(max=length), length, torch.zeros_like(box), torch.ones_like(box), length, roundings)
+
+    def roundings_of(self, terms: int) -> float:
+        """Those of a product with a matrix row of so many terms."""
+        return self.roundings + 1 + terms / SUMMED
 
     @property
     def largest(self) -> tuple[float, int]:
@@ -65,7 +73,7 @@ def rows_reach(rows: torch.Tensor, norm: NormFacts | None, scale: float | None) 
         x = apply_norm(norm, x) if norm is not None else x * (1.0 if scale is None else scale)
         box = torch.maximum(box, x.abs().amax(0))
         length = max(length, x.norm(dim=-1).max().item())
-    return Reach.of_box(box, length, 2 if norm is not None else 1)
+    return Reach.of_box(box, length, 2 + rows.shape[-1] / SUMMED)
 
 
 def apply_norm(norm: NormFacts, x: torch.Tensor) -> torch.Tensor:
@@ -97,11 +105,13 @@ def norm_reach(norm: NormFacts, size: int, given: Reach | None) -> Reach:
     elif given is None:
         unit, radius = torch.full_like(gain, math.sqrt(size)), math.sqrt(size)
     else:
-        unit = given.box / (given.box.square() / size + norm.eps).sqrt().clamp(min=1e-300)
-        radius = given.length / math.sqrt(max(given.length**2 / size + norm.eps, 1e-300))
+        rounded = (1 + UNIT) ** given.roundings  # what the norm reads in FP16 may be so much larger
+        box, length = given.box * rounded, given.length * rounded
+        unit = box / (box.square() / size + norm.eps).sqrt().clamp(min=1e-300)
+        radius = length / math.sqrt(max(length**2 / size + norm.eps, 1e-300))
     box = gain.abs() * unit + bias.abs()
     length = gain.abs().max().item() * radius + bias.norm().item()
-    return Reach(box, min(length, box.norm().item()), bias, gain, radius, 2)
+    return Reach(box, min(length, box.norm().item()), bias, gain, radius, 2 + size / SUMMED)
 
 
 def linear_rows(given: Reach, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -109,6 +119,7 @@ def linear_rows(given: Reach, weight: torch.Tensor, bias: torch.Tensor | None) -
     weight = weight.detach().double().cpu()
     shift = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.detach().double().cpu()
     ellipsoid = given.radius * (weight * given.gain).norm(dim=1) + (weight @ given.centre + shift).abs()
+    ellipsoid += given.roundings_of(weight.shape[1]) * UNIT * (weight.abs() @ given.centre.abs())
     box = weight.abs() @ given.box + shift.abs()
     return torch.minimum(ellipsoid, torch.minimum(box, weight.norm(dim=1) * given.length + shift.abs()))
 

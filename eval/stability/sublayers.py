@@ -105,8 +105,11 @@ def _factors(total: torch.Tensor, parts: list[torch.Tensor]) -> list[float] | No
     near = _eps(total, *parts)
     if bool(((t - columns.sum(1)).abs() <= near * columns.abs().sum(1)).all()):
         return [1.0] * len(parts)
-    scale = columns.norm(dim=0).clamp(min=1e-300)
-    fitted = torch.linalg.lstsq(columns / scale, t[:, None]).solution.flatten() / scale
+    # Rounding goes with the size of an entry's parts: so weighted, a small part beside a huge one keeps its factor.
+    weights = columns.abs().sum(1).clamp(min=1e-300)
+    rows = columns / weights[:, None]
+    scale = rows.norm(dim=0).clamp(min=1e-300)
+    fitted = torch.linalg.lstsq(rows / scale, (t / weights)[:, None]).solution.flatten() / scale
     if not bool(((t - columns @ fitted).abs() <= near * (columns * fitted).abs().sum(1)).all()):
         return None
     if fitted.abs().min() < near:

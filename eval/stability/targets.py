@@ -6,16 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
 from runkit.checkpoints import damage_of
 from runkit.errors import UserError
 from runkit.folder import RunFolder, weights_hash
+from runkit.hub import hub_reason
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def _not_loaded(path: Path, error: Exception) -> UserError:
+    hint = "; --trust-remote-code lets it run its own" if "trust_remote_code" in str(error) else ""
+    return UserError(f"cannot load {path}: {' '.join(str(error).split())[:300]}{hint}")
 
 
 @dataclass(frozen=True)
@@ -25,21 +31,33 @@ class Checkpoint:
     step: int
     path: Path
 
+    def config(self, trust_remote_code: bool) -> Any:
+        """The model's configuration.
+
+        Raises:
+            UserError: it cannot be read, or its code would have to be trusted.
+        """
+        try:
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=trust_remote_code)
+        except Exception as error:
+            raise _not_loaded(self.path, error) from error
+
     def load(self, dtype: torch.dtype, device: str, trust_remote_code: bool) -> torch.nn.Module:
         """The model, in `dtype`, from safetensors alone.
 
         Raises:
-            UserError: it cannot be loaded, or its code would have to be trusted.
+            UserError: it cannot be loaded, its code would have to be trusted, or it lacks weights (Transformers fills
+                them with random numbers).
         """
         if not any(self.path.glob("*.safetensors")):
             raise UserError(f"{self.path} has no .safetensors file (weights in pickles are not read)")
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-            )
+            model, info = AutoModelForCausalLM.from_pretrained(self.path, output_loading_info=True, **options)
         except Exception as error:
-            hint = "; --trust-remote-code lets it run its own" if "trust_remote_code" in str(error) else ""
-            raise UserError(f"cannot load {self.path}: {' '.join(str(error).split())[:300]}{hint}") from error
+            raise _not_loaded(self.path, error) from error
+        if missing := sorted(info["missing_keys"]):
+            raise UserError(f"{self.path} lacks {len(missing)} of the model's weights, {missing[0]} the first")
         return model.to(torch.device(device)).eval()
 
 
@@ -53,6 +71,11 @@ class Model:
     checkpoints: tuple[Checkpoint, ...]
     run: Path | None
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether its last checkpoint has one: from a folder without, Transformers makes one that knows no word."""
+        return _has_tokenizer(self.checkpoints[-1].path)
+
     def tokenizer(self, other: str | None, trust_remote_code: bool) -> Any:
         """The tokenizer of its last checkpoint, or `other`.
 
@@ -60,8 +83,7 @@ class Model:
             UserError: there is none.
         """
         source = other or self.checkpoints[-1].path
-        # From a folder without one Transformers makes a tokenizer of the model's class that knows no word.
-        if Path(source).is_dir() and not any((Path(source) / name).exists() for name in _TOKENIZERS):
+        if Path(source).is_dir() and not _has_tokenizer(Path(source)):
             raise UserError(f"{source} has no tokenizer: name one with --tokenizer, or measure on --data random")
         try:
             return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -70,6 +92,10 @@ class Model:
                 f"the tokenizer of {self.asked} cannot be loaded ({' '.join(str(error).split())[:200]}): "
                 "name another with --tokenizer, or measure on --data random"
             ) from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _TOKENIZERS)
 
 
 def _of_run(path: Path, asked: str) -> Model:
@@ -93,9 +119,7 @@ def _of_hub(asked: str, revision: str | None, trust_remote_code: bool) -> Model:
     try:
         path = Path(snapshot_download(asked, revision=revision, allow_patterns=files))
     except Exception as error:
-        raise UserError(
-            f"{asked} is no folder here, and cannot be read from the Hub: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise UserError(f"{asked} is no folder here, and as an id of the Hub {hub_reason(error)}") from error
     return Model(asked.replace("/", "--"), asked, path.name, (Checkpoint(0, path),), None)
 
 

@@ -15,6 +15,7 @@ from synthetic_bench import write_any, write_bench
 
 from eval.bench_report import bench
 from eval.figures import CATALOGUE, Drawing, __main__, depth, draw, drawings, headroom, pieces, sweeps
+from eval.figures.models import load_measured
 from eval.figures.pieces import NotRecorded
 from eval.figures.probes import layer_rows, source_words
 from eval.figures.selection import best_rates, common_protocol, has_embedding_norm, sizes_of, view_of
@@ -108,6 +109,74 @@ def test_figures_of_one_size_take_the_runs_of_that_size(tmp_path):
         "18",
         "22",
     }
+
+
+def write_models(out: Path, **placements: str | None) -> Path:
+    """What `eval.stability MODEL... --out OUT` leaves: a folder a model, in no run."""
+    for name, placement in placements.items():
+        shutil.move(write_bench(out / "made" / name, [0], layers=3), out / name)
+        report = json.loads((out / name / "stability.json").read_text())
+        known = {"placement": placement, "num_layers": 3, "hidden_size": 8, "parameters": 1.5e5}
+        report["checkpoints"] = [report["checkpoints"][0] | (known if placement else {})]
+        (out / name / "stability.json").write_text(json.dumps(report))
+    shutil.rmtree(out / "made")
+    return out
+
+
+def test_models_that_are_no_runs_are_drawn_from_the_benchs_records(tmp_path):
+    out = write_models(tmp_path / "out", gemma="peri", glm="peri", llama="pre", odd=None)
+    view = view_of(load_measured([out]))
+    assert list(view.runs.series) == ["gemma", "glm", "llama", "odd"] and set(view.runs["size"]) == {"150K parameters"}
+    # Their placement's colour, told apart by dashes; one of unknown placement has a colour of its own.
+    assert [view.looks[name].marker for name in ("gemma", "glm", "llama")] == ["^", "^", "s"]
+    assert view.looks["gemma"].style != view.looks["glm"].style
+    assert view.looks["odd"].colour not in [view.looks[name].colour for name in ("gemma", "llama")]
+    for name in ("1", "5", "6", "7c", "headroom", "peaks"):
+        words = draw(name, view, kinds=()).words
+        assert "gemma" in words and "wikitext, 1,000 samples" in words
+        assert not any(wrong in words for wrong in ("Initialization is", "learning rate", "nan", "diverged 0"))
+    with pieces.settings():
+        titles = [ax.get_title() for ax in depth.hidden_state(view).figure.axes]
+    assert titles == ["measured models"] * 2  # one panel for all, and none that claims an initialization
+    for name, reason in {"3b": "metrics.jsonl", "3a": "metrics.jsonl", "7a": "not at initialization"}.items():
+        assert reason in draw(name, view, kinds=()).words
+
+
+def test_models_and_runs_are_drawn_together_and_a_copy_of_a_run_is_not_drawn_twice(tmp_path):
+    out = write_models(tmp_path / "out", llama="pre")
+    run = write_any(tmp_path / "runs", "mine")
+    shutil.copytree(write_bench(run, [0, 40], layers=2), out / "mine")
+    frames = load_measured([tmp_path / "runs", out])
+    assert list(frames.runs.stage) == ["pretrain", "model"] and frames.learning_rates == [0.002]
+    with pieces.settings():
+        titles = {ax.get_title() for ax in depth.hidden_state(view_of(frames)).figure.axes}
+    assert {title.split(",")[0] for title in titles} == {"at initialization", "measured models", "at the end"}
+    assert len(view_of(frames, [0.002]).runs) == 1
+    assert list(load_measured([out]).runs.run.map(lambda name: Path(name).name)) == ["llama", "mine"]
+
+
+def test_the_command_takes_a_model_s_folder_and_names_what_is_damaged(tmp_path, capsys):
+    out = write_models(tmp_path / "out", llama="pre")
+    assert command("5", out / "llama", "--out", tmp_path / "figs", "--format", "svg") == 0
+    assert (tmp_path / "figs" / "figure_5.svg").exists()
+    assert command("5", out, "--learning-rate", "0.1", "--out", tmp_path / "figs") == 2
+    assert "none of the runs': there is none" in capsys.readouterr().err
+    (out / "llama" / "stability.json").write_text("{}")
+    assert command("5", out, "--out", tmp_path / "more") == 1
+    assert "stability.json holds no measurement" in capsys.readouterr().err
+
+
+def test_a_run_with_one_late_checkpoint_alone_has_no_panel_of_its_initialization(tmp_path):
+    run = write_any(tmp_path, "late")
+    shutil.rmtree(run / "layers")
+    write_bench(run, [40], layers=2)
+    drawn = figures_of(tmp_path, "5")["5"]
+    assert "One step is recorded of each (40): there is no earlier one beside it." in drawn.words
+    write_any(tmp_path, "early", seed=2)
+    with pieces.settings():
+        figure = depth.hidden_state(view_of(load(tmp_path))).figure
+    assert figure.axes[0].get_title() == "at initialization"
+    assert len(figure.axes[0].lines) == 1 and len(figure.axes[2].lines) > 1  # the late run stands at the end alone
 
 
 def test_missing_records_are_named_with_the_command_that_makes_them(tmp_path):

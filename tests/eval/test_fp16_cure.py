@@ -2,12 +2,15 @@
 
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import small_models
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent / "stability"))
 from stability_families import VOCABULARY, build
@@ -84,6 +87,8 @@ def exponents_of(layout, uniform, seed):
         found |= dict.fromkeys((n.reads for n in layout.norms), -3)
     if layout.tied is not None:
         found[layout.tied[0]] = -found[layout.tied[1]]
+    for group, other in layout.opposites:
+        found[other] = -found[group]
     return found | {FIXED: 0}
 
 
@@ -165,6 +170,36 @@ def test_an_overflow_of_a_modules_output_is_cured(family):
         assert all("layers.1.mlp" in group for group in record["exponents"])
 
 
+@torch.no_grad()
+def with_large_rows(family, part, factor=3e5):
+    """Queries, or values, of layer 2 far beyond 65504; what they are multiplied with is small by as much."""
+    model = build(family)
+    attention = next(m for n, m in model.named_modules() if n.endswith(("layers.1.self_attn", "layers.1.attention")))
+    if hasattr(attention, "query_key_value"):
+        fused, size = attention.query_key_value, attention.head_size
+        rows = {name: torch.arange(fused.out_features) // size % 3 == i for i, name in enumerate("qkv")}
+        large = [(p, rows[part]) for p in (fused.weight, fused.bias)]
+        small = [(p, rows["k"]) for p in (fused.weight, fused.bias)] if part == "q" else [(attention.dense.weight, ...)]
+    else:
+        every = {name: getattr(attention, f"{name}_proj") for name in "qkvo"}
+        large = [(p, ...) for p in every[part].parameters()]
+        small = [(p, ...) for p in every["k"].parameters()] if part == "q" else [(every["o"].weight, ...)]
+    for (weight, at), k in [(w, factor) for w in large] + [(w, 3 / factor) for w in small]:
+        weight[at] *= k
+    return model
+
+
+@pytest.mark.parametrize("part", ["q", "v"])
+@pytest.mark.parametrize("family", ["llama", "glm4", "gemma2", "neox_parallel", "peri_llama:peri"])
+def test_queries_and_values_that_overflow_are_cured_against_keys_and_the_output_matrix(family, part):
+    record = check_cured(with_large_rows(family, part), "forward")
+    moved = {group.rpartition(".")[2]: e for group, e in record["exponents"].items()}
+    if part == "q":
+        assert moved["queries"] == -moved["keys"] < 0
+    else:
+        assert moved["values"] < 0 and "queries" not in moved
+
+
 def test_an_overflow_of_the_backward_pass_alone_is_cured_by_scaling_the_branch_up():
     model = with_backward_overflow("peri_llama:peri")
     record = check_cured(model, "backward")
@@ -200,11 +235,11 @@ def test_each_of_its_sums_can_be_scaled_when_that_is_asked_for(placement):
 def test_what_a_nonlinear_function_reads_cannot_be_scaled():
     model = build("peri_llama:peri")
     model.model.layers[0].mlp.gate_proj.weight.data.mul_(3e5)
-    with pytest.raises(NoExactRewrite, match="gate of the mlp of layer 1 reaches .*not linear"):
+    with pytest.raises(NoExactRewrite, match="in the gate of the mlp of layer 1 is .*not linear"):
         cure(model, [IDS], Wish())
     model = build("llama")
     model.lm_head.weight.data.mul_(3e5)
-    with pytest.raises(NoExactRewrite, match="head's logits reaches"):
+    with pytest.raises(NoExactRewrite, match="in the head's logits is"):
         cure(model, [IDS], Wish())
 
 
@@ -241,12 +276,12 @@ def test_more_margin_leaves_more_headroom():
 
 
 def run(*args):
-    return command.main(command.parse([*map(str, args), "--samples", "2", "--context", "16"]))
+    return command.main(command.parse([*map(str, args), "--samples", "2", "--tokens", "16"]))
 
 
 def refused(*args):
     """The exit code and message of the command."""
-    arguments = command.parse([*map(str, args), "--samples", "2", "--context", "16"])
+    arguments = command.parse([*map(str, args), "--samples", "2", "--tokens", "16"])
     return command.run_command(command.main, arguments)
 
 
@@ -278,6 +313,31 @@ def test_a_half_precision_source_keeps_its_dtype_except_where_that_would_round(t
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_peaks_are_measured_on_wikitext_or_on_a_text_and_the_tokenizer_goes_along(tmp_path):
+    """`--data wikitext`, the usual one, through the real client and a Hub on loopback; `--text` a file."""
+    tokenizer = small_models.make_tokenizer()
+    torch.manual_seed(0)
+    source = small_models.make_model(tokenizer)
+    source.model.layers[0].mlp_output_norm.weight.data.fill_(4e4)
+    for part in (source, tokenizer):
+        part.save_pretrained(tmp_path / "source")
+    folder = tmp_path / "store" / "datasets" / "Salesforce" / "wikitext"
+    (folder / "wikitext-2-raw-v1").mkdir(parents=True)
+    rows = pd.DataFrame({"text": ["", " = Eggs = \n", "Water boils, and eggs are boiled in it. " * 9]})
+    rows.to_parquet(folder / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet", index=False)
+    files = "configs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n  - split: test\n"
+    (folder / "README.md").write_text(f"---\n{files}    path: wikitext-2-raw-v1/test-*.parquet\n---\n")
+    with small_models.serving(tmp_path / "store", tmp_path / "home"):
+        run(tmp_path / "source", tmp_path / "wiki")
+    (tmp_path / "text.txt").write_text("a text of our own about water, " * 40)
+    run(tmp_path / "source", tmp_path / "text", "--text", tmp_path / "text.txt")
+    data = [json.loads((tmp_path / out / "fp16_rewrite.json").read_text())["data"] for out in ("wiki", "text")]
+    assert [d["data"] for d in data] == ["wikitext", str(tmp_path / "text.txt")]
+    assert data[0]["ids_sha256"] != data[1]["ids_sha256"] and data[0]["samples"] == 2
+    again = AutoTokenizer.from_pretrained(tmp_path / "wiki")
+    assert again("eggs")["input_ids"] == tokenizer("eggs")["input_ids"]
+
+
 def test_nothing_is_overwritten_and_nothing_is_left_behind_by_a_refusal(tmp_path, capsys, monkeypatch):
     build("glm4").save_pretrained(tmp_path / "tame")
     with_stream_overflow("peri_llama:peri").save_pretrained(tmp_path / "wild")
@@ -288,7 +348,12 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind_by_a_refusal(tmp_path
     assert "nothing is overwritten" in capsys.readouterr().err
     assert refused(tmp_path / "nowhere", tmp_path / "out") == 1 and "nowhere" in capsys.readouterr().err
     assert refused(tmp_path / "wild", tmp_path / "out", "--margin", "40") == 2 and "--margin" in capsys.readouterr().err
-    assert refused(tmp_path / "tame", tmp_path / "out") == 0 and "nothing has to move" in capsys.readouterr().out
+    assert refused(tmp_path / "tame", tmp_path / "out") == 0
+    assert re.search(r"nothing has to move: .* finite, and the least headroom, \d+\.\d bits", capsys.readouterr().out)
+    assert refused(tmp_path / "wild", tmp_path / "out", "--text", "story.txt") == 2
+    assert "'story.txt' is no file" in capsys.readouterr().err
+    assert refused(tmp_path / "wild", tmp_path / "out", "--data", "wikitext") == 1
+    assert "has no tokenizer" in capsys.readouterr().err
     # A written model that is not what was announced is removed.
     monkeypatch.setattr(command, "logits_of", lambda model, ids: logits_of(model, ids) + 1.0)
     assert refused(tmp_path / "wild", tmp_path / "out") == 1 and "removed" in capsys.readouterr().err

@@ -93,6 +93,15 @@ def test_factors_are_found_exactly():
     assert [s.input_scale for s in lns.sublayers[::2]] == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5])
 
 
+@torch.no_grad()
+def test_factors_are_found_where_a_branch_is_ten_thousand_times_the_stream():
+    """A part's share of the sum's rounding is its own, entry by entry, however large the other part is."""
+    model = build("hyperclovax_peri")
+    model.model.layers[0].post_norm1.weight.mul_(3e4)
+    first, second = find_anatomy(model).sublayers[:2]
+    assert (first.alpha, first.multiplier) == (1.0, 0.5) == (second.alpha, second.multiplier)
+
+
 def test_mix_differs_from_layer_to_layer():
     anatomy = find_anatomy(build("peri_llama:mix"))
     assert [norms_of(s) for s in anatomy.sublayers[::2]] == ["--C", "A--", "A--", "A--"]

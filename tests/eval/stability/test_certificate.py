@@ -9,6 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval.stability.anatomy import find_anatomy
 from eval.stability.certificate import LIMIT, certify
+from eval.stability.norms import NormFacts
+from eval.stability.reach import UNIT, Reach, linear_rows, norm_reach
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from runkit.fp16 import HalfMatmul
 
@@ -167,6 +169,26 @@ def test_a_pass_in_fp16_stays_below_bound_times_factor(placement):
     with HalfMatmul():
         for ids in every_token_and_random_ones(model):
             below(peaks(model, ids, anatomy), bounds(certificate, fp16=True))
+
+
+def test_what_cancels_in_exact_arithmetic_has_room_for_its_rounding():
+    """LayerNorm's beta lies in a row's null space: what FP16 leaves of it is far above the row's exact bound."""
+    generator = torch.Generator().manual_seed(0)
+    centre = 100 * torch.rand(64, generator=generator, dtype=torch.float64)
+    row = torch.randn(64, generator=generator, dtype=torch.float64).half().double()
+    centre -= row * (row @ centre) / (row @ row)
+    given = Reach(centre.abs() + 1e-6, centre.norm().item() + 1e-6, centre, torch.full_like(centre, 1e-6), 1.0, 2)
+    left = (row @ centre.half().double()).abs()
+    exact = 1e-6 * row.norm() + (row @ centre).abs()
+    assert left > 100 * exact
+    assert left <= linear_rows(given, row[None], None)[0] * (1 + UNIT) ** given.roundings_of(64)
+
+
+def test_a_norm_s_closer_bound_knows_that_its_input_is_rounded():
+    """Where the epsilon decides, a norm's output grows with its input."""
+    size, facts = 4, NormFacts("rms", 1.0, None, None, 0.0)
+    exact, rounded = (norm_reach(facts, size, Reach.of_box(torch.full((size,), 0.1).double(), 0.1, n)) for n in (0, 50))
+    assert rounded.box[0] == pytest.approx(exact.box[0].item() * (1 + UNIT) ** 50, rel=1e-3)
 
 
 @torch.no_grad()

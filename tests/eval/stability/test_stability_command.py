@@ -138,6 +138,7 @@ def test_another_model_s_records_are_not_overwritten(measured):
         (["EMPTY"], "neither a run folder"),
         (["PICKLED"], "no .safetensors file"),
         (["BARE"], "--data random"),
+        (["HEADLESS", "--data", "random"], "lacks 1 of the model's weights, lm_head.weight the first"),
     ],
 )
 def test_mistakes_are_named_before_any_work(place, tmp_path, words, said):
@@ -148,8 +149,10 @@ def test_mistakes_are_named_before_any_work(place, tmp_path, words, said):
     (tmp_path / "pickled" / "model.safetensors").unlink()
     (tmp_path / "bare" / "tokenizer.json").unlink()
     (tmp_path / "bare" / "tokenizer_config.json").unlink()
+    build("llama").model.save_pretrained(tmp_path / "headless")  # Transformers would make up a head
     known = {"RUN": place / "gemma", "SHORT": tmp_path / "short.txt", "EMPTY": tmp_path / "empty"}
     known |= {"NOWHERE": tmp_path / "no" / "such", "PICKLED": tmp_path / "pickled", "BARE": tmp_path / "bare"}
+    known["HEADLESS"] = tmp_path / "headless"
     words = [str(known.get(word, word)) for word in words]
     data = [] if "--data" in words else ["--data", str(place / "text.txt")]
     with pytest.raises((UsageError, UserError), match=said):
