@@ -7,10 +7,11 @@ from typing import Any
 import pandas as pd
 
 from runkit.folder import read_json
+from runkit.headroom import FP16_MAX
 
 from .figures.probes import bench_report, data_words
 from .figures.selection import view_of
-from .records import FP16_MAX, Frames, printable, rate_text
+from .records import Frames, printable, rate_text
 from .stability.explain import explain
 
 

@@ -19,7 +19,6 @@ from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json, sha256_of
 from runkit.recipes import flatten
 
-FP16_MAX = 65504.0
 # Their order everywhere: modeling_periln's PLACEMENT_NAMES (a test compares them), without loading torch for it.
 PLACEMENTS = ("post", "pre", "peri", "output", "pre_post", "deepnorm", "lns", "mix")
 
@@ -380,13 +379,6 @@ def largest(layers: pd.DataFrame, tensors: Sequence[str]) -> pd.Series | None:
     if rows.empty:
         return None
     return rows.loc[rows.value.astype(float).fillna(math.inf).idxmax()]
-
-
-def headroom(value: float) -> float:
-    """Bits between `value` and FP16's largest number: log2(65504 / value); -inf where it is not finite."""
-    if not math.isfinite(value):
-        return -math.inf
-    return math.log2(FP16_MAX / value) if value > 0 else math.inf
 
 
 def by_depth(layers: pd.DataFrame, tensor: str, stat: str) -> pd.DataFrame:

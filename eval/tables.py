@@ -21,10 +21,11 @@ import pandas as pd
 
 from runkit.errors import UsageError, UserError, make_parser, run_command
 from runkit.folder import write_text
+from runkit.headroom import headroom
 
 from .paired import paired_table
 from .paper_numbers import compare
-from .records import Frames, differing, final_loss, headroom, largest, load_all, spikes
+from .records import Frames, differing, final_loss, largest, load_all, spikes
 from .render import Table, to_csv, to_latex, to_markdown, to_terminal
 from .score_files import read_scores
 from .score_notes import limit_words, notes

@@ -5,14 +5,15 @@ Rendered through huggingface_hub's `ModelCard`; templates/card.md.j2 holds the w
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from runkit.public import public
 
+from .benchmarks import BENCHMARKS, METRIC_NAMES
 from .facts import (
     MISSING,
+    best_results,
     hardware,
     markdown,
     number,
@@ -31,15 +32,6 @@ from .subject import Subject
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PAPER = "2502.02732"
 LIBRARY, PIPELINE = "transformers", "text-generation"
-# The five benchmarks as lm-eval 0.4.13 reads them: repository, configuration, split, a name for people.
-BENCHMARKS = {
-    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", "ARC-Easy"),
-    "hellaswag": ("Rowan/hellaswag", "default", "validation", "HellaSwag"),
-    "piqa": ("baber/piqa", "default", "validation", "PIQA"),
-    "social_iqa": ("lighteval/siqa", "default", "validation", "SIQA"),
-    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", "Winogrande"),
-}
-METRIC_NAMES = {"acc": "accuracy", "acc_norm": "accuracy, normalized by length"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +43,7 @@ class CardOptions:
     language: tuple[str, ...] = ("en",)
     datasets: tuple[str, ...] = field(default=())
     figures: tuple[str, ...] = field(default=())  # names of images in the repository's folder `figures`
+    revision: str | None = None  # the branch that the card will be on; None: main
 
 
 def eval_results(subject: Subject) -> list[EvalResult]:
@@ -58,12 +51,7 @@ def eval_results(subject: Subject) -> list[EvalResult]:
 
     Of several records of one task that with the most items counts. The mini sets are no benchmarks, and do not enter.
     """
-    best: dict[tuple[str, str], dict[str, Any]] = {}
-    for r in results(subject):
-        key = (r["task"], r.get("metric"))
-        if key[0] in BENCHMARKS and key[1] in METRIC_NAMES and (r.get("n") or 0) >= (best.get(key, {}).get("n") or 0):
-            best[key] = r
-    found = []
+    best, found = best_results(subject), []
     for task, (dataset, config, split, name) in BENCHMARKS.items():
         for metric, words in METRIC_NAMES.items():
             if (r := best.get((task, metric))) is not None:
@@ -144,6 +132,7 @@ def render_card(subject: Subject, options: CardOptions = CardOptions()) -> str:
         template_path=str(TEMPLATES / "card.md.j2"),
         title=options.repo.split("/")[-1] if options.repo else subject.name,
         repo=options.repo or "ORG/NAME",
+        revision=options.revision,
         ours=config.get("model_type") == "peri_llama",
         architecture=(config.get("architectures") or [str(config.get("model_type"))])[0],
         placement=placement_name(config),
@@ -164,13 +153,28 @@ def render_card(subject: Subject, options: CardOptions = CardOptions()) -> str:
         seeds=seed_table(subject),
         stability=markdown(stability_rows(subject), ("FP16", "")),
         verdict=verdict(subject),
-        figures=options.figures,
+        figures=figures_of(subject, options.figures),
         chat=_has_chat_template(subject),
         diverged=subject.summary.get("status") == "diverged",
         unfinished=subject.summary.get("status") not in ("completed", "diverged"),
         missing=MISSING,
     )
     return normalized(card)
+
+
+def figures_of(subject: Subject, names: tuple[str, ...]) -> list[tuple[str, str, str]]:
+    """The images to show, each with a title and a caption: what stands in a text beside it, the title first.
+
+    Of one that is there as PNG and as SVG the PNG is shown.
+    """
+    found = []
+    for name in names:
+        if name.endswith(".png") or f"{Path(name).stem}.png" not in names:
+            file = (subject.records / "figures" / name).with_suffix(".txt")
+            said = str(public(file.read_text(encoding="utf-8", errors="replace"))) if file.exists() else name
+            title, _, caption = said.strip().partition("\n")
+            found.append((name, title, " ".join(caption.split())))
+    return found
 
 
 def _has_chat_template(subject: Subject) -> bool:

@@ -9,13 +9,14 @@ import pandas as pd
 
 from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json
+from runkit.headroom import FP16_MAX, headroom
 from runkit.public import public
 from runkit.recipes import differing_fields
 
-from .subject import Subject
+from .benchmarks import BENCHMARKS
+from .subject import Subject, chosen_checkpoint
 
 MISSING = "not measured"
-FP16_MAX = 65504.0
 FP16_TENSORS = ("stream", "residual_add", "branch")  # what is held in the residual stream's dtype
 Row = tuple[str, str]
 
@@ -103,10 +104,19 @@ def tokens_seen(subject: Subject) -> int | None:
 
 
 def final_loss(subject: Subject) -> float | None:
-    """Mean training loss of the last tenth of the recorded steps, in nats a token."""
-    losses, steps = _column(subject, "loss"), len(subject.metrics)
-    last = losses[-max(1, math.ceil(steps / 10)) :]
-    return statistics.fmean(last) if last else None
+    """Mean training loss of the last tenth of the recorded steps, in nats a token: of those where it was finite.
+
+    Infinite where it was finite at none of them; None without a record.
+    """
+    records = [r for r in subject.metrics if "loss" in r]
+    last = [r["loss"] for r in records[-max(1, math.ceil(len(records) / 10)) :]]
+    finite = [x for x in last if isinstance(x, (int, float)) and math.isfinite(x)]
+    return statistics.fmean(finite) if finite else math.inf if last else None
+
+
+def loss_in_words(loss: float | None) -> str:
+    """A training loss as a number, or that it was not finite; MISSING for none."""
+    return "not finite" if loss == math.inf else number(loss)
 
 
 def outcome(subject: Subject) -> list[Row]:
@@ -115,13 +125,12 @@ def outcome(subject: Subject) -> list[Row]:
     recorded = bool(subject.metrics)
     kinds = {kind: sum(r["skip_kind"] == kind for r in skips) for kind in sorted({r["skip_kind"] for r in skips})}
     skipped = f"{len(skips)} of {len(subject.metrics):,}" if recorded else MISSING
-    loss = final_loss(subject)
     spikes = sum(bool(r.get("spike")) for r in subject.metrics) if recorded and "spike" in subject.metrics[-1] else None
     return [
         ("status of the run", text(s.get("status")) + (f": {text(s['reason'])}" if s.get("reason") else "")),
         ("steps of this checkpoint", number(subject.step if subject.step is not None else s.get("step"))),
         ("tokens", number(tokens_seen(subject))),
-        ("training loss (mean of the last tenth)", number(loss) if loss is not None else MISSING),
+        ("training loss (mean of the last tenth)", loss_in_words(final_loss(subject))),
         ("skipped steps", skipped + (f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else "")),
         ("gradient spikes", number(spikes)),
     ]
@@ -142,6 +151,29 @@ def results(subject: Subject) -> list[dict[str, Any]]:
                 task = "c4" if record.get("kind") == "c4" else entry.get("task")
                 found.append({**common, **entry, "task": task})
     return found
+
+
+def best_results(subject: Subject) -> dict[tuple[str, str], dict[str, Any]]:
+    """By task and metric the result that was measured on the most items; of as many, the last record's."""
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for r in results(subject):
+        key = (r["task"], r.get("metric"))
+        if (r.get("n") or 0) >= (best.get(key, {}).get("n") or 0):
+            best[key] = r
+    return best
+
+
+def mean_accuracy(subject: Subject) -> tuple[float, str, dict[str, float]] | None:
+    """The plain mean of acc over the five benchmarks, or over the mini sets, in percent: what it is of, and each.
+
+    None where neither five are complete.
+    """
+    scores = {task: 100 * r["value"] for (task, metric), r in best_results(subject).items() if metric == "acc"}
+    for prefix, name in (("", "mean of five"), ("mini_", "mean of five mini sets")):
+        five = {task: scores[prefix + task] for task in BENCHMARKS if prefix + task in scores}
+        if len(five) == len(BENCHMARKS):
+            return statistics.fmean(five.values()), name, five
+    return None
 
 
 def score_table(subject: Subject) -> str:
@@ -183,14 +215,12 @@ def seed_table(subject: Subject) -> str:
     """What became of every seed of this recipe that lies beside it."""
     rows = []
     for other in siblings(subject):
-        s = other.summary
-        scores = [r for r in results(other) if r.get("metric") == "acc"]
-        mean = (
-            f"{100 * statistics.fmean(r['value'] for r in scores):.2f} % ({len(scores)} tasks)" if scores else MISSING
-        )
-        loss = final_loss(other)
+        s, scores = other.summary, mean_accuracy(Subject(chosen_checkpoint(other.run), other.run))
+        mean = f"{scores[0]:.2f} % ({scores[1]})" if scores else MISSING
         status = text(s.get("status")) + (f": {text(s['reason'])}" if s.get("reason") else "")
-        rows.append((text(other.recipe.get("seed")), status, number(s.get("step")), number(loss), mean))
+        rows.append(
+            (text(other.recipe.get("seed")), status, number(s.get("step")), loss_in_words(final_loss(other)), mean)
+        )
     if not rows:
         return f"Seeds: {MISSING}."
     head = ("seed", "status", "steps", "training loss (mean of the last tenth)", "mean acc")
@@ -203,19 +233,15 @@ def seed_table(subject: Subject) -> str:
 
 @dataclass(frozen=True)
 class Headroom:
-    """The largest absolute value of the records and where it was; bits are log2(65504 / value), -inf for no number."""
+    """The largest absolute value of the records and where it was; infinite for one that was not finite."""
 
     value: float
     where: str
 
-    @property
-    def bits(self) -> float:
-        if not math.isfinite(self.value):
-            return -math.inf
-        return math.log2(FP16_MAX / self.value) if self.value > 0 else math.inf
-
     def __str__(self) -> str:
-        return f"{self.bits:.1f} bits (largest value {self.value:,.4g}: {self.where})"
+        if not math.isfinite(self.value):
+            return f"none, it overflowed ({self.where})"
+        return f"{headroom(self.value):.1f} bits (largest value {self.value:,.4g}: {self.where})"
 
 
 def _read_statistics(files: list) -> pd.DataFrame | None:
@@ -242,22 +268,20 @@ def _worst(frame: pd.DataFrame | None) -> Headroom | None:
 
 
 def training_headroom(subject: Subject) -> Headroom | None:
-    """The least headroom at the recorded steps of training, up to the checkpoint's."""
+    """The least headroom at the recorded steps of training up to the checkpoint's, the flight recorder's among them."""
     if subject.run is None:
         return None
-    files = sorted((subject.run.path / "layers").glob("step_*.parquet"))
-    return _worst(_read_statistics([f for f in files if subject.step is None or _step_in(f.stem) <= subject.step]))
+    files = [f for folder in ("layers", "flight") for f in sorted((subject.run.path / folder).glob("step_*.parquet"))]
+    frame = _read_statistics(files)
+    if frame is not None and subject.step is not None and "step" in frame:
+        frame = frame[frame.step <= subject.step]
+    return _worst(frame)
 
 
 def bench_headroom(subject: Subject) -> Headroom | None:
     """The same of the stability bench's measurement of this checkpoint."""
     file = _stability_file(subject, "step", ".parquet")
     return _worst(_read_statistics([file])) if file else None
-
-
-def _step_in(stem: str) -> int:
-    name = stem.rpartition("_")[2]
-    return int(name) if name.isdigit() else 0
 
 
 def _stability_file(subject: Subject, prefix: str, suffix: str):
@@ -274,11 +298,11 @@ def certificate(subject: Subject) -> str:
         return MISSING
     record = read_json(file)
     rows, open_ = record.get("rows") or [], record.get("unbounded") or []
+    limit, largest = record.get("limit", FP16_MAX), number(record.get("largest_bound"))
     bounded = [r for r in rows if isinstance(r.get("bound"), (int, float))]
-    largest = number(record.get("largest_bound"))
-    within = sum(r["bound"] <= record.get("limit", FP16_MAX) for r in bounded)
+    within = sum(r["bound"] * r.get("fp16_factor", 1.0) <= limit for r in bounded)  # the factor: FP16's own rounding
     said = f"{len(bounded)} of {len(rows)} tensors are bounded by the weights alone, {within} of them within "
-    said += f"{number(record.get('limit', FP16_MAX))}; the largest bound is {largest}"
+    said += f"{number(limit)}; the largest bound is {largest}"
     return said + (f"; without a bound: {len(open_)}" if open_ else "")
 
 
@@ -293,10 +317,15 @@ def stability_rows(subject: Subject) -> list[Row]:
 
 
 def verdict(subject: Subject) -> list[str]:
-    """The stability bench's own sentences."""
+    """The stability bench's own sentences on this checkpoint; those on the run's course stand with its last one."""
     file = subject.run.path / "eval" / "stability" / "stability.json" if subject.run is not None else None
     if file is None or not file.exists():
         return []
     record = read_json(file)
-    said = record.get("verdict") or record.get("verdicts") or [] if isinstance(record, dict) else []
-    return [text(x) for x in ([said] if isinstance(said, str) else said) if isinstance(x, str)]
+    if not isinstance(record, dict):
+        return []
+    entries = record.get("checkpoints") or []
+    own = next((e for e in entries if e.get("step") == subject.step), None)
+    # Without entries, or where the last of them is meant, the sentences are the file's own.
+    said = record.get("verdict") if not entries or own is entries[-1] else (own or {}).get("verdict")
+    return [" ".join(str(public(x)).split()) for x in said or []]

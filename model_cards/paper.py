@@ -19,7 +19,8 @@ from runkit.folder import write_text
 from runkit.process import start_stage
 from runkit.recipes import flatten, read_yaml
 
-from .cards import BENCHMARKS, LIBRARY, PAPER, PIPELINE, TEMPLATES, normalized
+from .benchmarks import BENCHMARKS
+from .cards import LIBRARY, PAPER, PIPELINE, TEMPLATES, normalized
 from .facts import markdown, text
 from .placement import EQUATION, diagram, norms_in_words, plan_of
 

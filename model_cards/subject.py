@@ -151,6 +151,15 @@ def _of_run(run: RunFolder, step: int | None, needs_weights: bool) -> Subject:
     return Subject(checkpoint, run)
 
 
+def chosen_checkpoint(run: RunFolder) -> Path | None:
+    """The checkpoint that stands for a run, whole or not: a fine-tuning's chosen one, else the newest."""
+    best = run.path / "best.json"
+    if best.exists() and run.recipe.get("stage") == "sft" and (name := read_json(best).get("checkpoint")):
+        return run.path / name
+    checkpoints = run.checkpoints()
+    return checkpoints[-1] if checkpoints else None
+
+
 def checked(checkpoint: Path) -> Path:
     """The checkpoint, unless it differs from its manifest.
 

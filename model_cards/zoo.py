@@ -6,7 +6,6 @@ an export. A pure function of the folders: the same records give the same bytes.
 
 import argparse
 import os
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,14 +14,26 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from runkit.errors import UsageError, UserError, make_parser, run_command
-from runkit.folder import RunFolder, read_json, write_text
+from runkit.folder import RunFolder, write_text
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
-from .cards import BENCHMARKS, TEMPLATES
-from .facts import MISSING, bench_headroom, final_loss, markdown, number, results, text, tokens_seen, training_headroom
+from .cards import TEMPLATES
+from .facts import (
+    MISSING,
+    bench_headroom,
+    best_results,
+    final_loss,
+    loss_in_words,
+    markdown,
+    mean_accuracy,
+    number,
+    text,
+    tokens_seen,
+    training_headroom,
+)
 from .placement import placement_name
-from .subject import IN_A_RUN, Subject
+from .subject import IN_A_RUN, Subject, chosen_checkpoint
 
 HEAD = ("model", "placement", "parameters", "tokens", "status", "loss", "scores", "FP16 headroom", "checkpoint")
 SKIPPED = ("trainer_state", "eval", "layers", "figures", "selection", "flight")  # folders in which no model stands
@@ -40,7 +51,8 @@ def found_under(root: Path) -> Iterator[Subject]:
             run = RunFolder(path)
             if run.recipe.get("stage") in ("pretrain", "sft"):
                 folders[:] = [f for f in folders if f != "checkpoints"]
-                yield Subject(_chosen(run), run)
+                # Its weights are not read, so that a large zoo is indexed in no time.
+                yield Subject(chosen_checkpoint(run), run)
         elif "config.json" in files and any(f.endswith(".safetensors") for f in files):
             folders.clear()
             owner = path.resolve().parent
@@ -48,36 +60,23 @@ def found_under(root: Path) -> Iterator[Subject]:
             yield Subject(path, RunFolder(owner.parent) if inside else None)
 
 
-def _chosen(run: RunFolder) -> Path | None:
-    """The checkpoint that stands for a run; its weights are not read, so that a large zoo is indexed in no time."""
-    best = run.path / "best.json"
-    if best.exists() and run.recipe.get("stage") == "sft" and (name := read_json(best).get("checkpoint")):
-        return run.path / name
-    checkpoints = run.checkpoints()
-    return checkpoints[-1] if checkpoints else None
-
-
 def loss_of(subject: Subject) -> str:
     """Held-out loss, else C4's, else the training loss, and which it is."""
-    losses = {r["task"]: r["value"] for r in results(subject) if r.get("metric") == "loss"}
+    losses = {task: r["value"] for (task, metric), r in best_results(subject).items() if metric == "loss"}
     for task, name in (("heldout", "held-out"), ("c4", "C4")):
         if task in losses:
             return f"{losses[task]:.4f} ({name})"
     loss = final_loss(subject)
-    return f"{loss:.4f} (training)" if loss is not None else MISSING
+    return MISSING if loss is None else f"{loss_in_words(loss)} (training)"
 
 
 def scores_of(subject: Subject) -> str:
     """The mean of acc over the five benchmarks, or over the mini sets, and each of them."""
-    scores = {r["task"]: 100 * r["value"] for r in results(subject) if r.get("metric") == "acc"}
-    for tasks, name in (
-        (list(BENCHMARKS), "mean of five"),
-        ([f"mini_{t}" for t in BENCHMARKS], "mean of five mini sets"),
-    ):
-        if all(task in scores for task in tasks):
-            each = ", ".join(f"{task.removeprefix('mini_')} {scores[task]:.1f}" for task in tasks)
-            return f"{statistics.fmean(scores[task] for task in tasks):.2f} % ({name}: {each})"
-    return ", ".join(f"{task} {value:.1f} %" for task, value in scores.items()) or MISSING
+    if found := mean_accuracy(subject):
+        mean, name, each = found
+        return f"{mean:.2f} % ({name}: {', '.join(f'{task} {value:.1f}' for task, value in each.items())})"
+    scores = {task: r["value"] for (task, metric), r in best_results(subject).items() if metric == "acc"}
+    return ", ".join(f"{task} {100 * value:.1f} %" for task, value in scores.items()) or MISSING
 
 
 def row_of(subject: Subject, root: Path) -> dict[str, str]:

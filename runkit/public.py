@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_PATH_INSIDE = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+([^\s/\\'\"]*)")
+_PATH_INSIDE = re.compile(r"(?:file://|(?<![\w/.])(?:~|[A-Za-z]:)?)[/\\](?:[^\s/\\'\"|]+[/\\])+([^\s/\\'\"|]*)")
 _PATH = re.compile(r"(?:~|[A-Za-z]:)?[/\\].*?([^/\\]*)[/\\]?", re.DOTALL)
 _SECRET = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY")

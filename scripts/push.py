@@ -75,8 +75,11 @@ def plan(args: argparse.Namespace) -> list[Push]:
             raise UsageError(f"--all-checkpoints is for a run folder, and {args.target} is a checkpoint without a run")
         every = (find_subject(path) for path in subject.run.checkpoints())
         wanted += [(each, step_name(each)) for each in every]
-    options = CardOptions(args.repo, args.license, tuple(args.language), tuple(args.datasets))
-    pushes = [Push(each, name, files_of(each, options)) for each, name in wanted]
+    options = {"license": args.license, "language": tuple(args.language), "datasets": tuple(args.datasets)}
+    pushes = []
+    for each, name in wanted:
+        card = CardOptions(args.repo, revision=None if name == MAIN else name, **options)
+        pushes.append(Push(each, name, files_of(each, card)))
     for push in pushes:
         check(push.files, push.subject, get_token())
     return pushes

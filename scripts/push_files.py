@@ -6,7 +6,7 @@ pickles, caches, editors' copies.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def files_of(subject: Subject, options: CardOptions) -> list[Upload]:
     folder = subject.checkpoint
     found = [*_weights(folder), *_configs(folder), *_code(folder), *_tokenizer(folder), *_records(subject)]
     figures = [Upload(f"figures/{p.name}", p) for p in subject.figures()]
-    options = CardOptions(**{**vars(options), "figures": tuple(Path(f.name).name for f in figures)})
+    options = replace(options, figures=tuple(Path(f.name).name for f in figures))
     found += [*figures, Upload(CARD, public_lines(render_card(subject, options)).encode())]
     return sorted(found, key=lambda f: (bool(WEIGHTS.fullmatch(f.name)), f.name))
 

@@ -9,6 +9,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import modeling_periln
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from runkit.checkpoints import write_checkpoint
 
@@ -21,6 +22,9 @@ CHAT = (
 HUB_TASKS = ("arc_easy", "hellaswag", "piqa", "social_iqa", "winogrande")
 STEPS = (4, 8)
 LIMIT = 65504
+# What a checkpoint carries of the package: the model, and never what converts it or registers it.
+NEVER_CARRIED = {"__init__.py", "convert.py", "conversions.py", "proof.py", "version.py"}
+CODE = {p.name for p in Path(modeling_periln.__file__).parent.glob("*.py")} - NEVER_CARRIED
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

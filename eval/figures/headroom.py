@@ -8,7 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from ..records import FP16_MAX, recorded_steps
+from runkit.headroom import FP16_MAX
+
+from ..records import recorded_steps
 from .depth import STREAM, panels
 from .pieces import DEPTH, Drawn, NotRecorded, curves, grid, hide_empty, legend, plain, whole_numbers, wrapped
 from .probes import by_depth, layer_rows, source_words

@@ -14,8 +14,9 @@ from eval.stability.anatomy import find_anatomy
 from eval.stability.overflow import first_non_finite, half_copy
 from runkit.errors import UserError
 from runkit.fp16 import HalfMatmul
+from runkit.headroom import FP16_MAX
 
-from .exponents import LIMIT, NoExactRewrite, Plan, choose
+from .exponents import NoExactRewrite, Plan, choose
 from .layout import Layout, find_layout
 from .peaks import Peak, measure_peaks
 from .rewrite import apply
@@ -160,7 +161,7 @@ def _check_after(after: dict[str, Any], backward: bool) -> None:
 
 def _peak_row(peak: Peak, exponent: int, loss_scale: float) -> dict[str, Any]:
     def bits(value: float) -> float | None:
-        return math.log2(LIMIT / value) if value > 0 else None
+        return math.log2(FP16_MAX / value) if value > 0 else None
 
     forward, gradient = peak.forward * 2.0**exponent, loss_scale * peak.gradient * 2.0**-exponent
     finite = math.isfinite(gradient)

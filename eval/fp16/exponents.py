@@ -8,11 +8,11 @@ import math
 from dataclasses import dataclass, field
 
 from runkit.errors import UserError
+from runkit.headroom import FP16_MAX
 
 from .layout import FIXED, SLOTS, Layout
 from .peaks import Peak
 
-LIMIT = 65504.0
 FAR = 4  # a weight of 0.02 times 2^-4 is still well above FP16's smallest normal number, 6e-5
 
 
@@ -150,13 +150,13 @@ def _balance(layout: Layout, exponents: dict[str, int], ranges: dict[str, _Range
 
 def _room(largest: float) -> float:
     """Powers of two between a matrix's largest weight and FP16's largest number."""
-    return math.log2(LIMIT / largest) if largest > 0 else 120.0
+    return math.log2(FP16_MAX / largest) if largest > 0 else 120.0
 
 
 def _ranges(
     classes: dict[str, tuple[str, int]], peaks: list[Peak], margin: float, loss_scale: float
 ) -> dict[str, _Range]:
-    limit = math.log2(LIMIT) - margin
+    limit = math.log2(FP16_MAX) - margin
     ranges = {name: _Range() for name, _ in classes.values()}
     for peak in peaks:
         name, sign = classes[peak.group]

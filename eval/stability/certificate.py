@@ -26,12 +26,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from runkit.headroom import FP16_MAX
+
 from .anatomy import Anatomy, find_anatomy
 from .inside import Attention, Gated, Inside, Unknown, look_inside
 from .reach import SUMMED, UNIT, Reach, linear_rows, norm_reach, product_rows, rows_reach, spectral_norm
 from .sublayers import Sublayer
 
-LIMIT = 65504.0  # the largest finite FP16 number
 Key = tuple[int, str, str]
 
 
@@ -220,10 +221,10 @@ def _ends(anatomy: Anatomy, stream: Reach | None, rows: _Rows) -> None:
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     bounded = [r for r in rows if r["bound"] is not None]
-    above = [r for r in bounded if r["bound"] * r["fp16_factor"] > LIMIT]
+    above = [r for r in bounded if r["bound"] * r["fp16_factor"] > FP16_MAX]
     unbounded = [{k: r[k] for k in ("layer", "sublayer", "tensor", "why")} for r in rows if r["bound"] is None]
     return {
-        "limit": int(LIMIT),
+        "limit": int(FP16_MAX),
         "rows": rows,
         "largest_bound": max((r["bound"] for r in bounded), default=None),
         "unbounded": unbounded,

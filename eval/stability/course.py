@@ -15,8 +15,9 @@ import pandas as pd
 
 from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json
+from runkit.headroom import FP16_MAX
 
-from ..records import FP16_MAX, read_layers, spikes
+from ..records import read_layers, spikes
 
 TENSORS = {  # in the order in which a sublayer makes them
     "branch": "the module's output (before any output norm)",

@@ -11,7 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from ..records import FP16_MAX, placement_name
+from runkit.headroom import FP16_MAX
+
+from ..records import placement_name
 from .course import (
     SUBLAYERS,
     TENSORS,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-FP16_MAX = 65504.0
+from runkit.headroom import FP16_MAX
 
 
 @dataclass

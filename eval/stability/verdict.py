@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from .moments import FP16_MAX
+from runkit.headroom import FP16_MAX
 
 CLOSE = 3.0  # bits of headroom below which the next doublings are near
 ONE_SIDED = 0.1  # |scale freedom| of this and more: the loss depends on the scale of the weights

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.slow
 ROOT, TESTS = Path(__file__).resolve().parents[2], Path(__file__).resolve().parent
 REPO = "acme/without-us"
 PLAIN = ("acme/plain", "acme/again", "acme/trained")  # see plain_pushes.py
-CODE = {"configuration_periln.py", "modeling_periln.py", "norms.py", "placements.py", "loss.py"}
 IDS = [[3, 9, 10, 11, 4, 7]]
 
 
@@ -134,7 +133,7 @@ def test_what_is_missing_is_named(remote):
 def test_the_libraries_own_push_methods_give_a_repository_that_loads(repo, remote, hub, here):
     """Of the model and the tokenizer; after a load and a re-save; of the Trainer."""
     there = hub.server.RequestHandlerClass.store.files("models", repo)
-    assert set(there) >= CODE | {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert set(there) >= hub_run.CODE | {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
     auto_map = json.loads(there["config.json"].read_text())["auto_map"]
     assert auto_map["AutoModel"] == "modeling_periln.PeriLlamaModel"
     assert not [name for name in auto_map.values() if "--" in name]

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import hub_run
+import pandas as pd
 import pytest
 from huggingface_hub import ModelCard
 
@@ -123,6 +124,71 @@ def test_a_card_of_an_earlier_checkpoint_has_its_own_tokens_and_no_later_scores(
 def test_a_diverged_run_says_so_first(runs):
     text = render_card(find_subject(runs / "peri_seed3"))
     assert text.index("**This run diverged.**") < text.index("## Placement")
+
+
+def test_each_checkpoint_has_the_benchs_sentences_on_itself(tmp_path):
+    run = hub_run.write_run(tmp_path)
+    entries = [{"step": 4, "verdict": ["The largest |x| is 5."]}, {"step": 8, "verdict": ["The largest |x| is 8."]}]
+    whole = {"checkpoints": entries, "verdict": ["It grows.", "The largest |x| is 8."]}
+    hub_run.write_json(run / "eval" / "stability" / "stability.json", whole)
+    first, last = (ModelCard(render_card(find_subject(run, step))) for step in (4, 8))
+    assert re.findall(r"^- (.*)", section(first, "FP16"), re.M) == ["The largest |x| is 5."]
+    assert re.findall(r"^- (.*)", section(last, "FP16"), re.M) == whole["verdict"]
+    entries.pop(0)
+    hub_run.write_json(run / "eval" / "stability" / "stability.json", whole)
+    assert "The largest" not in section(ModelCard(render_card(find_subject(run, 4))), "FP16")
+
+
+def test_an_overflow_is_said_wherever_it_was_recorded(tmp_path):
+    run = hub_run.write_run(tmp_path)
+    (run / "flight").mkdir()
+    row = {"step": 5, "layer": 2, "sublayer": "attn", "tensor": "branch", "stat": "max_abs", "value": float("inf")}
+    pd.DataFrame([row]).to_parquet(run / "flight" / "step_00000005.parquet")
+    assert "in training | none, it overflowed (branch, layer 2 attn, step 5) |" in render_card(find_subject(run))
+    assert "in training | 12.0 bits (" in render_card(find_subject(run, 4))
+
+
+def test_a_loss_that_was_not_finite_is_no_number(tmp_path):
+    run = hub_run.write_run(tmp_path, status="diverged")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[-3:]:
+        line["loss"] = None
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "| training loss (mean of the last tenth) | not finite |" in render_card(find_subject(run))
+
+
+def test_bounds_count_as_within_fp16_with_its_rounding(tmp_path):
+    run = hub_run.write_run(tmp_path)
+    file = run / "eval" / "stability" / "certificate_00000008.json"
+    record = json.loads(file.read_text())
+    record["rows"][0] |= {"bound": 65500.0, "fp16_factor": 1.01}
+    file.write_text(json.dumps(record))
+    assert "1 of 2 tensors are bounded by the weights alone, 0 of them within 65,504" in render_card(find_subject(run))
+
+
+def test_the_mean_of_a_seed_is_that_of_its_last_checkpoint(tmp_path):
+    run = hub_run.write_run(tmp_path)
+    record = json.loads((run / "eval" / "benchmarks-hub.json").read_text())
+    for result in record["results"]:
+        result |= {"value": 0.99, "n": 10}
+    (run / "eval" / "benchmarks-limited.json").write_text(json.dumps(record | {"limit": 10}))
+    record["evaluated"]["path"] = "checkpoints/step_00000004"
+    (run / "eval" / "benchmarks-before.json").write_text(json.dumps(record))
+    assert "| 40.00 % (mean of five) |" in section(ModelCard(render_card(find_subject(run))), "Seeds")
+
+
+def test_a_card_of_a_revision_loads_that_revision():
+    card = ModelCard(render_card(Subject(Path("x"), None), CardOptions("acme/tiny", revision="step_4")))
+    assert card.text.count('"acme/tiny", revision="step_4"') == 2
+    assert "pretrained=acme/tiny,revision=step_4" in card.text and "--model_revision step_4" in card.text
+
+
+def test_a_figure_is_shown_once_with_its_caption(tmp_path):
+    run = hub_run.write_run(tmp_path)
+    (run / "figures" / "headroom.svg").write_text("<svg/>")
+    (run / "figures" / "headroom.txt").write_text("Headroom\n\nBits left\nof /home/somebody/runs/x.\n")
+    card = ModelCard(render_card(find_subject(run), CardOptions(figures=("headroom.png", "headroom.svg"))))
+    assert section(card, "Figures").strip() == "![Headroom](figures/headroom.png)\n\nBits left of …/x."
 
 
 def test_a_fine_tuning_shows_both_recipes(tmp_path):

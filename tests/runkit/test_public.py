@@ -17,6 +17,10 @@ from runkit.public import found_in, local_roots, path_in, public, secrets
         ("loaded from /srv/a/b.json today", "loaded from …/b.json today"),
         ("https://hub.example/a/b", "https://hub.example/a/b"),
         ("runs/demo/x", "runs/demo/x"),
+        ("file:///home/me/x.json", "…/x.json"),
+        ("PATH=/usr/bin:/home/me/bin", "PATH=…/bin"),
+        ("the largest |x| of the stream", "the largest |x| of the stream"),
+        ("in a table \\|x\\| is so", "in a table \\|x\\| is so"),
         ("1/sqrt(2L)", "1/sqrt(2L)"),
     ],
 )

@@ -8,11 +8,12 @@ from stability_families import FAMILIES, PLACEMENTS, build, perturb
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval.stability.anatomy import find_anatomy
-from eval.stability.certificate import LIMIT, certify
+from eval.stability.certificate import certify
 from eval.stability.norms import NormFacts
 from eval.stability.reach import UNIT, Reach, linear_rows, norm_reach
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from runkit.fp16 import HalfMatmul
+from runkit.headroom import FP16_MAX
 
 SIZES = {
     "vocab_size": 61,
@@ -244,7 +245,7 @@ def test_measured_values_stand_beside_the_bounds_and_the_record_is_json():
     certificate = certify(periln("peri"), measured={(1, "attn", "branch"): 3.5})
     row = next(r for r in certificate["rows"] if (r["layer"], r["sublayer"], r["tensor"]) == (1, "attn", "branch"))
     assert row["measured"] == 3.5 and row["bound"] > 0
-    assert {"limit", "rows", "largest_bound", "unbounded"} <= set(certificate) and certificate["limit"] == LIMIT
+    assert {"limit", "rows", "largest_bound", "unbounded"} <= set(certificate) and certificate["limit"] == FP16_MAX
     assert json.loads(json.dumps(certificate, allow_nan=False)) == certificate
 
 
