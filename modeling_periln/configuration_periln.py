@@ -149,7 +149,7 @@ class PeriLlamaConfig(PreTrainedConfig):
     depth_scaled_init: bool = False
 
     def __post_init__(self, **kwargs):
-        self._refuse_misspelt(kwargs)
+        unknown = self._unknown(kwargs)
         if "rms_norm_eps" in kwargs:  # the alias, before the checks below
             alias = kwargs.pop("rms_norm_eps")
             if self.norm_eps not in (alias, type(self).norm_eps):
@@ -171,6 +171,11 @@ class PeriLlamaConfig(PreTrainedConfig):
         self.auto_map = AUTO_MAP | {k: v.split("--")[-1] for k, v in given.items() if isinstance(v, str)}
         self.validate_norms()
         super().__post_init__(**kwargs)
+        for key in unknown:
+            if hasattr(self, key):
+                logger.warning(f"PeriLlamaConfig keeps the unknown field {key!r}, which it does not read")
+            else:  # Transformers drops what steers generation, without a word
+                logger.warning(f"PeriLlamaConfig drops {key!r}: it belongs to the model's generation_config")
         self.validate_rotary()
 
     # Plans name modules by what is there now: properties, since `from_pretrained` sets fields after `__post_init__`.
@@ -210,8 +215,9 @@ class PeriLlamaConfig(PreTrainedConfig):
         if plan != self.base_model_tp_plan:
             raise AttributeError(f"base_model_tp_plan={plan!r}: the plan follows from the other fields")
 
-    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
-        known = [f.name for f in fields(type(self))]
+    def _unknown(self, kwargs: dict[str, Any]) -> list[str]:
+        """The names that no field has; those that are misspelt fields, or that this family cannot have, are refused."""
+        known, unknown = [f.name for f in fields(type(self))], []
         for key in kwargs:
             if key in _REFUSED:
                 raise ValueError(f"{key}={kwargs[key]!r}: attention is causal and full in every layer of this family")
@@ -220,7 +226,8 @@ class PeriLlamaConfig(PreTrainedConfig):
             close = get_close_matches(key, known, n=1, cutoff=0.8)
             if close:
                 raise ValueError(f"unknown field {key!r} (value {kwargs[key]!r}): did you mean {close[0]!r}?")
-            logger.warning(f"PeriLlamaConfig keeps the unknown field {key!r}, which it does not read")
+            unknown.append(key)
+        return unknown
 
     def validate_sizes(self) -> None:
         """Sizes are positive and divide."""

@@ -196,6 +196,14 @@ def test_an_unknown_field_is_kept_with_a_warning(caplog, tmp_path):
     assert PeriLlamaConfig.from_pretrained(tmp_path).laboratory == "north"
 
 
+def test_a_generation_parameter_is_dropped_with_a_warning(caplog):
+    """Transformers drops it; silently, somebody who sets a temperature here would never know."""
+    config = tiny_config(temperature=0.7)
+    assert "drops 'temperature'" in caplog.text and "generation_config" in caplog.text
+    assert "keeps" not in caplog.text
+    assert not hasattr(config, "temperature")
+
+
 def test_a_known_field_is_kept_without_a_warning(caplog):
     tiny_config(**UNUSUAL)
     tiny_config(rope_theta=10_000.0, torch_dtype="float32", attn_implementation="eager", output_hidden_states=True)
