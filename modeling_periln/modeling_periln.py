@@ -4,8 +4,14 @@ Every sublayer `f` (attention, then MLP) does
 
     x  <-  C( alpha * x  +  s * B( f( c * A(x) ) ) )
 
-with norms or nothing in the places A (`*_input_norm`), B (`*_output_norm`) and C (`*_residual_norm`); see
-`placements.py`. An empty place is an `nn.Identity`: it has no parameters, and no layer branches on its placement.
+with norms or nothing in the places A (`*_input_norm`), B (`*_output_norm`) and C (`*_residual_norm`):
+
+    post    x <- C(x + f(x))        pre     x <- x + f(A(x))
+    output  x <- x + B(f(x))        peri    x <- x + B(f(A(x)))
+
+All rows and their factors are in `placements.py`. An empty place is an `nn.Identity`: it has no parameters, and no
+layer branches on its placement. Beside the layers a placement says only whether the stream is normed at its two ends,
+after the embedding (`embed_norm`) and before the head (`final_norm`).
 
 Shapes: B batch, S sequence, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
 """
@@ -79,6 +85,8 @@ class PeriLlamaResidual(nn.Module):
 
 
 class PeriLlamaMLP(nn.Module):
+    """Llama's gated MLP (SwiGLU)."""
+
     def __init__(self, config: PeriLlamaConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -91,6 +99,8 @@ class PeriLlamaMLP(nn.Module):
 
 
 class PeriLlamaAttention(nn.Module):
+    """Llama's attention, rotary and grouped-query, except that queries and keys may be normed (`qk_norm`)."""
+
     def __init__(self, config: PeriLlamaConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -156,6 +166,8 @@ class PeriLlamaAttention(nn.Module):
 
 
 class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
+    """The equation twice, with f the attention and then the MLP; `plan` says which norms are there, and the factors."""
+
     def __init__(self, config: PeriLlamaConfig, layer_idx: int, plan: LayerPlan):
         super().__init__()
 
@@ -196,8 +208,9 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         # Attention
-        branch = self._sublayer_input(self.attn_input_norm(hidden_states), module_dtype)
-        branch, _ = self.self_attn(
+        branch = self.attn_input_norm(hidden_states)  # A
+        branch = self._sublayer_input(branch, module_dtype)  # c
+        branch, _ = self.self_attn(  # f
             branch,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
@@ -206,14 +219,17 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
             use_cache=use_cache,
             **kwargs,
         )
-        branch = self.attn_output_norm(branch)
-        hidden_states = self.attn_residual_norm(self.attn_residual(hidden_states, branch))
+        branch = self.attn_output_norm(branch)  # B
+        hidden_states = self.attn_residual(hidden_states, branch)  # alpha * stream + s * branch
+        hidden_states = self.attn_residual_norm(hidden_states)  # C
 
         # MLP
-        branch = self._sublayer_input(self.mlp_input_norm(hidden_states), module_dtype)
-        branch = self.mlp_output_norm(self.mlp(branch))
-        hidden_states = self.mlp_residual_norm(self.mlp_residual(hidden_states, branch))
-        return hidden_states
+        branch = self.mlp_input_norm(hidden_states)  # A
+        branch = self._sublayer_input(branch, module_dtype)  # c
+        branch = self.mlp(branch)  # f
+        branch = self.mlp_output_norm(branch)  # B
+        hidden_states = self.mlp_residual(hidden_states, branch)  # alpha * stream + s * branch
+        return self.mlp_residual_norm(hidden_states)  # C
 
     def _sublayer_input(self, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         """c * x, in `dtype` if the stream's is not the module's."""
@@ -223,6 +239,8 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
 
 
 class PeriLlamaPreTrainedModel(PreTrainedModel):
+    """What Transformers asks of every class of a family: its abilities, and how weights begin."""
+
     config: PeriLlamaConfig
     config_class = PeriLlamaConfig
     base_model_prefix = "model"
@@ -304,7 +322,7 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
         """Token ids (B, S), or embeddings (B, S, D), to the last hidden state (B, S, D).
 
         Documents packed into one row are told apart by `position_ids` that restart, or by `cu_seq_lens_q` (0, the
-        documents' ends) alone; both need `use_cache=False` and no mask.
+        documents' ends), whatever the positions; both need `use_cache=False` and no mask.
 
         Raises:
             ValueError: neither or both of `input_ids` and `inputs_embeds`; `cu_seq_lens_q` without `position_ids` for
@@ -314,15 +332,17 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        cu_seq_lens = kwargs.get("cu_seq_lens_q")
-        if position_ids is None and cu_seq_lens is not None:
+        mask_positions, cu_seq_lens = None, kwargs.get("cu_seq_lens_q")
+        if cu_seq_lens is not None:
             # Flash attention alone reads `cu_seq_lens_*`; the masks of the others are made from positions.
-            if use_cache or past_key_values is not None or attention_mask is not None or inputs_embeds.shape[0] != 1:
+            if not use_cache and past_key_values is None and attention_mask is None and inputs_embeds.shape[0] == 1:
+                mask_positions = positions_of_packed(cu_seq_lens.to(inputs_embeds.device), inputs_embeds.shape[1])
+                position_ids = mask_positions if position_ids is None else position_ids
+            elif position_ids is None:
                 raise ValueError(
                     "cu_seq_lens_q packs documents into one row: it needs a batch of 1, use_cache=False and no "
                     "attention_mask, or position_ids of your own"
                 )
-            position_ids = positions_of_packed(cu_seq_lens.to(inputs_embeds.device), inputs_embeds.shape[1])
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -343,7 +363,7 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
             inputs_embeds=inputs_embeds if module_dtype is not None else hidden_states,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=position_ids if mask_positions is None else mask_positions,
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 

@@ -270,6 +270,23 @@ def test_boundaries_alone_keep_packed_documents_apart(placement, attention):
     assert torch.equal(by_boundaries, by_positions)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash"])
+def test_boundaries_keep_documents_apart_whatever_their_positions_are(attention, flash):
+    """Positions that go on over the boundaries turn the heads; they do not undo the boundaries."""
+    model = flash_model() if attention == "flash" else shaken_model(attn_implementation=attention)
+    going_on = torch.arange(12)[None]
+    ids = random_ids(1, 12)
+    logits = model(ids, use_cache=False, position_ids=going_on, **cu_seq_lens()).logits[0]
+    for start, end in DOCUMENTS:
+        changed = (ids + 1) % VOCAB
+        changed[:, start:end] = ids[:, start:end]
+        other = model(changed, use_cache=False, position_ids=going_on, **cu_seq_lens()).logits[0]
+        assert torch.equal(other[start:end], logits[start:end])
+        alone = model(ids[:, start:end], use_cache=False, position_ids=going_on[:, start:end]).logits[0]
+        assert (alone - logits[start:end]).abs().max() < 1e-5
+
+
 def test_layernorm_and_qk_norm_keep_packed_documents_apart():
     model = shaken_model(norm_type="layernorm", qk_norm="full", num_hidden_layers=2)
     assert_documents_are_isolated(model, position_ids=POSITIONS)
