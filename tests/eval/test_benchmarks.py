@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_store import write_store
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from small_models import make_model, make_run, make_tokenizer, serving
 
@@ -143,6 +144,25 @@ def test_an_automatic_batch_is_no_larger_than_the_memory_holds(monkeypatch):
         memory = type("Memory", (), {"available": free})
         monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
         assert fitting_batch_size(128, 100_000, torch.device("cpu")) == expected
+
+
+def test_whole_texts_with_an_automatic_batch_are_read_in_batches_that_the_memory_holds(monkeypatch):
+    import psutil
+
+    model, tokenizer = make_model(make_tokenizer()), make_tokenizer()
+    three = int(4 * 2 * 4 * 3.5 * 512 * len(tokenizer))  # bytes of which a quarter holds three windows' logits twice
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": three}))
+    texts = [Instance("loglikelihood_rolling", {}, ("eggs and water " * n,), n) for n in (300, 2, 150)]
+    rows, found = [], []
+    for size in ("auto", 1):
+        lm = ContinuationLM(pretrained=model, tokenizer=tokenizer, batch_size=size, device="cpu")
+        call = lm._model_call
+        monkeypatch.setattr(lm, "_model_call", lambda ids, call=call: rows.append(len(ids)) or call(ids))
+        found.append(lm.loglikelihood_rolling(texts, disable_tqdm=True))
+        if size == "auto":
+            assert lm.batch_sizes == {0: 3}
+            assert max(rows) == 3
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_what_was_scored_stays_and_a_stop_costs_one_task(tmp_path, monkeypatch, capsys):
