@@ -214,6 +214,7 @@ def _results(answer: dict[str, Any]) -> list[dict[str, Any]]:
     """Every metric of an answer of the harness: a row each, with its standard error where it has one."""
     rows = []
     for task, scores in answer["results"].items():
+        shots = answer["n-shot"].get(task)  # what a task's own file says is not overruled
         items = (answer["n-samples"].get(task) or {}).get("effective") or scores.get("sample_len")
         for key, value in scores.items():
             metric, _, chosen = key.partition(",")
@@ -227,6 +228,7 @@ def _results(answer: dict[str, Any]) -> list[dict[str, Any]]:
                     "value": float(value),
                     "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
                     "n": items,
+                    **({"num_fewshot": shots} if isinstance(shots, int) else {}),
                 }
             )
     return rows

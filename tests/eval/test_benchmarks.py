@@ -235,6 +235,7 @@ def test_other_settings_and_other_weights_have_files_of_their_own(tmp_path):
     assert call(*words, "--limit", 3, "--dtype", "bfloat16", "--num-fewshot", 1, "--batch-size", "auto") == 0
     found = {(r["limit"], r["dtype"], r["num_fewshot"], r["batch_size"]) for r in records(run.path / "eval")}
     assert found == {(3, "float32", 0, 16), (4, "float32", 0, 16), (3, "bfloat16", 1, "auto")}
+    assert all(row["num_fewshot"] == r["num_fewshot"] for r in records(run.path / "eval") for row in r["results"])
     (automatic,) = [r for r in records(run.path / "eval") if r["batch_size"] == "auto"]
     assert automatic["batch_sizes"] == {"mini_piqa": [64]}
     weights = {r["evaluated"]["weights_sha256"] for r in records(run.path / "eval")}
