@@ -88,7 +88,8 @@ def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
     for name, record in records:
         for row in record["results"]:
             error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
-            cells = {"value ± standard error": f"{row['value']:.4f}{error}", "items": str(row["n"])}
+            value = "not finite" if row["value"] is None else f"{row['value']:.4f}{error}"
+            cells = {"value ± standard error": value, "items": str(row["n"])}
             lines.append({"target": name, "task": row["task"], "metric": row["metric"]} | cells)
     one = records[0][1]
     shots = f"{one['num_fewshot']}-shot" + ("" if one["limit"] is None else f", limit {one['limit']:g}")

@@ -6,6 +6,7 @@ The harness's own tasks run unmodified, on the real data; beside them our own sm
 
 import io
 import logging
+import math
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
@@ -210,6 +211,11 @@ def _matching(file: Path, head: dict[str, Any]) -> dict[str, Any] | None:
     return record if same and asked in (record.get("dtype_asked"), record.get("dtype")) else None
 
 
+def _finite(value: float) -> float | None:
+    """None for a perplexity, say, beyond all numbers: JSON has no infinity."""
+    return float(value) if math.isfinite(value) else None
+
+
 def _results(answer: dict[str, Any]) -> list[dict[str, Any]]:
     """Every metric of an answer of the harness: a row each, with its standard error where it has one."""
     rows = []
@@ -225,8 +231,8 @@ def _results(answer: dict[str, Any]) -> list[dict[str, Any]]:
                 {
                     "task": task,
                     "metric": metric if chosen == "none" else key,
-                    "value": float(value),
-                    "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
+                    "value": _finite(value),
+                    "stderr": _finite(stderr) if isinstance(stderr, (int, float)) else None,
                     "n": items,
                     **({"num_fewshot": shots} if isinstance(shots, int) else {}),
                 }

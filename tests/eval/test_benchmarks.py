@@ -217,6 +217,19 @@ def test_the_few_tasks_that_are_looked_up_without_the_whole_list_are_those_of_th
         assert few.task_index[name] == whole.task_index[name]
 
 
+def test_a_score_beyond_all_numbers_is_recorded_as_none_and_shown_as_such():
+    scores = {"alias": "t", "word_perplexity,none": float("inf"), "word_perplexity_stderr,none": "N/A", "acc,none": 0.5}
+    answer = {"results": {"t": scores}, "n-samples": {"t": {"effective": 4}}, "n-shot": {"t": 0}}
+    rows = harness._results(answer)
+    assert [(row["metric"], row["value"], row["stderr"], row["n"]) for row in rows] == [
+        ("word_perplexity", None, None, 4),
+        ("acc", 0.5, None, 4),
+    ]
+    record = {"results": rows, "harness": {"version": "1"}, "num_fewshot": 0, "limit": None, "batch_size": 1}
+    text = benchmarks.table([("model", record | {"dtype": "float32", "device": "cpu"})]).text
+    assert list(text["value ± standard error"]) == ["not finite", "0.5000"]
+
+
 def test_log_likelihoods_that_are_no_numbers_are_no_scores(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     model = make_model(make_tokenizer())
