@@ -143,6 +143,10 @@ class Benchmarks:
         record = None if again else _matching(file, self._head(target))
         return [name for name in self.tasks if record is None or name not in record["tasks"]]
 
+    def is_free(self, target: Target, file: Path) -> bool:
+        """Whether `file` is missing, or holds results for these weights and settings."""
+        return not file.exists() or _matching(file, self._head(target)) is not None
+
     def score(self, target: Target, file: Path, again: bool = False, done: Any = None) -> dict[str, Any]:
         """Score the target on every task that is `lacking`, and write it.
 
@@ -205,7 +209,10 @@ def _matching(file: Path, head: dict[str, Any]) -> dict[str, Any] | None:
     if not file.exists():
         return None
     record, asked = read_json(file), head["dtype_asked"]
-    if (record.get("evaluated") or {}).get("weights_sha256") != head["evaluated"]["weights_sha256"]:
+    if (
+        not isinstance(record, dict)
+        or (record.get("evaluated") or {}).get("weights_sha256") != head["evaluated"]["weights_sha256"]
+    ):
         return None
     same = all(record.get(key) == value for key, value in head.items() if key not in ("evaluated", "dtype_asked"))
     return record if same and asked in (record.get("dtype_asked"), record.get("dtype")) else None

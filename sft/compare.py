@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runkit.errors import UserError, make_parser, run_command
-from runkit.folder import RunFolder, read_json, weights_hash, write_text
+from runkit.folder import RunFolder, read_json, weights_hash, write_if_free
 
 from .before_after import FILE
 from .select import BEST, find_run
@@ -89,9 +89,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out is None:
         print(text, end="")
         return
-    if args.out.exists() and args.out.read_text(errors="replace") != text:
-        raise UserError(f"{args.out} exists and holds something else; it is left alone")
-    write_text(args.out, text)
+    write_if_free(args.out, text)
     print(args.out)
 
 

@@ -273,6 +273,20 @@ def test_a_record_says_what_was_measured(tmp_path):
     assert all(row["stderr"] is not None and row["n"] == 2 for row in record["results"])
 
 
+def test_a_file_of_something_else_is_left_alone(tmp_path, capsys):
+    run, out = make_run(tmp_path / "run"), tmp_path / "mine.json"
+    words = (run.path, "--tasks", "mini_piqa", "--device", "cpu", "--out", out)
+    for content in ("[1]", '{"evaluated": {"weights_sha256": "another"}}'):
+        out.write_text(content)
+        assert call(*words, "--limit", 2) == 1
+        assert "mine.json holds something else than results of these weights" in capsys.readouterr().err
+        assert out.read_text() == content
+    assert call(*words, "--limit", 2, "--again") == 0
+    assert call(*words, "--limit", 2) == 0
+    assert call(*words, "--limit", 3) == 1
+    assert json.loads(out.read_text())["limit"] == 2
+
+
 def test_a_model_of_another_family_is_scored_beside_its_folder(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
