@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from runkit.errors import UsageError, make_parser, run_command
+from runkit.errors import UsageError, UserError, make_parser, run_command
 from runkit.folder import weights_hash
 from runkit.process import start_stage
 from runkit.progress import progress_bar
@@ -88,7 +88,8 @@ def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
     for name, record in records:
         for row in record["results"]:
             error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
-            cells = {"value ± standard error": f"{row['value']:.4f}{error}", "items": str(row["n"])}
+            value = "not finite" if row["value"] is None else f"{row['value']:.4f}{error}"
+            cells = {"value ± standard error": value, "items": str(row["n"])}
             lines.append({"target": name, "task": row["task"], "metric": row["metric"]} | cells)
     one = records[0][1]
     shots = f"{one['num_fewshot']}-shot" + ("" if one["limit"] is None else f", limit {one['limit']:g}")
@@ -114,6 +115,8 @@ def main(args: argparse.Namespace) -> None:
     benchmarks = Benchmarks(names, settings)
     files = [args.out if one_file else target and result_file(target, settings) for _, target in found]
     scored = [(target, file) for (_, target), file in zip(found, files, strict=True) if target is not None]
+    if one_file and scored and not args.again and not benchmarks.is_free(*scored[0]):
+        raise UserError(f"{args.out} holds something else than results of these weights and settings; it is left alone")
     if args.check_data or any(benchmarks.lacking(*each, args.again) for each in scored):
         benchmarks.load()  # what is wrong with a task or its data is said before the first score
     if args.check_data:

@@ -92,7 +92,7 @@ def find_target(path: Path, trust_remote_code: bool = False) -> Target | None:
             raise UserError(f"{path} has no checkpoint (status: {run.status or 'not started'})")
         checkpoint, results, name = run.checkpoints()[-1], path / "eval", path.name
     elif (path / "config.json").exists() or (path / "adapter_config.json").exists():
-        # A checkpoint of a run writes to the run; any other to a folder beside it.
+        # A checkpoint of a run writes to the run; any other to a folder of its own.
         run = path.parent.parent if (path.parent.parent / "recipe.yaml").exists() else path.parent
         checkpoint, results, name = path, run / "eval" if run != path.parent else path / "eval", path.name
     elif not path.exists() and RunFolder(path.parent).status == "diverged":

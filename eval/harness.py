@@ -6,6 +6,7 @@ The harness's own tasks run unmodified, on the real data; beside them our own sm
 
 import io
 import logging
+import math
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
@@ -142,6 +143,10 @@ class Benchmarks:
         record = None if again else _matching(file, self._head(target))
         return [name for name in self.tasks if record is None or name not in record["tasks"]]
 
+    def is_free(self, target: Target, file: Path) -> bool:
+        """Whether `file` is missing, or holds results for these weights and settings."""
+        return not file.exists() or _matching(file, self._head(target)) is not None
+
     def score(self, target: Target, file: Path, again: bool = False, done: Any = None) -> dict[str, Any]:
         """Score the target on every task that is `lacking`, and write it.
 
@@ -204,16 +209,25 @@ def _matching(file: Path, head: dict[str, Any]) -> dict[str, Any] | None:
     if not file.exists():
         return None
     record, asked = read_json(file), head["dtype_asked"]
-    if (record.get("evaluated") or {}).get("weights_sha256") != head["evaluated"]["weights_sha256"]:
+    if (
+        not isinstance(record, dict)
+        or (record.get("evaluated") or {}).get("weights_sha256") != head["evaluated"]["weights_sha256"]
+    ):
         return None
     same = all(record.get(key) == value for key, value in head.items() if key not in ("evaluated", "dtype_asked"))
     return record if same and asked in (record.get("dtype_asked"), record.get("dtype")) else None
+
+
+def _finite(value: float) -> float | None:
+    """None for a perplexity, say, beyond all numbers: JSON has no infinity."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _results(answer: dict[str, Any]) -> list[dict[str, Any]]:
     """Every metric of an answer of the harness: a row each, with its standard error where it has one."""
     rows = []
     for task, scores in answer["results"].items():
+        shots = answer["n-shot"].get(task)  # what a task's own file says is not overruled
         items = (answer["n-samples"].get(task) or {}).get("effective") or scores.get("sample_len")
         for key, value in scores.items():
             metric, _, chosen = key.partition(",")
@@ -224,9 +238,10 @@ def _results(answer: dict[str, Any]) -> list[dict[str, Any]]:
                 {
                     "task": task,
                     "metric": metric if chosen == "none" else key,
-                    "value": float(value),
-                    "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
+                    "value": _finite(value),
+                    "stderr": _finite(stderr) if isinstance(stderr, (int, float)) else None,
                     "n": items,
+                    **({"num_fewshot": shots} if isinstance(shots, int) else {}),
                 }
             )
     return rows

@@ -51,19 +51,26 @@ class ContinuationLM(HFLM):
         return collator.get_original(answers)
 
     def _batches(self, collator: Collator, requests: list[Request], override_bs: int | None) -> Any:
-        """Batches of a fixed size, or with `auto` of a size found for these requests."""
-        if self.batch_size != "auto":
-            return collator.get_batched(n=self.batch_size)
-        if override_bs is not None or not requests:
-            return collator.get_batched(n=override_bs or 1)
-        if self.device.type == "cpu":  # a CPU does not say that its memory is full: the system ends the process
-            longest = max(len(context) + len(continuation) for _, context, continuation in requests)
+        """Batches of a fixed size, or with `auto` of one that the longest of these requests allows."""
+        size = self.batch_size
+        if size == "auto" and override_bs is None and requests:
+            size = self._detect_batch_size([max(requests, key=lambda request: len(request[1]) + len(request[2]))])
+        return collator.get_batched(n=size if size != "auto" else override_bs or 1)
+
+    def _detect_batch_size(self, requests: list[Request] | None = None, pos: int = 0) -> int:
+        """The batch size that `auto` stands for: for the request at `pos`, or for a text that fills the positions.
+
+        A GPU says when its memory is full, and the harness tries until it does. A CPU does not: the system ends the
+        process; so there it follows from what is free.
+        """
+        if self.device.type != "cpu":
+            size = super()._detect_batch_size(requests, pos)
+        else:
+            longest = len(requests[pos][1]) + len(requests[pos][2]) if requests else self.max_length
             vocabulary = self.model.config.get_text_config().vocab_size
             size = fitting_batch_size(min(longest, self.max_length), vocabulary, self.device)
-            self.batch_sizes = {0: size}
-            return collator.get_batched(n=size)
-        self.batch_sizes = {}  # what fits the last task's lengths may not fit this one's
-        return collator.get_batched(batch_fn=self._batch_scheduler)
+        self.batch_sizes = {0: size}  # for the record
+        return size
 
     def _score(self, collator: Collator, batch: list[Request]) -> list[tuple[Any, tuple[float, bool]]]:
         """(strings, (log-likelihood, whether it is the greedy continuation)) of the requests of one batch."""

@@ -207,6 +207,8 @@ def _read_eval(run: str, folder: RunFolder) -> tuple[list[dict], list[dict]]:
         }
         for result in record.get("results") or []:
             numbers = {key: _number(result.get(key)) for key in ("value", "stderr", "n")}
+            if "num_fewshot" in result:  # as it was; the record's own is what was asked for
+                numbers["num_fewshot"] = _number(result["num_fewshot"])
             task = "c4" if record.get("kind") == "c4" else result["task"]
             scores.append(common | {"task": task, "metric": result["metric"]} | numbers)
         for sample in record.get("samples") or []:

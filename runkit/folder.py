@@ -68,6 +68,19 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def write_if_free(path: Path, text: str) -> None:
+    """`write_text`, unless something else stands there.
+
+    Raises:
+        UserError: it does; it is left alone.
+    """
+    if path.exists():
+        if path.is_dir() or path.read_bytes() != text.encode():
+            raise UserError(f"{path} exists and holds something else; it is left alone")
+        return
+    write_text(path, text)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_bytes` for JSON. NaN and infinity are no JSON: give None."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

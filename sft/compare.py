@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runkit.errors import UserError, make_parser, run_command
-from runkit.folder import RunFolder, read_json, write_text
+from runkit.folder import RunFolder, read_json, weights_hash, write_if_free
 
 from .before_after import FILE
 from .select import BEST, find_run
@@ -31,6 +31,13 @@ def scores_of(run: RunFolder, weights: str) -> dict[str, dict[str, Any]]:
             if row["metric"] == METRIC and row["n"] >= found.get(row["task"], {"n": 0})["n"]:
                 found[row["task"]] = row
     return found
+
+
+def _before(run: RunFolder, weights: str) -> dict[str, dict[str, Any]]:
+    """The scores of what was fine-tuned: in the run around it, or in the checkpoint's folder beside it."""
+    beside = run.path.resolve()
+    beside = beside.with_name(beside.name.removesuffix("-lora").removesuffix("-sft"))
+    return scores_of(RunFolder(run.path.parent), weights) or scores_of(RunFolder(beside), weights)
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -56,12 +63,12 @@ def report(run: RunFolder) -> str:
         raise UserError(f"{file} is missing: a fine-tuning writes it at its end")
     both, best = read_json(file), run.path / BEST
     chosen = read_json(best) if best.exists() else None
-    after = chosen["weights_sha256"] if chosen else both["after"]["weights_sha256"]
-    scores = {
-        "before": scores_of(RunFolder(run.path.parent), both["before"]["weights_sha256"]),
-        "after": scores_of(run, after),
-    }
     last = both["evaluated"]["path"]
+    after = chosen["weights_sha256"] if chosen else both["after"]["weights_sha256"]
+    merged = run.path / "merged" / Path(chosen["checkpoint"] if chosen else last).name
+    if merged.exists():  # an adapter is not scored itself
+        after = weights_hash(merged)
+    scores = {"before": _before(run, both["before"]["weights_sha256"]), "after": scores_of(run, after)}
     where = f"{chosen['checkpoint']}, chosen by {chosen['rule']}" if chosen else last
     lines = [f"# {run.path}: before and after", "", f"Scores after: {where}.", "", "| task | before | after |"]
     lines.append("|---|---|---|")
@@ -82,9 +89,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out is None:
         print(text, end="")
         return
-    if args.out.exists() and args.out.read_text(errors="replace") != text:
-        raise UserError(f"{args.out} exists and holds something else; it is left alone")
-    write_text(args.out, text)
+    write_if_free(args.out, text)
     print(args.out)
 
 

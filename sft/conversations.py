@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runkit.errors import UserError
-from runkit.folder import write_text
+from runkit.folder import write_if_free
 from runkit.hub import hub_reason
 
 MINI_FILE = Path(__file__).parent / "data" / "mini_conversations.jsonl"
@@ -50,9 +50,13 @@ class Conversations:
         return hashlib.sha256(json.dumps(self.messages, ensure_ascii=False).encode()).hexdigest()
 
     def export(self, path: Path) -> None:
-        """Write a .jsonl with the one column `messages`, as the `trl sft` command line reads it."""
+        """Write a .jsonl with the one column `messages`, as the `trl sft` command line reads it.
+
+        Raises:
+            UserError: the file is there and holds something else.
+        """
         lines = (json.dumps({"messages": one}, ensure_ascii=False) + "\n" for one in self.messages)
-        write_text(path, "".join(lines))
+        write_if_free(path, "".join(lines))
 
 
 def to_messages(conversation: list[str], where: str) -> list[dict[str, str]]:

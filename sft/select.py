@@ -10,6 +10,8 @@ again after an interruption, what is there is not computed again.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -132,12 +134,15 @@ class Selection:
         """An epoch's `acc` on each task and their mean, from its record in selection/ if it is there."""
         file = self.folder / f"{self.args.suite}-{one.path.name}.json"
         if not self._is_result(file, one):
-            fresh = file.with_name(f".{file.name}")
+            asked = [one.weights, metadata.version("lm-eval"), *map(str, self.options)]
+            short = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+            fresh = file.with_name(f".{file.stem}-{short}.json")
             self.folder.mkdir(exist_ok=True)
             asked = ("--tasks", ",".join(self.tasks), "--out", fresh, *self.options)
             run_evaluation(evaluation(self._loadable(one), *asked), self.stop)
             write_json(file, read_json(fresh) | {"epoch": one.epoch, "selected_from": one.weights})
-            fresh.unlink()
+            for done in self.folder.glob(f".{file.stem}-*.json"):  # and what another selection left half done
+                done.unlink()
         record = read_json(file)
         acc = {r["task"]: r["value"] for r in record["results"] if r["metric"] == METRIC}
         if missing := [task for task in self.tasks if task not in acc]:

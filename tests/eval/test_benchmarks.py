@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_store import write_store
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from small_models import make_model, make_run, make_tokenizer, serving
 
@@ -145,6 +146,25 @@ def test_an_automatic_batch_is_no_larger_than_the_memory_holds(monkeypatch):
         assert fitting_batch_size(128, 100_000, torch.device("cpu")) == expected
 
 
+def test_whole_texts_with_an_automatic_batch_are_read_in_batches_that_the_memory_holds(monkeypatch):
+    import psutil
+
+    model, tokenizer = make_model(make_tokenizer()), make_tokenizer()
+    three = int(4 * 2 * 4 * 3.5 * 512 * len(tokenizer))  # bytes of which a quarter holds three windows' logits twice
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": three}))
+    texts = [Instance("loglikelihood_rolling", {}, ("eggs and water " * n,), n) for n in (300, 2, 150)]
+    rows, found = [], []
+    for size in ("auto", 1):
+        lm = ContinuationLM(pretrained=model, tokenizer=tokenizer, batch_size=size, device="cpu")
+        call = lm._model_call
+        monkeypatch.setattr(lm, "_model_call", lambda ids, call=call: rows.append(len(ids)) or call(ids))
+        found.append(lm.loglikelihood_rolling(texts, disable_tqdm=True))
+        if size == "auto":
+            assert lm.batch_sizes == {0: 3}
+            assert max(rows) == 3
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_what_was_scored_stays_and_a_stop_costs_one_task(tmp_path, monkeypatch, capsys):
     run, asked = make_run(tmp_path / "run"), []
     words = (run.path, "--tasks", "mini_piqa,mini_arc_easy", "--limit", 3, "--device", "cpu")
@@ -197,6 +217,19 @@ def test_the_few_tasks_that_are_looked_up_without_the_whole_list_are_those_of_th
         assert few.task_index[name] == whole.task_index[name]
 
 
+def test_a_score_beyond_all_numbers_is_recorded_as_none_and_shown_as_such():
+    scores = {"alias": "t", "word_perplexity,none": float("inf"), "word_perplexity_stderr,none": "N/A", "acc,none": 0.5}
+    answer = {"results": {"t": scores}, "n-samples": {"t": {"effective": 4}}, "n-shot": {"t": 0}}
+    rows = harness._results(answer)
+    assert [(row["metric"], row["value"], row["stderr"], row["n"]) for row in rows] == [
+        ("word_perplexity", None, None, 4),
+        ("acc", 0.5, None, 4),
+    ]
+    record = {"results": rows, "harness": {"version": "1"}, "num_fewshot": 0, "limit": None, "batch_size": 1}
+    text = benchmarks.table([("model", record | {"dtype": "float32", "device": "cpu"})]).text
+    assert list(text["value ± standard error"]) == ["not finite", "0.5000"]
+
+
 def test_log_likelihoods_that_are_no_numbers_are_no_scores(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     model = make_model(make_tokenizer())
@@ -215,6 +248,7 @@ def test_other_settings_and_other_weights_have_files_of_their_own(tmp_path):
     assert call(*words, "--limit", 3, "--dtype", "bfloat16", "--num-fewshot", 1, "--batch-size", "auto") == 0
     found = {(r["limit"], r["dtype"], r["num_fewshot"], r["batch_size"]) for r in records(run.path / "eval")}
     assert found == {(3, "float32", 0, 16), (4, "float32", 0, 16), (3, "bfloat16", 1, "auto")}
+    assert all(row["num_fewshot"] == r["num_fewshot"] for r in records(run.path / "eval") for row in r["results"])
     (automatic,) = [r for r in records(run.path / "eval") if r["batch_size"] == "auto"]
     assert automatic["batch_sizes"] == {"mini_piqa": [64]}
     weights = {r["evaluated"]["weights_sha256"] for r in records(run.path / "eval")}
@@ -237,6 +271,20 @@ def test_a_record_says_what_was_measured(tmp_path):
     assert {("mini_piqa", "acc_norm"), ("mini_winogrande", "acc")} <= metrics
     assert ("mini_winogrande", "acc_norm") not in metrics
     assert all(row["stderr"] is not None and row["n"] == 2 for row in record["results"])
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path, capsys):
+    run, out = make_run(tmp_path / "run"), tmp_path / "mine.json"
+    words = (run.path, "--tasks", "mini_piqa", "--device", "cpu", "--out", out)
+    for content in ("[1]", '{"evaluated": {"weights_sha256": "another"}}'):
+        out.write_text(content)
+        assert call(*words, "--limit", 2) == 1
+        assert "mine.json holds something else than results of these weights" in capsys.readouterr().err
+        assert out.read_text() == content
+    assert call(*words, "--limit", 2, "--again") == 0
+    assert call(*words, "--limit", 2) == 0
+    assert call(*words, "--limit", 3) == 1
+    assert json.loads(out.read_text())["limit"] == 2
 
 
 def test_a_model_of_another_family_is_scored_beside_its_folder(tmp_path):

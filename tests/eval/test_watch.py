@@ -50,11 +50,11 @@ def write_recipe(folder: Path, steps: int) -> Path:
 @pytest.mark.slow
 def test_a_training_is_watched_to_its_end_although_it_removes_its_checkpoints(tmp_path):
     recipe, run = write_recipe(tmp_path, steps=60), RunFolder(tmp_path / "runs" / "run")
-    watcher = start("eval.watch", run.path, "--every", 3, "--wait", 60, *TASKS)
+    watcher = start("eval.watch", run.path, "--every", 3, "--wait", 900, *TASKS)
     assert "to begin" in watcher.stderr.readline()
     trainer = start("scripts.pretrain", "--config", recipe, "--runs", tmp_path / "runs", "--threads", 1)
     assert trainer.wait() == 0, trainer.stderr.read()[-2000:]
-    out, errors = watcher.communicate(timeout=300)
+    out, errors = watcher.communicate(timeout=900)
     assert watcher.returncode == 0, errors[-2000:]
     assert "the run is completed; " in out
     assert [path.name for path in run.checkpoints()] == ["step_00000060"]  # the others are gone
@@ -62,7 +62,7 @@ def test_a_training_is_watched_to_its_end_although_it_removes_its_checkpoints(tm
     # Five steps take this model no time: where a checkpoint went before the watch saw it, the watch says so.
     missed = {int(step) for line in re.findall(r"not scored: steps (.+)", errors) for step in line.split(", ")}
     assert set(table.step) | missed == {15, 30, 45, 60} and not set(table.step) & missed
-    assert 60 in set(table.step) and len(set(table.step)) > 1
+    assert 60 in set(table.step)
     assert list(table.tokens) == [step * 4 * 32 for step in table.step]
     assert set(table.metric) == {"acc", "acc_norm"}
     hashes = {r["evaluated"]["weights_sha256"] for r in run.evaluations() if r.get("tasks") == ["mini_piqa"]}

@@ -1,9 +1,11 @@
 """The report before and after a fine-tuning, from records alone."""
 
+import shutil
+
 import pytest
 
 from runkit.errors import run_command
-from runkit.folder import RunFolder, write_json
+from runkit.folder import RunFolder, weights_hash, write_json
 from sft import compare
 
 
@@ -50,6 +52,22 @@ def test_scores_are_taken_of_the_very_weights_and_what_is_missing_is_said(tuned,
     write_json(tuned.path / "best.json", best)
     assert "| 1.0000 ± 0.1250 (n=9) |" in compare.report(tuned)
     assert "Scores after: checkpoints/step_00000002, chosen by the rule." in compare.report(tuned)
+
+
+def test_an_adapter_has_the_scores_of_its_merged_model(tuned):
+    merged = tuned.path / "merged" / "step_00000004"
+    merged.mkdir(parents=True)
+    (merged / "model.safetensors").write_bytes(b"weights")
+    write_json(tuned.path / "eval" / "benchmarks-1.json", scores("b", 0.25))
+    write_json(tuned.path / "eval" / "benchmarks-2.json", scores(weights_hash(merged), 0.75))
+    assert "| piqa | not evaluated | 0.7500 ± 0.1250 (n=9) |" in compare.report(tuned)
+
+
+def test_a_checkpoint_outside_of_a_run_has_its_scores_in_its_own_folder(tuned, tmp_path):
+    write_json(tmp_path / "one" / "model" / "eval" / "benchmarks-1.json", scores("a", 0.5))
+    for name in ("model-sft", "model-sft-lora"):
+        shutil.copytree(tuned.path, tmp_path / "one" / name)
+        assert "| piqa | 0.5000 ± 0.1250 (n=9) | not evaluated |" in compare.report(RunFolder(tmp_path / "one" / name))
 
 
 def test_a_report_is_not_written_over_something_else(tuned, tmp_path, capsys):

@@ -146,6 +146,11 @@ def test_what_is_exported_is_what_was_loaded(tmp_path):
     loaded.export(tmp_path / "mini.jsonl")
     assert all(set(json.loads(line)) == {"messages"} for line in (tmp_path / "mini.jsonl").read_text().splitlines())
     assert load_conversations(str(tmp_path / "mini.jsonl")).sha256 == loaded.sha256
+    loaded.export(tmp_path / "mini.jsonl")
+    (tmp_path / "mini.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="mini.jsonl exists and holds something else; it is left alone"):
+        loaded.export(tmp_path / "mini.jsonl")
+    assert (tmp_path / "mini.jsonl").read_text() == "mine"
 
 
 def test_rows_that_are_cut_or_left_out_are_counted_by_number(tokenizer):
