@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def cure(
         "backward_given_up": given_up,
         "exponents": plan.moved,
         "reasons": plan.reasons,
-        "peaks": [_peak_row(p, plan.exponents[p.group], wish.loss_scale) for p in peaks],
+        "peaks": [_peak_row(p, plan.exponents, wish.loss_scale) for p in peaks],
         "needed": bool(plan.moved),
     }
     if not plan.moved:
@@ -126,7 +126,7 @@ def _plans(layout: Layout, peaks: list[Peak], wish: Wish, before: dict[str, Any]
         if before["forward"] is None or not wish.backward:
             raise NoExactRewrite(f"{why}{_first(before)}") from why
         try:
-            return chosen([Peak(p.group, p.words, p.forward) for p in peaks]), str(why)
+            return chosen([replace(p, gradient=0.0) for p in peaks]), str(why)
         except NoExactRewrite as forward:
             raise NoExactRewrite(f"{forward}{_first(before)}") from forward
 
@@ -159,7 +159,9 @@ def _check_after(after: dict[str, Any], backward: bool) -> None:
         raise NoExactRewrite(f"after the rewrite {found['where']} is still not finite in FP16{at}")
 
 
-def _peak_row(peak: Peak, exponent: int, loss_scale: float) -> dict[str, Any]:
+def _peak_row(peak: Peak, exponents: dict[str, int], loss_scale: float) -> dict[str, Any]:
+    exponent = exponents[peak.group] - (exponents[peak.reads] if peak.reads else 0)
+
     def bits(value: float) -> float | None:
         return math.log2(FP16_MAX / value) if value > 0 else None
 

@@ -112,6 +112,7 @@ def _choose(
         chosen[name] = min(max(0, low), high)
     exponents = {group: sign * chosen.get(name, 0) for group, (name, sign) in classes.items()}
     _balance(layout, exponents, tight)
+    _for_weights(exponents, classes, tight, [p for p in peaks if p.reads], margin, loss_scale)
     reasons = {name: _words(tight[name], e, loss_scale) for name, e in chosen.items() if e}
     stuck = [g for g in layout.behind_norms if exponents[g]]
     if stuck and not scale_sums:
@@ -148,6 +149,43 @@ def _balance(layout: Layout, exponents: dict[str, int], ranges: dict[str, _Range
             exponents[group] = min(max(wanted, low), high)
 
 
+def _for_weights(
+    exponents: dict[str, int],
+    classes: dict[str, tuple[str, int]],
+    ranges: dict[str, _Range],
+    weights: list[Peak],
+    margin: float,
+    loss_scale: float,
+) -> None:
+    """Move groups further where the gradient of a matrix between two of them is too large: what it gives up, else what
+    it reads down. Each move stays in its range; what cannot be solved so is left for the pass in FP16 to find."""
+
+    def move(group: str, wanted: int) -> int:
+        name, sign = classes[group]
+        if name == FIXED:
+            return 0
+        at, r = sign * exponents[group], ranges[name]
+        to = min(max(at + sign * wanted, min(r.low, at)), max(r.high, at))
+        for other, (same, its) in classes.items():
+            if same == name:
+                exponents[other] = its * to
+        return sign * (to - at)
+
+    limit = math.log2(LIMIT) - margin
+    for _ in range(len(classes)):  # a move can undo another; groups are few
+        moved = False
+        for peak in weights:
+            if not 0 < peak.gradient < math.inf:
+                continue
+            more = math.ceil(math.log2(loss_scale * peak.gradient) - limit) - exponents[peak.group]
+            more += exponents[peak.reads]
+            if more > 0:
+                more -= (first := move(peak.group, more))
+                moved |= bool(first) | bool(more and move(peak.reads, -more))
+        if not moved:
+            return
+
+
 def _room(largest: float) -> float:
     """Powers of two between a matrix's largest weight and FP16's largest number."""
     return math.log2(FP16_MAX / largest) if largest > 0 else 120.0
@@ -159,6 +197,8 @@ def _ranges(
     limit = math.log2(FP16_MAX) - margin
     ranges = {name: _Range() for name, _ in classes.values()}
     for peak in peaks:
+        if peak.reads:
+            continue
         name, sign = classes[peak.group]
         high = math.floor(limit - math.log2(peak.forward)) if peak.forward > 0 else 120
         low = math.ceil(math.log2(loss_scale * peak.gradient) - limit) if 0 < peak.gradient < math.inf else -120

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 class Peak:
     """The largest |value|, and the largest |gradient| of the mean token loss of a batch, of one tensor of a group.
 
-    Either is infinite where it is not finite; a gradient may be, in any precision.
+    Either is infinite where it is not finite; a gradient may be, in any precision. With `reads` it is a matrix
+    between two groups, which the rewrite scales by 2^(group - reads).
     """
 
     group: str
     words: str
     forward: float = 0.0
     gradient: float = 0.0
+    reads: str | None = None
 
 
 def measure_peaks(
@@ -35,7 +37,7 @@ def measure_peaks(
     Raises:
         UserError: a tensor of the forward pass is not finite in that precision either.
     """
-    peaks = [Peak(w.group, w.words) for w in layout.watches]
+    peaks, weights = [Peak(w.group, w.words) for w in layout.watches], _weights(layout, model)
     handles = [w.point.watch(_keep(peak)) for w, peak in zip(layout.watches, peaks, strict=True)]
     was = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(backward)
@@ -46,6 +48,8 @@ def measure_peaks(
                 if backward:
                     # Of a leaf that needs none, gradients pass through the embedding's output all the same.
                     (token_loss(logits, ids) / ids[:, 1:].numel()).backward()
+                    for peak, weight, rows in weights:
+                        peak.gradient = _largest(peak.gradient, weight.grad if rows is None else weight.grad[rows])
                     model.zero_grad(set_to_none=True)
             tick()
             for peak in peaks:
@@ -56,17 +60,20 @@ def measure_peaks(
             handle.remove()
         for parameter, needed in was.items():
             parameter.requires_grad_(needed)
-    return peaks + _stored(layout, model)
+    return peaks + [peak for peak, *_ in weights]
 
 
-def _stored(layout: "Layout", model: nn.Module) -> list[Peak]:
-    """What FP16 must hold of the weights that carry a group's factor by themselves: gains and tables."""
-    modules = dict(model.named_modules())
-    found = [
-        Peak(part.gives, f"the weight of {part.name}", weight.detach().abs().max().item())
-        for part in (*layout.norms, *layout.tables)
-        if (weight := getattr(modules[part.name], "weight", None)) is not None
-    ]
+def _weights(layout: "Layout", model: nn.Module) -> list[tuple[Peak, nn.Parameter, torch.Tensor | None]]:
+    """What FP16 must hold of weights: gains and tables, which carry a group's factor by themselves, with their
+    gradients, and the gradients of matrices."""
+    modules, found = dict(model.named_modules()), []
+    for part in (*layout.norms, *layout.tables):
+        if (weight := getattr(modules[part.name], "weight", None)) is not None:
+            peak = Peak(part.gives, f"the weight of {part.name}", weight.detach().abs().max().item())
+            found.append((peak, weight, None))
+    for part in layout.matrices:
+        peak = Peak(part.gives, f"the weight of {part.name}", part.largest, reads=part.reads)
+        found.append((peak, modules[part.name].weight, part.rows))
     return found
 
 

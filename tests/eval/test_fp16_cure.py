@@ -207,6 +207,18 @@ def test_an_overflow_of_the_backward_pass_alone_is_cured_by_scaling_the_branch_u
     assert any(e > 0 for e in record["exponents"].values())
 
 
+def test_a_weight_s_gradient_that_overflows_moves_what_its_matrix_gives():
+    """At this loss scale no tensor's gradient is too large after the first choice, but the down projection's is."""
+    model = with_backward_overflow("peri_llama:peri")
+    reference = logits_of(model, IDS)
+    record, *_ = cure(model, [IDS], Wish(loss_scale=2.0**8))
+    assert record["before"]["largest_finite_loss_scale"] < 1
+    assert record["after"]["backward"] is None and record["after"]["largest_finite_loss_scale"] >= 2.0**8
+    assert (logits_of(model, IDS) - reference).abs().max() == 0
+    weights = {p["tensor"]: p for p in record["peaks"] if p["tensor"].startswith("the weight of model.layers.0.mlp")}
+    assert weights["the weight of model.layers.0.mlp.down_proj"]["gradient_headroom_bits"] >= 2.0  # the margin
+
+
 def test_a_backward_overflow_where_nothing_can_move_is_refused_with_the_loss_scale_that_helps():
     model = build("llama")
     model.lm_head.weight.data.mul_(3e4)
