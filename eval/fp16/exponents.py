@@ -171,7 +171,7 @@ def _for_weights(
                 exponents[other] = its * to
         return sign * (to - at)
 
-    limit = math.log2(LIMIT) - margin
+    limit = math.log2(FP16_MAX) - margin
     for _ in range(len(classes)):  # a move can undo another; groups are few
         moved = False
         for peak in weights:
