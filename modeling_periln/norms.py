@@ -99,7 +99,7 @@ class PeriLlamaRMSNorm(nn.Module):
         if type(x) is torch.Tensor and x.is_cpu and not torch.compiler.is_compiling():
             if not torch.is_grad_enabled():
                 if x.dtype == weight.dtype:
-                    return F.rms_norm(x, weight.shape, weight, self.variance_epsilon)
+                    return torch.rms_norm(x, weight.shape, weight, self.variance_epsilon)
             elif x.requires_grad and self.fused_backward:
                 return FusedBackwardRMSNorm.apply(x, weight, self.variance_epsilon)[0]
         return rms_norm(x, weight, self.variance_epsilon)

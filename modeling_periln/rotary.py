@@ -15,8 +15,8 @@ class PeriLlamaRotaryEmbedding(LlamaRotaryEmbedding):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tables for `rotate` at positions (B, S), in the dtype of x: cos and the signed sin, each (B, S, 1, E)."""
         cos, sin = super().forward(x, position_ids)
-        first, second = sin.chunk(2, dim=-1)
-        return cos.unsqueeze(2), torch.cat((-first, second), dim=-1).unsqueeze(2)
+        sin[..., : sin.shape[-1] // 2].neg_()  # a tensor of this call alone
+        return cos.unsqueeze(2), sin.unsqueeze(2)
 
     def _apply(self, fn, recurse=True):
         before = dict(self._buffers)

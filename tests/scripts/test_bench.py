@@ -47,9 +47,11 @@ def test_a_slow_minute_that_falls_on_both_sides_does_not_widen_the_interval():
     [
         ({"ratio": 1.1, "interval": [1.01, 1.2], "at_least": 1.0}, "met"),
         ({"ratio": 1.1, "interval": [0.9, 1.2], "at_least": 1.0}, "met?"),
-        ({"ratio": 0.9, "interval": [0.8, 1.2], "at_least": 1.0}, "missed"),
+        ({"ratio": 0.9, "interval": [0.8, 1.2], "at_least": 1.0}, "missed?"),
+        ({"ratio": 0.9, "interval": [0.8, 0.99], "at_least": 1.0}, "missed"),
         ({"ratio": 0.3, "interval": [0.2, 0.35], "at_most": 0.4}, "met"),
-        ({"ratio": 0.5, "interval": [0.4, 0.6], "at_most": 0.4}, "missed"),
+        ({"ratio": 0.5, "interval": [0.41, 0.6], "at_most": 0.4}, "missed"),
+        ({"ratio": 0.39, "interval": [0.3, 0.6], "at_most": 0.4}, "met?"),
         ({"ratio": 0.5, "interval": [0.4, 0.6], "at_least": None}, ""),
     ],
 )
