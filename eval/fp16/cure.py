@@ -22,6 +22,7 @@ from .peaks import Peak, measure_peaks
 from .rewrite import apply
 
 COMPARED = 4  # samples whose logits are compared
+FELT = 0.02  # of the largest logit: a difference in FP16 that is more than its usual rounding
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def cure(
         "epsilon": asdict(epsilon),
         "uniform": plan.uniform,
         "differences": differences,
-        "remains": _remains(layout, plan, epsilon.exact),
+        "remains": _remains(layout, plan, epsilon.exact, differences),
     }
     return record, ids, reference
 
@@ -178,8 +179,9 @@ def _peak_row(peak: Peak, exponents: dict[str, int], loss_scale: float) -> dict[
     }
 
 
-def _remains(layout: Layout, plan: Plan, exact: bool) -> list[str]:
+def _remains(layout: Layout, plan: Plan, exact: bool, differences: dict[str, Any]) -> list[str]:
     """What differs after the rewrite, or was done to keep it from differing, in words."""
+    felt, largest = differences["fp16_pass"], differences["largest_logit"]
     moved_gains = any(n.facts.offset and plan.exponents[n.gives] for n in layout.norms)
     tied = layout.tied is not None and plan.exponents[layout.tied[0]] != 0
     facts = (
@@ -193,8 +195,20 @@ def _remains(layout: Layout, plan: Plan, exact: bool) -> list[str]:
             "gains are stored as gain - 1, and that is rounded: written in FP32 where the dtype cannot hold it",
         ),
         (tied, "the head is the embedding table: the final norm's gain has the inverse"),
+        (
+            felt is None or felt > FELT * largest,
+            "finite is not accurate: in FP16 the logits are off by more than "
+            f"{FELT:.0%} of the largest, by the rounding of {_rounded(differences)}",
+        ),
     )
     return [text for applies, text in facts if applies]
+
+
+def _rounded(differences: dict[str, Any]) -> str:
+    """What FP16's rounding comes from, as far as the differences tell."""
+    by_weights, whole = differences["weights_rounded_to_fp16"], differences["fp16_pass"]
+    weights = by_weights is None or (whole is not None and by_weights > whole / 2)
+    return "weights alone" if weights else "what flows between them"
 
 
 @torch.no_grad()

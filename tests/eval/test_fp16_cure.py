@@ -276,6 +276,15 @@ def test_one_epsilon_left_as_it_is_moves_the_logits_and_is_reported():
     assert record["epsilon"]["exact"] and record["differences"]["fp32"] == 0
 
 
+def test_a_model_that_is_finite_but_not_accurate_in_fp16_is_told_of():
+    """Values so small that FP16 has a bit or two for them, behind an output norm that makes them matter."""
+    sound, model = with_stream_overflow("peri_llama:peri"), with_stream_overflow("peri_llama:peri")
+    model.model.layers[0].self_attn.v_proj.weight.data.mul_(2e-6)
+    remarks = [" ".join(cure(m, [IDS], Wish())[0]["remains"]) for m in (sound, model)]
+    assert "accurate" not in remarks[0]
+    assert "finite is not accurate" in remarks[1] and "by the rounding of weights alone" in remarks[1]
+
+
 def test_more_margin_leaves_more_headroom():
     least = {}
     for margin in (0.0, 5.0):
