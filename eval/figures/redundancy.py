@@ -79,25 +79,35 @@ def _pairs(ax: Axes, rows: pd.DataFrame, norm: mcolors.Normalize) -> None:
     ax.yaxis.set_major_locator(ax.xaxis.get_major_locator().__class__(nbins=7, integer=True))
 
 
+def _from_the_start(view: View) -> View:
+    """The runs whose first measured checkpoint is their start, or has a later one beside it.
+
+    Raises:
+        NotRecorded: there is none.
+    """
+    trained = view.where(stage="pretrain")  # measured models are not at their start
+    if trained.runs.empty:
+        raise NotRecorded("Needs runs: a model that was measured is not at initialization; Figure 7c shows it.")
+    steps = angle_rows(trained).groupby("run").step.agg(["min", "max"])
+    early = steps[(steps["min"] == 0) | (steps["min"] < steps["max"])]
+    if early.empty:
+        raise NotRecorded(
+            "Needs angular distances at initialization; these runs have one measured checkpoint each, of step "
+            f"{listed(steps['min'])}: keep more (keep_every in the recipe), then {BENCH}."
+        )
+    return trained.where(run=set(early.index))
+
+
 def distances(last: bool) -> Callable[[View], Drawn]:
     """Figures 7(a), at initialization, and 7(c), at the end."""
 
     def draw(view: View) -> Drawn:
-        if not last and (view.runs.stage == STAGE).any():
-            view = view.where(stage="pretrain")  # measured models are not at their start
-            if view.runs.empty:
-                raise NotRecorded("Needs runs: a model that was measured is not at initialization; Figure 7c shows it.")
+        view = view if last else _from_the_start(view)
         used, rows = _at(view, last)
         steps = rows.step[rows.run.isin(used.runs.run)]
         when = "at the end" if last else "at initialization"
         when = "as measured" if (used.runs.stage == STAGE).all() else when
-        if not last and steps.min() > 0:
-            everything = angle_rows(used)
-            if everything.step.max() == steps.max():
-                raise NotRecorded(
-                    "Needs angular distances at initialization; these runs have one measured checkpoint each, of step "
-                    f"{listed(steps)}: keep more (keep_every in the recipe), then {BENCH}."
-                )
+        if not last and steps.max() > 0:
             when = f"at the first measured step, {listed(steps)} (not initialization)"
         drawn = _draw(used, rows, when)
         return Drawn(drawn.figure, f"{drawn.caption} Measured at step {listed(steps)}.")

@@ -8,6 +8,7 @@ import pandas as pd
 from runkit.headroom import FP16_MAX
 
 CLOSE = 3.0  # bits of headroom below which the next doublings are near
+POOR = 0.7  # R² below which a fit is not called a description
 ONE_SIDED = 0.1  # |scale freedom| of this and more: the loss depends on the scale of the weights
 
 
@@ -63,8 +64,12 @@ def _growth(record: dict[str, Any], rows: pd.DataFrame) -> str:
     if fit["best"] is None:
         return f"{start}."
     kinds = {"constant": "constant over depth", "linear": "linear in depth", "exponential": "exponential in depth"}
-    r2 = f"R² linear {fit['linear']['r2']:.3f}, exponential {fit['exponential']['r2']:.3f}"
-    return f"{start}: it is best called {kinds[fit['best']]} ({r2}; largest over smallest {number(fit['spread'])})."
+    r2 = {name: fit[name]["r2"] for name in ("linear", "exponential")}
+    known = f"R² linear {r2['linear']:.3f}, exponential {r2['exponential']:.3f}"
+    poor = fit["best"] in r2 and r2[fit["best"]] < POOR
+    called = "neither linear nor exponential in depth describes it well" if poor else ""
+    called = called or f"it is best called {kinds[fit['best']]}"
+    return f"{start}: {called} ({known}; largest over smallest {number(fit['spread'])})."
 
 
 def _headroom(rows: pd.DataFrame) -> str:

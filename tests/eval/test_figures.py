@@ -291,6 +291,9 @@ def test_the_one_checkpoint_that_is_no_initialization_is_not_called_so(tmp_path)
     shutil.rmtree(run / "eval")
     write_bench(run, [20, 40], layers=2)
     assert "Measured at step 20." in figures_of(tmp_path, "7a")["7a"].words
+    write_bench(write_any(tmp_path, "pre", model={"norm_placement": "pre"}), [40], layers=2)
+    words = figures_of(tmp_path, "7a")["7a"].words  # a run with one late checkpoint is not at its start
+    assert "Measured at step 20." in words and "Runs drawn: peri 1." in words
 
 
 # --- runs of every shape -------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from eval.stability.fits import fit_growth
+from eval.stability.verdict import _growth
 
 DEPTH = np.arange(25)
 
@@ -41,3 +43,16 @@ def test_what_cannot_be_fitted_is_left_open():
     y = 1.0 + 2.0 * DEPTH
     y[3] = math.nan
     assert fit_growth(DEPTH, y)["best"] == "linear"
+
+
+def test_a_poor_fit_is_not_called_a_description():
+    rows = [(0, layer, "embedding" if layer == 0 else "mlp", "stream", "variance") for layer in range(6)]
+    for values, said in (
+        ([1, 9, 8, 9, 8, 9], "neither linear nor exponential"),
+        ([1, 3, 5, 7, 9, 11], "called linear"),
+    ):
+        table = pd.DataFrame(
+            [(*row, value) for row, value in zip(rows, values, strict=True)],
+            columns=["step", "layer", "sublayer", "tensor", "stat", "value"],
+        )
+        assert said in _growth({"fits": {"variance": fit_growth(range(6), values)}}, table)
