@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
 from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, weights_hash
-from runkit.hub import hub_reason
+from runkit.hub import hub_reason, quiet_hub
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")  # auto: as saved
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -142,6 +142,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
     """The folder of a Hub model in the cache (weights in safetensors, never pickles), and its commit."""
     from huggingface_hub import HfApi, constants, snapshot_download
 
+    quiet_hub()
     at = f"{name}@{revision}" if revision else name
     try:
         if constants.is_offline_mode():

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from runkit.errors import UserError, did_you_mean
 from runkit.folder import write_text
-from runkit.hub import hub_reason
+from runkit.hub import hub_reason, quiet_hub
 
 METHOD = "the smallest of uniform draws, one a document that is not blank, in the split's order (PCG64 of the seed)"
 
@@ -111,6 +111,7 @@ def stream(source: Source, bar: tqdm) -> tuple[Source, Iterable[str]]:
         from datasets import load_dataset
         from huggingface_hub import HfApi, constants
 
+        quiet_hub()
         if source.revision is None and not constants.is_offline_mode():
             source = replace(source, revision=HfApi().dataset_info(source.dataset).sha)
         rows = load_dataset(source.dataset, source.config, split=source.split, streaming=True, revision=source.revision)

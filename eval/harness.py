@@ -20,7 +20,7 @@ import torch
 
 from runkit.errors import UsageError, UserError, did_you_mean
 from runkit.folder import read_json, write_json
-from runkit.hub import hub_reason
+from runkit.hub import hub_reason, quiet_hub
 
 from .checkpoints import Target
 from .suites import SUITES
@@ -85,6 +85,7 @@ class Benchmarks:
         """
         if not self._loaded:
             logging.getLogger("lm_eval").setLevel(logging.ERROR)
+            quiet_hub()
             manager = _manager_of(self.tasks)
             self._loaded = {name: self._load(manager, name) for name in self.tasks}
 

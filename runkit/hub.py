@@ -4,6 +4,15 @@ import os
 import re
 
 
+def quiet_hub() -> None:
+    """Keep the Hub's clients from writing a line for every retry: the one sentence at the end says it all."""
+    from datasets.utils import logging as datasets_logging
+    from huggingface_hub.utils import logging as hub_logging
+
+    for each in (datasets_logging, hub_logging):
+        each.set_verbosity_error()
+
+
 def hub_reason(error: BaseException) -> str:
     """Why the Hub did not give what was asked for: the rest of a sentence that names it."""
     chain: list[str] = []

@@ -13,7 +13,7 @@ from typing import Any
 
 from runkit.errors import UserError
 from runkit.folder import write_if_free
-from runkit.hub import hub_reason
+from runkit.hub import hub_reason, quiet_hub
 
 MINI_FILE = Path(__file__).parent / "data" / "mini_conversations.jsonl"
 LIMA = "GAIR/lima"
@@ -128,11 +128,8 @@ def _revision_of(rows: Any) -> str | None:
 
 def _lima_rows(revision: str | None) -> tuple[list[dict[str, Any]], str | None]:
     from datasets import load_dataset
-    from datasets.utils import logging as datasets_logging
-    from huggingface_hub.utils import logging as hub_logging
 
-    for each in (datasets_logging, hub_logging):  # every retry is a line; the one sentence below says it all
-        each.set_verbosity_error()
+    quiet_hub()
     try:
         try:
             rows = load_dataset(LIMA, split="train", revision=revision)

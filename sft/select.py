@@ -124,6 +124,7 @@ class Selection:
         self.run, self.args, self.stop = run, args, stop
         self.tasks = TASKS[args.suite]
         self.folder = run.path / "selection"
+        self.merged: set[Path] = set()  # models of adapters that were written for their scores alone
         self.options: list[object] = ["--batch-size", args.batch_size, "--device", args.device]
         if args.limit is not None:
             self.options += ["--limit", args.limit]
@@ -167,6 +168,7 @@ class Selection:
         out = self.run.path / "merged" / one.path.name
         if not out.exists() or damage_of(out) is not None:
             lora.merge(one.path, out)
+            self.merged.add(out)
         return out
 
     def _is_result(self, file: Path, one: Candidate) -> bool:
@@ -197,9 +199,8 @@ class Selection:
         }
         model = self._loadable(winner)
         write_json(self.run.path / BEST, record)
-        for one in found:  # merged copies of the others have served
-            if one is not winner and (one.path / ADAPTER).exists():
-                shutil.rmtree(self.run.path / "merged" / one.path.name, ignore_errors=True)
+        for copy in self.merged - {model}:  # they have served; one that stood there before stays
+            shutil.rmtree(copy, ignore_errors=True)
         run_evaluation(evaluation(model, "--tasks", self.args.suite, *self.options), self.stop)
         bar.update(1)
         return record

@@ -113,6 +113,24 @@ def test_scores_of_another_harness_are_not_compared_with_this_one_s(tmp_path, ru
     assert sum("--out" in call for call in calls(tmp_path)) == 6
 
 
+def test_of_merged_adapters_the_best_stays_and_one_that_was_there(tmp_path, run, monkeypatch):
+    def merge(checkpoint, out):
+        with write_checkpoint(out, *make_model()):
+            pass
+
+    monkeypatch.setattr("sft.lora.merge", merge)
+    for path in run.checkpoints():
+        (path / "model.safetensors").rename(path / select.ADAPTER)
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest[select.ADAPTER] = manifest.pop("model.safetensors")
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    merge(None, run.path / "merged" / NAMES[2])
+    table(tmp_path, [(0.1,) * 4, (0.3,) * 4, (0.2,) * 4])
+    assert chosen(run) == 0
+    assert sorted(path.name for path in (run.path / "merged").iterdir()) == NAMES[1:]
+    assert calls(tmp_path)[-1][0] == str(run.path / "merged" / NAMES[1])
+
+
 def test_a_run_of_which_an_epoch_is_damaged_or_that_is_not_done_is_not_chosen_from(tmp_path, run, capsys):
     (run.checkpoint_path(6) / "model.safetensors").unlink()
     with pytest.raises(UserError, match="epoch 1 cannot be scored: .*model.safetensors is missing"):
