@@ -62,7 +62,9 @@ class Subject:
         """The checkpoint's config.json; before there is one, the model section of the recipe."""
         file = self.checkpoint / "config.json" if self.checkpoint is not None else None
         if file is not None and file.exists():
-            return read_json(file)
+            if not isinstance(config := read_json(file), dict):
+                raise UserError(f"{file} is no configuration: it holds a {type(config).__name__}")
+            return config
         model = self.recipe.get("model")
         return {"model_type": "peri_llama", **model} if isinstance(model, dict) else {}
 
