@@ -39,6 +39,11 @@ def text(value: Any) -> str:
     return " ".join(str(public(value)).split()).replace("|", "\\|")
 
 
+def entry(record: dict[str, Any], name: str) -> str:
+    """A field as text: `none` where the record says so itself, MISSING where it says nothing."""
+    return "none" if name in record and record[name] is None else text(record.get(name))
+
+
 def markdown(rows: list[tuple[str, ...]], head: tuple[str, ...]) -> str:
     """A table in Markdown."""
     lines = [head, ("---",) * len(head), *rows]
@@ -83,15 +88,15 @@ def recipe_rows(subject: Subject) -> list[Row]:
     if r.get("stage") == "sft":
         names = ("data", "data_revision", "epochs", "batch_size", "max_length", "learning_rate", "warmup")
         names += ("weight_decay", "gradient_clip", "packing", "precision", "residual_dtype", "peft", "seed")
-        return [(name.replace("_", " "), text(r.get(name))) for name in names]
+        return [(name.replace("_", " "), entry(r, name)) for name in names]
     optimizer, precision = r.get("optimizer") or {}, r.get("precision") or {}
     data = subject.environment.get("data") or {}
     rows = [("data", text(data.get("source"))), ("tokenizer", text(data.get("tokenizer")))]
-    rows += [(name.replace("_", " "), text(r.get(name))) for name in ("steps", "batch_size", "sequence_length")]
+    rows += [(name.replace("_", " "), entry(r, name)) for name in ("steps", "batch_size", "sequence_length")]
     for name in ("learning_rate", "final_learning_rate", "warmup", "weight_decay", "beta1", "beta2", "gradient_clip"):
-        rows.append((name.replace("_", " "), text(optimizer.get(name))))
-    rows += [("precision", text(precision.get("mode"))), ("residual dtype", text(precision.get("residual_dtype")))]
-    return [*rows, ("data fingerprint", text(r.get("data_fingerprint"))[:16]), ("seed", text(r.get("seed")))]
+        rows.append((name.replace("_", " "), entry(optimizer, name)))
+    rows += [("precision", entry(precision, "mode")), ("residual dtype", entry(precision, "residual_dtype"))]
+    return [*rows, ("data fingerprint", entry(r, "data_fingerprint")[:16]), ("seed", entry(r, "seed"))]
 
 
 def tokens_seen(subject: Subject) -> int | None:

@@ -1,12 +1,12 @@
 """What a card is about: a checkpoint, and the run that it belongs to, if it belongs to one."""
 
-import json
 import math
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from runkit.checkpoints import damage_of, latest_whole
 from runkit.errors import UserError
@@ -62,7 +62,9 @@ class Subject:
         """The checkpoint's config.json; before there is one, the model section of the recipe."""
         file = self.checkpoint / "config.json" if self.checkpoint is not None else None
         if file is not None and file.exists():
-            return read_json(file)
+            if not isinstance(config := read_json(file), dict):
+                raise UserError(f"{file} is no configuration: it holds a {type(config).__name__}")
+            return config
         model = self.recipe.get("model")
         return {"model_type": "peri_llama", **model} if isinstance(model, dict) else {}
 
@@ -103,13 +105,13 @@ class Subject:
 
 
 def _parameters_in(file: Path) -> int:
-    """From the header of a safetensors file, without reading a tensor (8 bytes of length, then JSON)."""
+    """From the header of a safetensors file, without reading a tensor."""
     try:
-        with open(file, "rb") as opened:
-            header = json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0]))
-    except (struct.error, ValueError) as error:
-        raise UserError(f"{file} is no safetensors file") from error
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        with safe_open(file, framework="pt") as opened:
+            names = opened.keys()
+            return sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
+    except SafetensorError as error:
+        raise UserError(f"{file} is no safetensors file ({error})") from error
 
 
 def find_subject(path: str | Path, step: int | None = None, needs_weights: bool = True) -> Subject:

@@ -89,7 +89,7 @@ def row_of(subject: Subject, root: Path) -> dict[str, str]:
         name = subject.checkpoint
     return {
         "model": _below(name, root),
-        "placement": placement_name(config) if ours else f"{config.get('model_type', 'not recorded')} (export)",
+        "placement": placement_name(config) if ours else _architecture(config),
         "parameters": number(subject.parameters),
         "tokens": number(tokens_seen(subject)),
         "status": text(subject.summary.get("status")) if subject.run is not None else "no run beside it",
@@ -98,6 +98,10 @@ def row_of(subject: Subject, root: Path) -> dict[str, str]:
         "FP16 headroom": str(headroom) if headroom else MISSING,
         "checkpoint": _below(where, root) if subject.checkpoint is not None else "none",
     }
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    return f"{config['model_type']} (export)" if config.get("model_type") else "not recorded"
 
 
 def _below(path: Path, root: Path) -> str:

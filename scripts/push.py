@@ -18,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
@@ -202,6 +203,8 @@ def _why(error: Exception, repo: str, endpoint: str) -> str | None:
     reason = " ".join(str(broken).split()) or "the connection ended"
     if "xet" in reason and "404" in reason:
         return f"{endpoint} does not know the Xet protocol: set HF_HUB_DISABLE_XET=1"
+    if isinstance(broken, OfflineModeIsEnabled):
+        return "the Hub is switched off (HF_HUB_OFFLINE): nothing was sent"
     return (
         f"the push to {repo} was interrupted ({type(broken).__name__}: {reason}); start it again with the same "
         "command: what has arrived is not sent again"

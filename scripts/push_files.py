@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -163,8 +164,9 @@ def _records(subject: Subject) -> list[Upload]:
 def check(uploads: list[Upload], subject: Subject, token: str | None) -> None:
     """Search every byte for tokens and local paths, before any of them is sent.
 
-    In what is generated or configured here any absolute path counts; in weights, vocabularies and code, which may hold
-    anything that looks like one, the places where this run lies, the home and the working folder.
+    In what is generated or configured here, and in what safetensors calls metadata, any absolute path counts; in
+    weights, vocabularies and code, which may hold anything that looks like one, the places where this run lies, the
+    home and the working folder.
 
     Raises:
         UserError: names the file and what was found; a token is not repeated.
@@ -173,7 +175,7 @@ def check(uploads: list[Upload], subject: Subject, token: str | None) -> None:
     vocabulary_roots = [root for root in roots if not root.endswith("/")]
     for upload in tqdm(uploads, desc="checking", unit="file", leave=False, delay=1):
         found = found_in(upload.content, vocabulary_roots if upload.name in VOCABULARIES else roots, tokens)
-        if found is None and isinstance(upload.content, bytes):
+        if found is None and (isinstance(upload.content, bytes) or upload.name.endswith(".safetensors")):
             where = path_in(_plain(upload))
             found = f"the path {where}" if where else None
         if found:
@@ -182,6 +184,8 @@ def check(uploads: list[Upload], subject: Subject, token: str | None) -> None:
 
 def _plain(upload: Upload) -> str:
     """The strings of a file, without JSON's and YAML's escapes; the chat template of a tokenizer is program text."""
+    if isinstance(upload.content, Path):
+        return "\n".join(_strings(_metadata(upload.content)))
     text = upload.content.decode()
     if upload.name.endswith(".json"):
         value = json.loads(text)
@@ -189,6 +193,14 @@ def _plain(upload: Upload) -> str:
             value = {k: v for k, v in value.items() if k not in ("chat_template", "added_tokens_decoder")}
         return "\n".join(_strings(value))
     return "\n".join(_strings(yaml.safe_load(text))) if upload.name.endswith(".yaml") else text
+
+
+def _metadata(weights: Path) -> dict[str, str]:
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{weights} is no safetensors file ({error})") from error
 
 
 def _strings(value: Any) -> list[str]:

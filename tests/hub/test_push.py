@@ -255,6 +255,15 @@ def test_a_wrong_token_is_one_sentence_that_does_not_show_it(hub, run, pushed, m
     assert code == 1 and "no access token" in err
 
 
+def test_where_nobody_answers_it_says_so(run, pushed, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    code, _, err = pushed(run, "--repo", "acme/unreachable")
+    assert code == 1 and "was interrupted" in err and len(err.strip().splitlines()) == 1
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    code, _, err = pushed(run, "--repo", "acme/unreachable")
+    assert code == 1 and "switched off (HF_HUB_OFFLINE)" in err and len(err.strip().splitlines()) == 1
+
+
 def test_a_token_in_a_record_stops_the_push_before_anything_is_sent(hub, run, pushed, tmp_path):
     mine = copy_of(run, tmp_path)
     requests = len(hub.requests)
@@ -278,6 +287,18 @@ def test_a_local_path_in_a_file_that_is_sent_as_it_is_stops_the_push(where, hub,
     file.write_bytes(file.read_bytes() + str(mine).encode())
     code, _, err = pushed(checkpoint, "--repo", "acme/path")
     assert code == 1 and f"{file.name} holds the local path" in err
+
+
+def test_a_path_of_any_machine_in_the_weights_metadata_stops_the_push(run, pushed, tmp_path):
+    model = shutil.copytree(run / "checkpoints" / "step_00000008", tmp_path / "model")
+    (model / "manifest.json").unlink()
+    weights = model / "model.safetensors"
+    save_file(load_file(weights), weights, metadata={"format": "pt", "from": "/lustre/somebody/x.bin"})
+    code, _, err = pushed(model, "--repo", "acme/metadata")
+    assert code == 1 and "model.safetensors holds the path /lustre/somebody/x.bin" in err
+    weights.write_bytes(b"no weights")
+    code, _, err = pushed(model, "--repo", "acme/metadata")
+    assert code == 1 and "model.safetensors is no safetensors file" in err
 
 
 def test_an_existing_public_repository_is_not_taken_for_a_private_one(hub, run, pushed):

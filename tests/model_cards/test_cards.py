@@ -8,6 +8,7 @@ from pathlib import Path
 import hub_run
 import pandas as pd
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from model_cards import CardOptions, Subject, find_subject, render_card
@@ -181,6 +182,15 @@ def test_a_card_of_a_revision_loads_that_revision():
     card = ModelCard(render_card(Subject(Path("x"), None), CardOptions("acme/tiny", revision="step_4")))
     assert card.text.count('"acme/tiny", revision="step_4"') == 2
     assert "pretrained=acme/tiny,revision=step_4" in card.text and "--model_revision step_4" in card.text
+
+
+def test_a_field_of_the_recipe_that_is_null_is_none_and_not_unknown(tmp_path):
+    run = hub_run.write_run(tmp_path)
+    recipe = hub_run.recipe("peri", 1)
+    recipe["optimizer"]["gradient_clip"] = None
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = render_card(find_subject(run))
+    assert "| gradient clip | none |" in text and "| beta1 | not measured |" in text
 
 
 def test_a_figure_is_shown_once_with_its_caption(tmp_path):

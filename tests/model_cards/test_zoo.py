@@ -98,3 +98,12 @@ def test_a_folder_without_models_is_refused_by_name(root, tmp_path, capsys):
     assert "notes holds no runs and no models" in capsys.readouterr().err
     assert run_command(zoo.main, zoo.parse([str(tmp_path / "nowhere")])) == 1
     assert "nowhere is missing" in capsys.readouterr().err
+
+
+def test_a_configuration_that_is_none_is_named(root, tmp_path, capsys):
+    odd = shutil.copytree(root / "exports", tmp_path / "odd") / "x"
+    (odd / "config.json").write_text("{}")
+    assert [row["placement"] for row in zoo.collect([odd], zoo.parse([str(odd)]))] == ["not recorded"]
+    (odd / "config.json").write_text("[]")
+    assert run_command(zoo.main, zoo.parse([str(odd), "--out", str(tmp_path)])) == 1
+    assert "config.json is no configuration: it holds a list" in capsys.readouterr().err
