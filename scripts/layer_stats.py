@@ -82,7 +82,8 @@ class LayerStats:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.places: list[tuple[int, str, str]] = []
-        self._modules: list[nn.Module] = []
+        self._modules: list[nn.Module] = []  # that have a hook
+        self._sources: list[int] = []  # of each place: which of them tells of it
         base = engine.model.model
         self._place(base.embed_norm, 0, "embedding", "stream")
         for l, layer in enumerate(base.layers, start=1):  # noqa: E741
@@ -92,12 +93,15 @@ class LayerStats:
             self._place(layer.mlp, l, "mlp", "branch")
             self._place(layer.mlp_residual, l, "mlp", "residual_add")
             self._place(layer.mlp_residual_norm, l, "mlp", "stream")
-        self._seen: list[list[tuple]] = [[] for _ in self.places]
+        self._seen: list[list[tuple]] = [[] for _ in self._modules]
         self._handles: list = []
 
     def _place(self, module: nn.Module, layer: int, sublayer: str, tensor: str) -> None:
         self.places.append((layer, sublayer, tensor))
-        self._modules.append(module)
+        # Without a norm after the add, the stream is the sum itself: it is not read twice.
+        if layer == 0 or not isinstance(module, nn.Identity):
+            self._modules.append(module)
+        self._sources.append(len(self._modules) - 1)
 
     # --- collecting --------------------------------------------------------------------------------------
     def attach(self) -> None:
@@ -118,9 +122,11 @@ class LayerStats:
     @staticmethod
     def _hook(seen: list[tuple]):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-            x = (output[0] if isinstance(output, tuple) else output).detach().float()
-            size = x.abs()
-            seen.append((x.numel(), size.sum(), x.sum(), torch.linalg.vector_norm(x), size.amax()))
+            found = (output[0] if isinstance(output, tuple) else output).detach()
+            x = found.float()
+            total, norm = x.sum(), torch.linalg.vector_norm(x)
+            size = x.abs() if found.dtype == torch.float32 else x.abs_()  # a copy of ours: no second one
+            seen.append((x.numel(), size.sum(), total, norm, size.amax()))
 
         return hook
 
@@ -140,7 +146,7 @@ class LayerStats:
         parts = torch.stack([value for seen in first for part in seen for value in part[1:]])
         parts = parts.view(len(first), passes, 4)
         sums = [parts[..., :2].sum(1), parts[..., 2:3].square().sum(1), parts[..., 3:].amax(1)]
-        return Activations(sum(part[0] for part in first[0]), torch.cat(sums, dim=1))
+        return Activations(sum(part[0] for part in first[0]), torch.cat(sums, dim=1)[self._sources])
 
     # --- rows --------------------------------------------------------------------------------------------
     def activation_rows(self, steps: list[int], seen: list[Activations]) -> Iterator[tuple]:

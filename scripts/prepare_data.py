@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from runkit.errors import UsageError, UserError, make_parser, run_command
 from runkit.folder import read_json, room_for, sha256_of, write_folder, write_json
 from runkit.process import start_stage
+from runkit.progress import progress_bar
 
 from .corpus import Batch, Corpus, Limits, Mark, Records
 from .data import TokenData
@@ -258,8 +259,8 @@ def _fill(
     vocabulary = vocabulary_size(tokenizer)
     dtype = token_dtype(vocabulary)
     shards = ShardWriter(work, dtype, options.shard_tokens, state and state["shards"])
-    looks = {"unit": "tok", "unit_scale": True, "smoothing": 0.05, "dynamic_ncols": True, "position": bar or 0}
-    progress = tqdm(total=options.max_tokens, desc="tokens", initial=shards.tokens, disable=bar is None, **looks)
+    line, more = argparse.Namespace(bar=bar or 0), {"unit_scale": True, "initial": shards.tokens}
+    progress = progress_bar(line, options.max_tokens, "tokens", "tok", shown=bar is not None, **more)
 
     def save(mark: Mark) -> None:
         records.sync()

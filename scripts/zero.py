@@ -72,6 +72,8 @@ class Zero:
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**12,
         }
+        # `accelerate launch` lists here what its file says of DeepSpeed, and the plugin refuses to stand beside that.
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         self.plugin = DeepSpeedPlugin(hf_ds_config=config)
 
     def adopt(self, accelerator: Accelerator) -> None:

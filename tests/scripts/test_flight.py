@@ -165,3 +165,17 @@ def test_a_layer_that_is_computed_again_in_the_backward_pass_counts_once(tmp_pat
         both.append(seen.sums)
     assert torch.equal(*both)
     assert both[0][:, 3].min() > 0
+
+
+@pytest.mark.parametrize(("placement", "hooks"), [("pre", 1 + 4 * 2), ("post", 1 + 6 * 2)])
+def test_a_stream_without_a_norm_is_the_sum_and_is_read_once(tmp_path, data, placement, hooks):
+    trainer = trainer_of(tmp_path, data, placement=placement)
+    trainer._train_step(witness=False)
+    stats = trainer.layer_stats
+    assert len(stats._modules) == hooks
+    sums = dict(zip(stats.places, stats.take().sums, strict=True))
+    for layer in (1, 2):
+        for sublayer in ("attn", "mlp"):
+            same = torch.equal(sums[layer, sublayer, "stream"], sums[layer, sublayer, "residual_add"])
+            assert same == (placement == "pre")
+            assert not torch.equal(sums[layer, sublayer, "stream"], sums[layer, sublayer, "branch"])

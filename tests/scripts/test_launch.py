@@ -20,8 +20,8 @@ STAND_INS = {
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 
 
-def submit(folder: Path, *args: str, code: int = 0) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """What the script did where the trainer ends with `code`: its end, and what the stand-ins saw."""
+def submit(folder: Path, *args: str, code: int = 0, seconds: int = 90) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """What the script did where the trainer ends with `code` after `seconds`: its end, and what the stand-ins saw."""
     for name, text in STAND_INS.items():
         file = folder / name
         file.write_text(f"#!/bin/bash\n{text}\n")
@@ -29,6 +29,7 @@ def submit(folder: Path, *args: str, code: int = 0) -> tuple[subprocess.Complete
     seen = folder / "seen"
     slurm = {"SLURM_JOB_ID": "42", "SLURM_NTASKS": "16", "SLURM_JOB_NODELIST": "n[7-8]"}
     env = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "SEEN": str(seen), "CODE": str(code)}
+    slurm["SECONDS"] = str(seconds)  # where bash begins to count
     done = subprocess.run(["bash", SCRIPT, *args], env=env | slurm, capture_output=True, text=True, check=False)
     return done, seen.read_text().splitlines() if seen.exists() else []
 
@@ -59,6 +60,13 @@ def test_only_a_run_that_was_told_to_stop_is_queued_again(tmp_path, code, again)
     done, seen = submit(tmp_path, "r.yaml", code=code)
     assert done.returncode == code
     assert ("scontrol requeue 42" in seen) == again
+
+
+def test_a_time_limit_that_leaves_no_time_is_no_endless_loop(tmp_path):
+    done, seen = submit(tmp_path, "r.yaml", code=143, seconds=-1000)
+    assert done.returncode == 143
+    assert "scontrol requeue 42" not in seen
+    assert "is the time limit above that of --signal?" in done.stderr
 
 
 def test_what_is_asked_wrongly_is_said_before_anything_starts(tmp_path):

@@ -112,6 +112,17 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path, data):
         assert (gradient - gradients[0][1]).norm() <= 1e-6 * gradients[0][1].norm()
 
 
+def test_micro_batches_give_the_losses_of_the_whole_batch_over_twenty_steps(tmp_path, data):
+    shared = {"batch_size": 8, "steps": 20, "precision": {"mode": "fp32", "residual_dtype": None}}
+    runs = [
+        train(tmp_path, data, name=f"micro{n}", micro_batch_size=n, checkpoint_every=20, **shared) for n in (8, 4, 2)
+    ]
+    whole, *others = [[r["loss"] for r in run.metrics()] for run in runs]
+    assert len(whole) == 20
+    for losses in others:
+        assert losses == pytest.approx(whole, abs=1e-5)
+
+
 def test_layer_statistics_are_those_of_the_hidden_states(tmp_path, data):
     precision = {"mode": "fp32", "residual_dtype": None}
     recipe, tokens = load_recipe(write_recipe(tmp_path, data, placement="post", precision=precision))

@@ -30,10 +30,12 @@ STEPS = 20
 
 
 def start(stage: int | None, *args: object) -> None:
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "scripts.pretrain"]
-    more = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} if stage else {}
-    env = os.environ | {"ACCELERATE_USE_CPU": "true"} | more
-    words = [sys.executable, *words, *map(str, args)]
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    if stage:  # as the launch file says it
+        file = ROOT / "scripts" / "launch" / f"deepspeed_zero{stage}.yaml"
+        words = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "2"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    words = [sys.executable, *map(str, [*words, "-m", "scripts.pretrain", *args])]
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
