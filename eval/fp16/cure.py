@@ -58,7 +58,7 @@ def cure(
     plans, given_up = _plans(layout, peaks, wish, before)
     ids = batches[0][:COMPARED]
     reference = logits_of(model, ids)
-    plan = _better(model, layout, plans, ids, reference)
+    plan = _better(model, layout, plans, batches, reference, wish, wish.backward and given_up is None)
     record: dict[str, Any] = {
         "model_type": model.config.model_type,
         "wish": asdict(wish),
@@ -100,18 +100,31 @@ def cure(
     return record, ids, reference
 
 
-@torch.no_grad()
-def _better(model: nn.Module, layout: Layout, plans: list[Plan], ids: torch.Tensor, reference: torch.Tensor) -> Plan:
-    """The plan under which an FP16 pass is nearest to the FP32 logits; the first unless another halves its error."""
+def _better(
+    model: nn.Module,
+    layout: Layout,
+    plans: list[Plan],
+    batches: list[torch.Tensor],
+    reference: torch.Tensor,
+    wish: Wish,
+    backward: bool,
+) -> Plan:
+    """The plan that leaves nothing that is not finite; of two such, or none, the one whose FP16 pass is nearest to the
+    FP32 logits: the first unless another halves its error.
+    """
     if len(plans) == 1:
         return plans[0]
-    errors = []
+    finite, errors = [], []
     for plan in plans:
         trial = copy.deepcopy(model)
         apply(trial, layout, plan)
-        error = _difference(_fp16_logits(trial, ids), reference)
+        after = first_non_finite(find_anatomy(trial), batches, wish.loss_scale)
+        finite.append(after["forward"] is None and (after["backward"] is None or not backward))
+        error = _difference(_fp16_logits(trial, batches[0][:COMPARED]), reference)
         errors.append(math.inf if error is None else error)
         del trial
+    if finite[0] != finite[1]:
+        return plans[finite.index(True)]
     return plans[0] if errors[0] <= 2 * errors[1] else plans[1]
 
 

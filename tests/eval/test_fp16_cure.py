@@ -154,6 +154,18 @@ def test_an_overflow_of_the_stream_is_cured(family):
     assert max(after) <= 65504 / 4  # the margin, 2 bits
 
 
+@pytest.mark.parametrize("loss_scale", [2.0**12, 2.0**16])
+def test_of_two_plans_the_one_that_keeps_the_gradients_finite_too_is_taken(loss_scale):
+    """With OLMo 2's one epsilon the plan that keeps it exact overflows backward; the other, as accurate, does not."""
+    model = with_stream_overflow("olmo2")
+    reference = logits_of(model, IDS)
+    record, *_ = cure(model, [IDS], Wish(loss_scale=loss_scale))
+    assert record["after"]["forward"] is None and record["after"]["backward"] is None
+    assert record["after"]["loss_scale"] == loss_scale and not record["uniform"]
+    for difference in ("fp32", "fp16_pass"):  # one epsilon stands for all norms and was left
+        assert record["differences"][difference] <= 1e-2 * reference.abs().max().item()
+
+
 BRANCH = ["glm4", "hyperclovax_peri", "gemma2", "gemma3", "peri_llama:peri", "peri_llama:pre", "llama"]
 
 
