@@ -5,9 +5,11 @@ No `from __future__ import annotations` here: string annotations switch the stri
 
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import wraps
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -82,6 +84,29 @@ _ROPE_KEYS = {
 }
 
 
+def _raising_value_errors(config_class: type) -> type:
+    """A mistake in a field is a ValueError: what `@strict` raises is none, nor is a missing rotary key's KeyError."""
+    set_field, validate = config_class.__setattr__, config_class.validate
+
+    @wraps(set_field)
+    def set_or_refuse(self, name, value):
+        try:
+            set_field(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            raise ValueError(f"{name}={value!r}: {error.__cause__}") from error
+
+    @wraps(validate)
+    def validate_or_refuse(self):
+        try:
+            validate(self)
+        except (StrictDataclassClassValidationError, KeyError) as error:
+            raise ValueError(error.args[0] if isinstance(error, KeyError) else str(error.__cause__)) from error
+
+    config_class.__setattr__, config_class.validate = set_or_refuse, validate_or_refuse
+    return config_class
+
+
+@_raising_value_errors
 @strict
 class PeriLlamaConfig(PreTrainedConfig):
     r"""
@@ -106,8 +131,7 @@ class PeriLlamaConfig(PreTrainedConfig):
         depth_scaled_init: initialize o_proj and down_proj with a standard deviation smaller by sqrt(2 L).
 
     Raises:
-        ValueError: a field, or two that do not fit each other; the message names field and value.
-        StrictDataclassFieldValidationError: a value of the wrong type.
+        ValueError: a field, its type, or two that do not fit each other; the message names field and value.
     """
 
     model_type = "peri_llama"
@@ -215,13 +239,26 @@ class PeriLlamaConfig(PreTrainedConfig):
         if plan != self.base_model_tp_plan:
             raise AttributeError(f"base_model_tp_plan={plan!r}: the plan follows from the other fields")
 
-    def _unknown(self, kwargs: dict[str, Any]) -> list[str]:
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As Transformers', which drops an override that is misspelt, and checks none that it sets."""
+        cls._unknown(kwargs)
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.validate_sizes()
+        config.validate_norms()
+        return loaded
+
+    @classmethod
+    def _unknown(cls, kwargs: dict[str, Any]) -> list[str]:
         """The names that no field has; those that are misspelt fields, or that this family cannot have, are refused."""
-        known, unknown = [f.name for f in fields(type(self))], []
+        known, unknown = [f.name for f in fields(cls)], []
         for key in kwargs:
             if key in _REFUSED:
                 raise ValueError(f"{key}={kwargs[key]!r}: attention is causal and full in every layer of this family")
-            if key.startswith("_") or key in _PASSED_THROUGH or key in self.attribute_map or key.endswith("_token_id"):
+            if key in known or key in _PASSED_THROUGH or key in cls.attribute_map:
+                continue
+            if key.startswith("_") or key.endswith("_token_id"):
                 continue
             close = get_close_matches(key, known, n=1, cutoff=0.8)
             if close:

@@ -107,9 +107,11 @@ def get_placement(name: str | Mapping[str, Any], field: str = "norm_placement") 
                 f"{field}={name!r} is a placement of whole models: a layer takes one of {list(PLACEMENTS)}"
             )
         if name not in PLACEMENTS:
+            whole = field == "norm_placement"
+            known = PLACEMENT_NAMES if whole else tuple(PLACEMENTS)
             raise ValueError(
-                f"{field}={name!r} is no known placement: {_nearest(name, PLACEMENT_NAMES)}"
-                f"use one of {list(PLACEMENT_NAMES)} or a mapping"
+                f"{field}={name!r} is no known placement: {_nearest(name, known)}use one of {list(known)}"
+                + (" or a mapping" if whole else "")
             )
         return PLACEMENTS[name]
     if not isinstance(name, Mapping):
