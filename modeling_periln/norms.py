@@ -114,10 +114,10 @@ class PeriLlamaLayerNorm(nn.LayerNorm):
     def __init__(self, hidden_size: int, eps: float = 1e-6, learnable: bool = True):
         super().__init__(hidden_size, eps=eps)
         if not learnable:
-            for name in ("weight", "bias"):
-                value = getattr(self, name).detach()
+            # Made anew: an engine that keeps parameters without memory, and buffers with it, would get neither.
+            for name, make in (("weight", torch.ones), ("bias", torch.zeros)):
                 delattr(self, name)
-                self.register_buffer(name, value)
+                self.register_buffer(name, make(hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)

@@ -66,6 +66,18 @@ def test_a_model_made_without_memory_is_whole_once_its_checkpoint_is_loaded(chan
     assert torch.equal(empty(random_ids()).logits, model(random_ids()).logits)
 
 
+@pytest.mark.parametrize("norm_type", ["rmsnorm", "layernorm"])
+def test_frozen_norms_have_memory_where_only_parameters_are_made_without(norm_type):
+    """So a serving engine makes a model; the frozen gains are buffers, which it would not fill later."""
+    with init_empty_weights(include_buffers=False):
+        empty = PeriLlamaForCausalLM(tiny_config(output_norm_learnable=False, norm_type=norm_type))
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    frozen = {name: b for name, b in empty.named_buffers() if "output_norm" in name}
+    assert len(frozen) == 3 * 2 * (1 if norm_type == "rmsnorm" else 2)
+    for name, buffer in frozen.items():
+        assert torch.equal(buffer, torch.full((20,), float(name.endswith("weight")))), name
+
+
 def test_what_the_meta_device_left_out_is_made_by_the_models_own_initialization():
     """As sharding trainers do: build on `meta`, allocate, initialize. The rotary frequencies are in no checkpoint."""
     model = shaken_model(**FROZEN)

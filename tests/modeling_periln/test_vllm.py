@@ -39,6 +39,8 @@ SIZES = {
 AS_THEY_ARE = {name: {"norm_placement": name} for name in PLACEMENT_NAMES} | {
     "layernorm-qk": {"norm_type": "layernorm", "qk_norm": "head"},
     "own": {"norm_placement": {"input_norm": True, "output_norm": True, "final_norm": True, "s": "1/sqrt(2L)"}},
+    "frozen": {"output_norm_learnable": False},
+    "frozen-layernorm": {"output_norm_learnable": False, "norm_type": "layernorm", "tie_word_embeddings": True},
     "tied": {"tie_word_embeddings": True, "norm_eps": {"attn_output_norm": 1e-2}},
 }
 TWO_RANKS = {"two-ranks-peri": {"qk_norm": "head"}, "two-ranks-post": {"norm_placement": "post"}}
