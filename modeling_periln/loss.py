@@ -65,4 +65,4 @@ def chunked_losses(
     elif torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(total.device)
     total = total / num_items_in_batch
-    return total[0], z_loss * total[1] if z_loss else None
+    return total[0].clone(), z_loss * total[1] if z_loss else None  # no view: FSDP2 warns of outputs that are views
