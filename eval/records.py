@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +16,7 @@ import pandas as pd
 
 from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json, sha256_of
+from runkit.placement_names import placement_name
 from runkit.recipes import flatten
 
 # Their order everywhere: modeling_periln's PLACEMENT_NAMES (a test compares them), without loading torch for it.
@@ -89,16 +89,6 @@ class Frames:
 def placement_order(placement: str) -> tuple[int, str]:
     """A sort key: the known placements in their order, then the user's own by name."""
     return (PLACEMENTS.index(placement) if placement in PLACEMENTS else len(PLACEMENTS), placement)
-
-
-def placement_name(model: dict[str, Any]) -> str:
-    """What a model section calls its placement; for a list of layers or a row of the user's own, what it holds."""
-    if model.get("layer_placements"):
-        return " + ".join(f"{len(list(same))} {name}" for name, same in groupby(model["layer_placements"]))
-    placement = model.get("norm_placement", "placement not recorded")
-    if isinstance(placement, dict):
-        return "own: " + ", ".join(key if value is True else f"{key}={value}" for key, value in placement.items())
-    return str(placement)
 
 
 def printable(text: str) -> str:

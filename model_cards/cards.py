@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from runkit.placement_names import placement_name
 from runkit.public import public
 
 from .benchmarks import BENCHMARKS, METRIC_NAMES
@@ -26,7 +27,7 @@ from .facts import (
     tokens_seen,
     verdict,
 )
-from .placement import EQUATION, diagram, norms_in_words, placement_name, plan_of
+from .placement import EQUATION, diagram, norms_in_words, plan_of
 from .subject import Subject
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -76,7 +77,7 @@ def eval_results(subject: Subject) -> list[EvalResult]:
 
 def card_data(subject: Subject, options: CardOptions) -> ModelCardData:
     """The metadata."""
-    placement, scores = placement_name(subject.config), eval_results(subject)
+    placement, scores = placement_name(subject.config, "not recorded"), eval_results(subject)
     datasets = list(options.datasets) or _recorded_datasets(subject)
     if subject.recipe.get("stage") == "sft" and subject.recipe.get("data") == "hub" and "GAIR/lima" not in datasets:
         datasets.append("GAIR/lima")
@@ -135,7 +136,7 @@ def render_card(subject: Subject, options: CardOptions = CardOptions()) -> str:
         revision=options.revision,
         ours=config.get("model_type") == "peri_llama",
         architecture=(config.get("architectures") or [str(config.get("model_type"))])[0],
-        placement=placement_name(config),
+        placement=placement_name(config, "not recorded"),
         equation=EQUATION,
         norms=norms_in_words(plan) if plan else None,
         drawing=diagram(plan) if plan else None,

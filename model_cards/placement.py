@@ -23,16 +23,6 @@ def plan_of(config: dict[str, Any]) -> StreamPlan | None:
     )
 
 
-def placement_name(config: dict[str, Any]) -> str:
-    """What the configuration calls its placement; for a list of layers or a row of one's own, what it holds."""
-    if names := config.get("layer_placements"):
-        return " + ".join(f"{len(list(same))} {name}" for name, same in groupby(names))
-    placement = config.get("norm_placement")
-    if isinstance(placement, dict):
-        return "own: " + ", ".join(key if value is True else f"{key}={value}" for key, value in placement.items())
-    return str(placement) if placement else "not recorded"
-
-
 def norms_in_words(plan: StreamPlan) -> str:
     """Where the norms are: `embedding, A, B, final`."""
     names = ("input_norm", "A"), ("output_norm", "B"), ("residual_norm", "C")

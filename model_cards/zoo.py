@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from runkit.errors import UsageError, UserError, make_parser, run_command
 from runkit.folder import RunFolder, write_text
+from runkit.placement_names import placement_name
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
@@ -32,7 +33,6 @@ from .facts import (
     tokens_seen,
     training_headroom,
 )
-from .placement import placement_name
 from .subject import IN_A_RUN, Subject, chosen_checkpoint
 
 HEAD = ("model", "placement", "parameters", "tokens", "status", "loss", "scores", "FP16 headroom", "checkpoint")
@@ -89,7 +89,7 @@ def row_of(subject: Subject, root: Path) -> dict[str, str]:
         name = subject.checkpoint
     return {
         "model": _below(name, root),
-        "placement": placement_name(config) if ours else _architecture(config),
+        "placement": placement_name(config, "not recorded") if ours else _architecture(config),
         "parameters": number(subject.parameters),
         "tokens": number(tokens_seen(subject)),
         "status": text(subject.summary.get("status")) if subject.run is not None else "no run beside it",

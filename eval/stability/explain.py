@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 
 from runkit.headroom import FP16_MAX
+from runkit.placement_names import placement_name
 
-from ..records import placement_name
 from .course import (
     SUBLAYERS,
     TENSORS,

@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 from synthetic_runs import write_demo, write_layers, write_run, write_scores, write_sft
 
-from eval.records import PLACEMENTS, Frames, final_loss, largest, load, placement_name, spikes
+from eval.records import PLACEMENTS, Frames, final_loss, largest, load, spikes
 from eval.render import to_html, to_markdown, to_terminal
 from eval.suites import SUITES
 from eval.tables import build, cell_numbers, stability, suites
 from runkit.headroom import headroom
+from runkit.placement_names import placement_name
 
 TASKS = list(SUITES["mini"])
 
