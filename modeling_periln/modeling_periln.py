@@ -16,6 +16,7 @@ after the embedding (`embed_norm`) and before the head (`final_norm`).
 Shapes: B batch, S sequence, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -476,6 +477,10 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    # Of remote code generate() asks for the signature at every token: it is worked out here, once. On the function
+    # below the decorator, from where no wrapper copies it (a hook's copy would count `self` among the arguments).
+    forward.__wrapped__.__signature__ = inspect.signature(forward)
 
 
 # Transformers' generic heads. Their own `__init__` asks AutoModel for the base model, and AutoModel does not know a

@@ -27,6 +27,7 @@ from typing import Unpack
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny_models import SIZES, random_ids, shaken, shaken_model, tiny_config
 from torch import nn
 from torch.utils.data import Dataset
@@ -107,6 +108,25 @@ def test_generation_is_inherited_by_the_very_class_and_its_loss_is_the_causal_on
     """Transformers looks for `GenerationMixin` among the direct bases, and for the loss by the class's name."""
     assert GenerationMixin in PeriLlamaForCausalLM.__bases__
     assert shaken_model().loss_function is ForCausalLMLoss
+
+
+def test_the_signature_that_generate_asks_for_at_every_token_is_worked_out_once(monkeypatch):
+    """Of a class outside Transformers' tree; a tenth of a small model's token went into it."""
+    model, worked_out = shaken_model(), []
+    without = inspect.signature(model.forward)
+    from_function = inspect._signature_from_function
+
+    def counted(cls, function, **kwargs):
+        worked_out.append(function.__qualname__)
+        return from_function(cls, function, **kwargs)
+
+    monkeypatch.setattr(inspect, "_signature_from_function", counted)
+    model.generate(random_ids(1, 4), max_new_tokens=3, do_sample=False)
+    assert "PeriLlamaForCausalLM.forward" not in worked_out and worked_out
+    monkeypatch.undo()
+    add_hook_to_module(model, ModelHook())  # as device_map does
+    assert inspect.signature(model.forward) == without
+    assert next(iter(without.parameters)) == "input_ids" and "kwargs" in without.parameters
 
 
 @pytest.mark.parametrize("model_class", [PeriLlamaModel, PeriLlamaForCausalLM])
