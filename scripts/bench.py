@@ -1,15 +1,17 @@
 """How fast is PeriLlama beside Transformers' own models? `python -m scripts.bench --out bench/`
 
 Every pair of models has the same weights (by `modeling_periln.convert`) and does the same work. A and B are measured
-in turn, in one process, in an order that alternates; what is reported is the ratio of the medians with a bootstrap
-interval over the pairs, so that a machine's slow minutes fall on both. Two cases compare a model with itself: what they
-are off 1 is the machine's noise, and no other ratio is known better. `bench.json` is written after each case, and
-cases that are in it (same settings, same machine) are not measured again unless `--again` is given.
+in turn, in one process, in an order that alternates, and both are built anew every few pairs, so that a machine's slow
+minutes and a lucky place in memory fall on both; what is reported is the ratio of the medians with a bootstrap interval
+over the pairs. Two cases compare a model with itself: what they are off 1 is the machine's noise, and no other ratio is
+known better. `bench.json` is written after each case, and cases that are in it (same settings, same machine) are not
+measured again unless `--again` is given.
 
 The training step is forward, loss, backward and AdamW; labels are the ids, no padding.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import resource
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,27 +183,45 @@ def seconds_of(step: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def interval_of_ratio(ours: list[float], theirs: list[float], resamples: int = 4000) -> tuple[float, float, float]:
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep what is freed: else a step takes 16,000 page faults or none, as the heap happens to lie.
+
+    Other C libraries have no such switches, and are left as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    for parameter, size in ((trim_threshold, 2**31 - 1), (top_pad, 2**28), (mmap_threshold, 2**25)):
+        mallopt(parameter, size)
+
+
+def interval_of_ratio(ours: np.ndarray, theirs: np.ndarray, resamples: int = 4000) -> tuple[float, float, float]:
     """Speed of ours in units of theirs, median(theirs) / median(ours), with its 95 % bootstrap interval over pairs."""
     pairs = np.array([ours, theirs])
     picks = np.random.default_rng(0).integers(0, pairs.shape[1], (resamples, pairs.shape[1]))
     drawn = np.median(pairs[:, picks], axis=-1)
     low, high = np.quantile(drawn[1] / drawn[0], [0.025, 0.975])
-    return statistics.median(theirs) / statistics.median(ours), float(low), float(high)
+    ours, theirs = np.median(pairs, axis=1)
+    return float(theirs / ours), float(low), float(high)
 
 
-def measure(case: Case, device: torch.device, pairs: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Time the two sides of a case in turn."""
-    torch._dynamo.reset()
-    sides = case.build(case, device)
-    times: tuple[list[float], list[float]] = ([], [])
-    with progress_bar(args, WARM_UP + pairs, case.name, "pair") as bar:
-        for i in range(WARM_UP + pairs):
-            for side in (0, 1) if i % 2 == 0 else (1, 0):
-                seconds = seconds_of(sides[side], device)
-                if i >= WARM_UP:
-                    times[side].append(seconds)
-            bar.update()
+def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """Time the two sides of a case in turn, with models that are built anew every `pairs_a_build` pairs."""
+    times = np.zeros((2, args.pairs))
+    with progress_bar(args, args.pairs, case.name, "pair") as bar:
+        for start in range(0, args.pairs, args.pairs_a_build):
+            torch._dynamo.reset()
+            sides = case.build(case, device)
+            for i in range(start - WARM_UP, min(start + args.pairs_a_build, args.pairs)):
+                for side in (0, 1) if i % 2 == 0 else (1, 0):
+                    seconds = seconds_of(sides[side], device)
+                    if i >= start:
+                        times[side, i] = seconds
+                bar.update(int(i >= start))
+            del sides
+            gc.collect()
     ratio, low, high = interval_of_ratio(*times)
     return {
         "what": case.what,
@@ -209,8 +229,9 @@ def measure(case: Case, device: torch.device, pairs: int, args: argparse.Namespa
         "at_least": case.target or None,
         "ratio": ratio,
         "interval": [low, high],
-        "pairs": pairs,
-        "median_seconds": [statistics.median(side) for side in times],
+        "pairs": args.pairs,
+        "pairs_a_build": args.pairs_a_build,
+        "median_seconds": np.median(times, axis=1).tolist(),
         "batch": case.tokens[0],
         "sequence": case.tokens[1],
         "sizes": None if case.build is norm_pair else case.sizes or SMALL,
@@ -269,6 +290,11 @@ def measure_memory(device: torch.device, args: argparse.Namespace) -> dict[str, 
     }
 
 
+def is_enough(result: dict[str, Any], case: Case | None, pairs: int) -> bool:
+    """Whether a result that is there was measured on what is asked for now; None is the case of the memory."""
+    return case is None or (result["pairs"] >= pairs and (result["batch"], result["sequence"]) == case.tokens)
+
+
 def verdict(result: dict[str, Any]) -> str:
     """Whether the target is met or missed by the whole interval, or (with `?`) by the ratio alone."""
     low, high = result["interval"]
@@ -286,14 +312,16 @@ def table(record: dict[str, Any]) -> str:
     name = machine["device_name"] or f"{machine['processor']}, {machine['threads']} threads"
     versions = ", ".join(f"{p} {machine['versions'][p]}" for p in ("torch", "transformers"))
     lines = [
-        "| what | against | ratio | 95 % interval | asked for | |",
-        "|---|---|---|---|---|---|",
+        "| what | against | tokens | pairs | ratio | 95 % interval | asked for | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for result in record["cases"].values():
         asked = f"≥ {result['at_least']}" if result.get("at_least") else ""
         asked = f"≤ {result['at_most']}" if result.get("at_most") else asked
         low, high = result["interval"]
-        cells = (result["what"], result["against"], f"{result['ratio']:.3f}", f"{low:.3f} to {high:.3f}", asked)
+        tokens, pairs = f"{result['batch']} × {result['sequence']}", str(result["pairs"])
+        ratio, interval = f"{result['ratio']:.3f}", f"{low:.3f} to {high:.3f}"
+        cells = (result["what"], result["against"], tokens, pairs, ratio, interval, asked)
         lines.append("| " + " | ".join((*cells, verdict(result))) + " |")
     note = "Ratio: speed of ours over theirs (for memory: bytes). `?`: by the median; the interval holds both."
     return "\n".join([*lines, "", f"{name}; {versions}. {note}"])
@@ -307,6 +335,7 @@ def main(args: argparse.Namespace) -> None:
     if args.peak_memory_of:
         print(peak_memory(args.peak_memory_of, device))
         return
+    keep_freed_memory()
     known = [*CASES, MEMORY_CASE]
     wanted = args.cases or known
     for name in wanted:
@@ -314,6 +343,10 @@ def main(args: argparse.Namespace) -> None:
             raise UsageError(f"--cases {name!r} is no case{did_you_mean(name, known)}: use some of {known}")
     if args.pairs < 2:
         raise UsageError(f"--pairs {args.pairs} is too few for an interval: give at least 2 (30 for a result to quote)")
+    if args.pairs_a_build < 1:
+        raise UsageError(f"--pairs-a-build {args.pairs_a_build}: give at least 1")
+    if args.tokens and min(args.tokens) < 1:
+        raise UsageError(f"--tokens {args.tokens[0]} {args.tokens[1]}: a batch and a sequence are at least 1")
     environment = describe_environment(device)
     file = args.out / "bench.json"
     record: dict[str, Any] = {"environment": environment, "cases": {}}
@@ -325,14 +358,14 @@ def main(args: argparse.Namespace) -> None:
         elif not args.again:
             raise UsageError(f"{file} was measured on another machine or version: give another --out, or --again")
     for name in wanted:
-        enough = 0 if name == MEMORY_CASE else args.pairs
-        if name in record["cases"] and not args.again and record["cases"][name]["pairs"] >= enough:
+        case = CASES.get(name)
+        if case and args.tokens and case.build is training_pair:
+            case = replace(case, tokens=tuple(args.tokens))
+        old = record["cases"].get(name)
+        if old and not args.again and is_enough(old, case, args.pairs):
             print(f"{name}: measured before, kept (--again measures it once more)", file=sys.stderr)
             continue
-        if name == MEMORY_CASE:
-            record["cases"][name] = measure_memory(device, args)
-        else:
-            record["cases"][name] = measure(CASES[name], device, args.pairs, args)
+        record["cases"][name] = measure(case, device, args) if case else measure_memory(device, args)
         gc.collect()
         record["cases"] = {n: record["cases"][n] for n in known if n in record["cases"]}
         write_json(file, record)
@@ -347,6 +380,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of bench.json and bench.md")
     parser.add_argument("--cases", nargs="*", metavar="NAME", help="only these; all when left out (--list names them)")
     parser.add_argument("--pairs", type=int, default=30, help="interleaved pairs a case")
+    parser.add_argument("--pairs-a-build", type=int, default=10, help="pairs until both models are built anew")
+    parser.add_argument(
+        "--tokens", type=int, nargs=2, metavar=("BATCH", "SEQUENCE"), help="tokens of a training step, for all of them"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one, when left out")
     parser.add_argument("--again", action="store_true", help="measure what bench.json holds once more")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")

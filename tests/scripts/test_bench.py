@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,17 +30,30 @@ def run(tmp_path, *more: str) -> dict:
 
 
 def test_the_ratio_is_that_of_the_medians_and_the_interval_holds_it():
-    ours, theirs = [1.0, 2.0, 3.0, 100.0, 2.0], [4.0, 4.0, 5.0, 4.0, 3.0]
+    ours, theirs = np.array([1.0, 2.0, 3.0, 100.0, 2.0]), np.array([4.0, 4.0, 5.0, 4.0, 3.0])
     ratio, low, high = bench.interval_of_ratio(ours, theirs)
     assert ratio == 2.0
     assert low <= ratio <= high
-    assert bench.interval_of_ratio([2.0] * 9, [3.0] * 9) == (1.5, 1.5, 1.5)
+    assert bench.interval_of_ratio(np.full(9, 2.0), np.full(9, 3.0)) == (1.5, 1.5, 1.5)
 
 
 def test_a_slow_minute_that_falls_on_both_sides_does_not_widen_the_interval():
-    slow = [1.0] * 20 + [9.0] * 10
-    ratio, low, high = bench.interval_of_ratio(slow, [2 * t for t in slow])
+    slow = np.array([1.0] * 20 + [9.0] * 10)
+    ratio, low, high = bench.interval_of_ratio(slow, 2 * slow)
     assert ratio == low == high == 2.0
+
+
+def test_models_are_built_anew_every_few_pairs(tmp_path, monkeypatch):
+    built = []
+
+    def build(case, device):
+        sides = bench.norm_pair(case, device)
+        built.append(sides)
+        return sides
+
+    monkeypatch.setattr(bench, "CASES", {"norm-plain": dataclasses.replace(tiny("norm-plain"), build=build)})
+    result = run(tmp_path, "--cases", "norm-plain", "--pairs", "7", "--pairs-a-build", "3")["cases"]["norm-plain"]
+    assert len(built) == 3 and result["pairs"] == 7 and result["pairs_a_build"] == 3
 
 
 @pytest.mark.parametrize(
@@ -105,11 +119,24 @@ def test_what_was_measured_is_written_kept_and_measured_again_when_asked(tiny_ca
     assert again["train-pre-fp32-eager"] == first["cases"]["train-pre-fp32-eager"]
 
 
+def test_a_result_of_other_tokens_is_not_kept_for_what_is_asked(tiny_cases, tmp_path):
+    name = "train-pre-fp32-eager"
+    first = run(tmp_path, "--cases", name, "--pairs", "2")["cases"][name]
+    other = run(tmp_path, "--cases", name, "--pairs", "2", "--tokens", "2", "4")["cases"][name]
+    assert (first["batch"], first["sequence"], other["batch"], other["sequence"]) == (1, 8, 2, 4)
+    assert "| 2 × 4 | 2 |" in (tmp_path / "bench.md").read_text()
+    assert run(tmp_path, "--cases", name, "--pairs", "2", "--tokens", "2", "4")["cases"][name] == other
+
+
 def test_a_mistake_is_said_before_anything_is_measured(tmp_path):
     with pytest.raises(UsageError, match="'decode-2' is no case.*did you mean 'decode-1'"):
         run(tmp_path, "--cases", "decode-2")
     with pytest.raises(UsageError, match="--pairs 1 is too few"):
         run(tmp_path, "--pairs", "1")
+    with pytest.raises(UsageError, match="--pairs-a-build 0"):
+        run(tmp_path, "--pairs-a-build", "0")
+    with pytest.raises(UsageError, match="--tokens 0 8"):
+        run(tmp_path, "--tokens", "0", "8")
     (tmp_path / "bench.json").write_text(json.dumps({"environment": {"processor": "another"}, "cases": {"x": {}}}))
     with pytest.raises(UsageError, match="measured on another machine or version"):
         run(tmp_path, "--cases", "norm-plain")
