@@ -479,8 +479,8 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         )
 
     # Of remote code generate() asks for the signature at every token: it is worked out here, once. On the function
-    # below the decorator, from where no wrapper copies it (a hook's copy would count `self` among the arguments).
-    forward.__wrapped__.__signature__ = inspect.signature(forward)
+    # below the decorators, from where no wrapper copies it (a hook's copy would count `self` among the arguments).
+    inspect.unwrap(forward).__signature__ = inspect.signature(forward)
 
 
 # Transformers' generic heads. Their own `__init__` asks AutoModel for the base model, and AutoModel does not know a

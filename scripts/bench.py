@@ -1,11 +1,11 @@
 """How fast is PeriLlama beside Transformers' own models? `python -m scripts.bench --out bench/`
 
 Every pair of models has the same weights (by `modeling_periln.convert`) and does the same work. A and B are measured
-in turn, in one process, in an order that alternates, and both are built anew every few pairs, so that a machine's slow
-minutes and a lucky place in memory fall on both; what is reported is the ratio of the medians with a bootstrap interval
-over the pairs. Two cases compare a model with itself: what they are off 1 is the machine's noise, and no other ratio is
-known better. `bench.json` is written after each case, and cases that are in it (same settings, same machine) are not
-measured again unless `--again` is given.
+in turn, in one process, in an order that alternates, so that a machine's slow minutes fall on both, and both are built
+anew every few pairs, so that no one place in memory decides; what is reported is the ratio of the medians with a
+bootstrap interval over the pairs. Two cases compare a model with itself: what they are off 1 is the machine's noise,
+and no other ratio is known better. `bench.json` is written after each case. What is in it, of this machine and with as
+many pairs at least, is not measured again unless `--again` or other `--tokens` are given.
 
 The training step is forward, loss, backward and AdamW; labels are the ids, no padding.
 """
@@ -192,9 +192,9 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
-    for parameter, size in ((trim_threshold, 2**31 - 1), (top_pad, 2**28), (mmap_threshold, 2**25)):
-        mallopt(parameter, size)
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h; -1 as a threshold: never trim
+    for parameter, value in ((trim_threshold, -1), (top_pad, 2**28), (mmap_max, 0)):
+        mallopt(parameter, value)
 
 
 def interval_of_ratio(ours: np.ndarray, theirs: np.ndarray, resamples: int = 4000) -> tuple[float, float, float]:
@@ -213,6 +213,7 @@ def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[
     with progress_bar(args, args.pairs, case.name, "pair") as bar:
         for start in range(0, args.pairs, args.pairs_a_build):
             torch._dynamo.reset()
+            gc.collect()
             sides = case.build(case, device)
             for i in range(start - WARM_UP, min(start + args.pairs_a_build, args.pairs)):
                 for side in (0, 1) if i % 2 == 0 else (1, 0):
@@ -221,7 +222,6 @@ def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[
                         times[side, i] = seconds
                 bar.update(int(i >= start))
             del sides
-            gc.collect()
     ratio, low, high = interval_of_ratio(*times)
     return {
         "what": case.what,
@@ -234,6 +234,7 @@ def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[
         "median_seconds": np.median(times, axis=1).tolist(),
         "batch": case.tokens[0],
         "sequence": case.tokens[1],
+        "new_tokens": case.new_tokens,
         "sizes": None if case.build is norm_pair else case.sizes or SMALL,
     }
 
@@ -290,9 +291,15 @@ def measure_memory(device: torch.device, args: argparse.Namespace) -> dict[str, 
     }
 
 
-def is_enough(result: dict[str, Any], case: Case | None, pairs: int) -> bool:
-    """Whether a result that is there was measured on what is asked for now; None is the case of the memory."""
-    return case is None or (result["pairs"] >= pairs and (result["batch"], result["sequence"]) == case.tokens)
+def is_enough(result: dict[str, Any], case: Case | None, args: argparse.Namespace) -> bool:
+    """Whether a result that is there will do for what is asked for now; None is the case of the memory.
+
+    Results without `pairs_a_build` are of a time when all pairs were of one build.
+    """
+    if case is None:
+        return True
+    same_tokens = not args.tokens or (result["batch"], result["sequence"]) == case.tokens
+    return "pairs_a_build" in result and result["pairs"] >= args.pairs and same_tokens
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -320,6 +327,7 @@ def table(record: dict[str, Any]) -> str:
         asked = f"≤ {result['at_most']}" if result.get("at_most") else asked
         low, high = result["interval"]
         tokens, pairs = f"{result['batch']} × {result['sequence']}", str(result["pairs"])
+        tokens += f" + {result['new_tokens']}" if result.get("new_tokens") else ""
         ratio, interval = f"{result['ratio']:.3f}", f"{low:.3f} to {high:.3f}"
         cells = (result["what"], result["against"], tokens, pairs, ratio, interval, asked)
         lines.append("| " + " | ".join((*cells, verdict(result))) + " |")
@@ -345,8 +353,9 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"--pairs {args.pairs} is too few for an interval: give at least 2 (30 for a result to quote)")
     if args.pairs_a_build < 1:
         raise UsageError(f"--pairs-a-build {args.pairs_a_build}: give at least 1")
-    if args.tokens and min(args.tokens) < 1:
-        raise UsageError(f"--tokens {args.tokens[0]} {args.tokens[1]}: a batch and a sequence are at least 1")
+    if args.tokens and (args.tokens[0] < 1 or args.tokens[1] < 2):
+        given = " ".join(map(str, args.tokens))
+        raise UsageError(f"--tokens {given}: a batch has at least 1 sequence, and that 2 tokens (one to predict)")
     environment = describe_environment(device)
     file = args.out / "bench.json"
     record: dict[str, Any] = {"environment": environment, "cases": {}}
@@ -362,7 +371,7 @@ def main(args: argparse.Namespace) -> None:
         if case and args.tokens and case.build is training_pair:
             case = replace(case, tokens=tuple(args.tokens))
         old = record["cases"].get(name)
-        if old and not args.again and is_enough(old, case, args.pairs):
+        if old and not args.again and is_enough(old, case, args):
             print(f"{name}: measured before, kept (--again measures it once more)", file=sys.stderr)
             continue
         record["cases"][name] = measure(case, device, args) if case else measure_memory(device, args)
@@ -382,7 +391,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=30, help="interleaved pairs a case")
     parser.add_argument("--pairs-a-build", type=int, default=10, help="pairs until both models are built anew")
     parser.add_argument(
-        "--tokens", type=int, nargs=2, metavar=("BATCH", "SEQUENCE"), help="tokens of a training step, for all of them"
+        "--tokens",
+        type=int,
+        nargs=2,
+        metavar=("BATCH", "SEQUENCE"),
+        help="of the training steps, in place of each case's own; decoding, norms and memory stay as they are",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one, when left out")
     parser.add_argument("--again", action="store_true", help="measure what bench.json holds once more")

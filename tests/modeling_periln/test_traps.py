@@ -111,9 +111,9 @@ def test_generation_is_inherited_by_the_very_class_and_its_loss_is_the_causal_on
 
 
 def test_the_signature_that_generate_asks_for_at_every_token_is_worked_out_once(monkeypatch):
-    """Of a class outside Transformers' tree; a tenth of a small model's token went into it."""
+    """It asks remote code alone; 6 % of a small model's token went into it (LOG.md)."""
     model, worked_out = shaken_model(), []
-    without = inspect.signature(model.forward)
+    arguments = list(inspect.signature(inspect.unwrap(PeriLlamaModel.forward)).parameters)[1:6]
     from_function = inspect._signature_from_function
 
     def counted(cls, function, **kwargs):
@@ -125,8 +125,7 @@ def test_the_signature_that_generate_asks_for_at_every_token_is_worked_out_once(
     assert "PeriLlamaForCausalLM.forward" not in worked_out and worked_out
     monkeypatch.undo()
     add_hook_to_module(model, ModelHook())  # as device_map does
-    assert inspect.signature(model.forward) == without
-    assert next(iter(without.parameters)) == "input_ids" and "kwargs" in without.parameters
+    assert list(inspect.signature(model.forward).parameters)[:5] == arguments
 
 
 @pytest.mark.parametrize("model_class", [PeriLlamaModel, PeriLlamaForCausalLM])

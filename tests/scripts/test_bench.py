@@ -24,6 +24,12 @@ def tiny_cases(monkeypatch):
     monkeypatch.setattr(bench, "CASES", {name: tiny(name) for name in bench.CASES})
 
 
+@pytest.fixture(autouse=True)
+def malloc_as_it_is(monkeypatch):
+    """The tests' own process keeps its ways with memory."""
+    monkeypatch.setattr(bench, "keep_freed_memory", lambda: None)
+
+
 def run(tmp_path, *more: str) -> dict:
     bench.main(bench.parse(["--out", str(tmp_path), "--device", "cpu", *more]))
     return json.loads((tmp_path / "bench.json").read_text())
@@ -43,17 +49,34 @@ def test_a_slow_minute_that_falls_on_both_sides_does_not_widen_the_interval():
     assert ratio == low == high == 2.0
 
 
-def test_models_are_built_anew_every_few_pairs(tmp_path, monkeypatch):
-    built = []
+def test_models_are_built_anew_every_few_pairs_and_no_warm_up_counts(tmp_path, monkeypatch):
+    """Each call of a side takes as many seconds as calls were made before: times, order and what counts follow."""
+    built, calls = [], []
 
     def build(case, device):
-        sides = bench.norm_pair(case, device)
-        built.append(sides)
-        return sides
+        built.append(len(calls))
+        return "ours", "theirs"
+
+    def seconds_of(side, device):
+        calls.append(side)
+        return float(len(calls))
 
     monkeypatch.setattr(bench, "CASES", {"norm-plain": dataclasses.replace(tiny("norm-plain"), build=build)})
+    monkeypatch.setattr(bench, "seconds_of", seconds_of)
     result = run(tmp_path, "--cases", "norm-plain", "--pairs", "7", "--pairs-a-build", "3")["cases"]["norm-plain"]
-    assert len(built) == 3 and result["pairs"] == 7 and result["pairs_a_build"] == 3
+    assert (result["pairs"], result["pairs_a_build"]) == (7, 3)
+    warm_up = 2 * bench.WARM_UP
+    assert built == [0, warm_up + 6, 2 * (warm_up + 6)] and len(calls) == 3 * warm_up + 14
+    counted = [
+        *range(warm_up, warm_up + 6),
+        *range(2 * warm_up + 6, 2 * warm_up + 12),
+        *range(len(calls) - 2, len(calls)),
+    ]
+    ours, theirs = ([i + 1 for i in counted if calls[i] == side] for side in ("ours", "theirs"))
+    assert len(ours) == len(theirs) == 7
+    assert result["median_seconds"] == [np.median(ours), np.median(theirs)]
+    firsts = [calls[i] for i in counted[::2]]
+    assert firsts == ["ours", "theirs"] * 3 + ["ours"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +148,22 @@ def test_a_result_of_other_tokens_is_not_kept_for_what_is_asked(tiny_cases, tmp_
     other = run(tmp_path, "--cases", name, "--pairs", "2", "--tokens", "2", "4")["cases"][name]
     assert (first["batch"], first["sequence"], other["batch"], other["sequence"]) == (1, 8, 2, 4)
     assert "| 2 × 4 | 2 |" in (tmp_path / "bench.md").read_text()
-    assert run(tmp_path, "--cases", name, "--pairs", "2", "--tokens", "2", "4")["cases"][name] == other
+    for more in ([], ["--tokens", "2", "4"]):
+        assert run(tmp_path, "--cases", name, "--pairs", "2", *more)["cases"][name] == other
+
+
+def test_tokens_are_those_of_training_steps_alone(tiny_cases, tmp_path):
+    names = ("norm-plain", "decode-1")
+    results = run(tmp_path, "--cases", *names, "--pairs", "2", "--tokens", "2", "4")["cases"]
+    assert [(results[name]["batch"], results[name]["sequence"]) for name in names] == [(1, 8)] * 2
+    assert "| 1 × 8 + 2 | 2 |" in (tmp_path / "bench.md").read_text()
+
+
+def test_a_result_of_the_time_of_one_build_is_measured_again(tiny_cases, tmp_path):
+    first = run(tmp_path, "--cases", "norm-plain", "--pairs", "2")
+    del first["cases"]["norm-plain"]["pairs_a_build"]
+    (tmp_path / "bench.json").write_text(json.dumps(first))
+    assert "pairs_a_build" in run(tmp_path, "--cases", "norm-plain", "--pairs", "2")["cases"]["norm-plain"]
 
 
 def test_a_mistake_is_said_before_anything_is_measured(tmp_path):
@@ -135,8 +173,9 @@ def test_a_mistake_is_said_before_anything_is_measured(tmp_path):
         run(tmp_path, "--pairs", "1")
     with pytest.raises(UsageError, match="--pairs-a-build 0"):
         run(tmp_path, "--pairs-a-build", "0")
-    with pytest.raises(UsageError, match="--tokens 0 8"):
-        run(tmp_path, "--tokens", "0", "8")
+    for batch, sequence in (("0", "8"), ("1", "1")):
+        with pytest.raises(UsageError, match=f"--tokens {batch} {sequence}"):
+            run(tmp_path, "--tokens", batch, sequence)
     (tmp_path / "bench.json").write_text(json.dumps({"environment": {"processor": "another"}, "cases": {"x": {}}}))
     with pytest.raises(UsageError, match="measured on another machine or version"):
         run(tmp_path, "--cases", "norm-plain")
