@@ -1,11 +1,12 @@
 """How fast is PeriLlama beside Transformers' own models? `python -m scripts.bench --out bench/`
 
-Every pair of models has the same weights (by `modeling_periln.convert`) and does the same work. A and B are measured
-in turn, in one process, in an order that alternates, so that a machine's slow minutes fall on both, and both are built
-anew every few pairs, so that no one place in memory decides; what is reported is the ratio of the medians with a
-bootstrap interval over the pairs. Two cases compare a model with itself: what they are off 1 is the machine's noise,
-and no other ratio is known better. `bench.json` is written after each case. What is in it, of this machine and with as
-many pairs at least, is not measured again unless `--again` or other `--tokens` are given.
+Every pair of models has the same weights (by `modeling_periln.convert`; the same tensors, since a product's time
+depends on where in memory they lie) and does the same work. A and B are measured in turn, in one process, in an order
+that alternates, so that a machine's slow minutes fall on both, and both are built anew every few pairs; what is
+reported is the ratio of the medians with a bootstrap interval over the pairs. Two cases compare a model with itself:
+what they are off 1 is the machine's noise, and no other ratio is known better. `bench.json` is written after each case.
+What is in it, of this machine and with as many pairs at least, is not measured again unless `--again` or other
+`--tokens` are given.
 
 The training step is forward, loss, backward and AdamW; labels are the ids, no padding.
 """
@@ -30,6 +31,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
+from modeling_periln.conversions import export_recipe
 from modeling_periln.convert import to_native
 from modeling_periln.norms import PeriLlamaRMSNorm
 from runkit.environment import describe_environment
@@ -80,18 +82,28 @@ def build_model(case: Case, placement: str, device: torch.device) -> PeriLlamaFo
 
 
 def models(case: Case, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Ours and the other."""
+    """Ours and the other, with the same tensors as weights wherever they are equal."""
     ours, other = case.placements
     first = build_model(case, ours, device)
-    return first, to_native(first, case.native) if case.native else build_model(case, other, device)
+    second = to_native(first, case.native) if case.native else build_model(case, other, device)
+    weights, theirs = dict(first.named_parameters()), dict(second.named_parameters())
+    sources = {name: name for name in theirs}
+    if case.native:
+        sources = {name: of[0] for name, (of, _) in export_recipe(first.config, case.native).items()}
+    for name, source in sources.items():
+        if source in weights and torch.equal(weights[source], theirs[name]):
+            owner, _, leaf = name.rpartition(".")
+            setattr(second.get_submodule(owner), leaf, weights[source])
+    return first, second
 
 
 def training_pair(case: Case, device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """One training step of each."""
+    """One training step of each; the weights that they share have one optimizer state."""
+    first, second = models(case, device)
+    optimizer = torch.optim.AdamW(dict.fromkeys([*first.parameters(), *second.parameters()]), lr=1e-6)
 
     def step_of(model: PreTrainedModel) -> Callable[[], None]:
         model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
         forward = torch.compile(model) if case.compiled else model
         ids = torch.randint(0, model.config.vocab_size, case.tokens, device=device)
 
@@ -102,7 +114,6 @@ def training_pair(case: Case, device: torch.device) -> tuple[Callable[[], Any], 
 
         return step
 
-    first, second = models(case, device)
     return step_of(first), step_of(second)
 
 

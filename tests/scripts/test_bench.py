@@ -118,6 +118,21 @@ def test_both_sides_of_a_pair_are_the_same_function(name):
     else:
         assert (ours.config.norm_placement, theirs.config.norm_placement) == ("peri", "pre")
     assert a.abs().max() > 0
+    own, others = ({p.data_ptr() for p in model.parameters()} for model in (ours, theirs))
+    assert others <= own and (others == own) == bool(case.native)
+
+
+@pytest.mark.parametrize("name", ["train-pre-fp32-eager", "peri-over-pre"])
+def test_each_side_of_a_training_pair_moves_the_weights_that_both_have(name, monkeypatch):
+    built = []
+    models = bench.models
+    monkeypatch.setattr(bench, "models", lambda *args: built.append(models(*args)) or built[-1])
+    sides = bench.training_pair(dataclasses.replace(tiny(name), compiled=False), CPU)
+    head = built[0][1].lm_head.weight
+    for side in sides:
+        before = head.detach().clone()
+        side()
+        assert not torch.equal(head, before) and head.grad is None
 
 
 def test_a_pair_trains_and_a_pair_decodes():
