@@ -223,12 +223,13 @@ def remarks(config: PreTrainedConfig, to: str) -> list[str]:
     if config.model_type != PERI_LLAMA:
         return [f"a factor of {factor:g} is folded into {name}" for name, factor in import_factors(config).items()]
     plan = config.stream_plan()
-    into = "the output norms' gamma" if plan.layers[0].output_norm else "o_proj and down_proj"
+    into = "the output norms' gamma" if plan.layers[0].attn.output_norm else "o_proj and down_proj"
+    sublayers = [sublayer for layer in plan.layers for sublayer in layer.sublayers]
     other_head = config.head_dim * config.num_attention_heads != config.hidden_size
     found = (
-        (plan.embedding_norm, "the embedding norm is folded into the embedding table"),
-        (any(layer.c != 1.0 for layer in plan.layers), "c is folded into the input norms' gamma"),
-        (any(layer.s != 1.0 for layer in plan.layers), f"s (with residual_scale) is folded into {into}"),
+        (plan.embedding_norm is not None, "the embedding norm is folded into the embedding table"),
+        (any(sublayer.c != 1.0 for sublayer in sublayers), "c is folded into the input norms' gamma"),
+        (any(sublayer.s != 1.0 for sublayer in sublayers), f"s (with residual_scale) is folded into {into}"),
         (not config.output_norm_learnable, "output_norm_learnable=False is lost: gamma is a parameter like any other"),
         (config.residual_dtype is not None, "residual_dtype is lost: the stream has the weights' dtype"),
         (to == "olmo2" and other_head, "head_dim is read by Transformers; serving engines' OLMo 2 may not read it"),

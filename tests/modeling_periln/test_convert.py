@@ -287,7 +287,7 @@ def test_which_row_goes_where():
     row = {name: admissible_exports(tiny_config(norm_placement=name)) for name in modeling_periln.PLACEMENT_NAMES}
     admitted = {name: {target for target, reason in reasons.items() if reason is None} for name, reasons in row.items()}
     pre = {"llama", "hyperclovax"}
-    expected = {"pre": pre, "lns": pre, "peri": {"hyperclovax", "glm4"}}
+    expected = {"pre": pre, "lns": pre, "peri": {"hyperclovax", "glm4"}, "sandwich": {"hyperclovax", "glm4"}}
     assert admitted == {name: expected.get(name, set()) for name in modeling_periln.PLACEMENT_NAMES}
     assert admissible_exports(tiny_config(**OUTPUT))["olmo2"] is None
     assert admissible_exports(tiny_config(residual_dtype="float16"))["glm4"] is None  # it belongs to the run
