@@ -112,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"--out {args.out} holds the results of one target, not of {len(args.targets)}")
     out = args.out.parent if one_file else args.out
     found = [(name, find_model(name, args.revision, args.trust_remote_code, out)) for name in args.targets]
-    benchmarks = Benchmarks(names, settings)
+    benchmarks = Benchmarks(names, settings, args.include_path)
     files = [args.out if one_file else target and result_file(target, settings) for _, target in found]
     scored = [(target, file) for (_, target), file in zip(found, files, strict=True) if target is not None]
     if one_file and scored and not args.again and not benchmarks.is_free(*scored[0]):
@@ -137,6 +137,14 @@ def main(args: argparse.Namespace) -> None:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The flags of `settings_of`, and of the models."""
+    parser.add_argument(
+        *("--include-path", "--include_path"),
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="tasks of your own, as .yaml files for lm-eval, of which the code is run; may be given several times",
+    )
     parser.add_argument("--num-fewshot", type=int, default=0, help="examples before each item")
     parser.add_argument("--limit", type=float, help="items a task, or a share of them below 1; all when left out")
     parser.add_argument("--batch-size", default="16", help="requests a batch, or auto: as many as the memory holds")
@@ -158,7 +166,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("python -m eval.benchmarks", "Score checkpoints on tasks of lm-evaluation-harness.")
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="run folders, checkpoints or ids of the Hub")
-    parser.add_argument("--tasks", default=",".join(SUITES["hub"]), metavar="A,B,...", help="any of lm-eval's, or mini")
+    tasks = ",".join(SUITES["hub"])
+    parser.add_argument("--tasks", default=tasks, metavar="A,B,...", help="any of lm-eval's, mini, or your own")
     parser.add_argument("--check-data", action="store_true", help="only load the tasks' data, and stop")
     add_settings(parser)
     return parser.parse_args(argv)

@@ -4,7 +4,8 @@
 
 In memory: `to_native(model, "llama")`, `from_native(model)`. What converts, and what is folded where, is told in
 `conversions.py`; `admissible_exports(config)` says it for one configuration. On disk the weights pass through one
-shard at a time, DST appears only when it is complete, and only if its logits are the source's.
+shard at a time, DST appears only when it is complete, and only if its logits are the source's. SRC may also be a run
+folder (its newest complete checkpoint) or a PEFT adapter (merged into its base first): `sources.py`.
 """
 
 import argparse
@@ -47,13 +48,8 @@ from .conversions import (
 )
 from .modeling_periln import PeriLlamaForCausalLM
 from .proof import NO_TEXT, TOLERANCE, WIKITEXT, ConversionFailed, compare, in_words, model_class
+from .sources import ADAPTER_CONFIG, COMPANIONS, base_of, check_whole, checkpoint_of, is_adapter, merge, read_json
 from .version import __version__
-
-_COPIED = (
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
-    "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
-)  # fmt: skip
-
 
 # In memory
 
@@ -147,7 +143,8 @@ def convert(
     after the other in FP32 and compared on random tokens and on text (`proof.py`).
 
     Args:
-        src: a folder with `config.json` and safetensors, sharded or not; or a Hub id, at `revision`.
+        src: a folder with `config.json` and safetensors, sharded or not; a run folder, whose newest complete checkpoint
+            is taken; an adapter's folder, which is merged into its base in FP32; or a Hub id, at `revision`.
         dst: a folder that does not exist, or is empty; it appears when everything is done.
         to: a key of `ARCHITECTURES`, or `peri_llama`.
         max_shard_size: bytes, or such as `500MB`, `5GB` (powers of 1000).
@@ -158,11 +155,18 @@ def convert(
 
     Raises:
         ConversionRefused: (a ValueError) what cannot be converted, and why; or `src`, `dst` or `text` is not as above.
-        ConversionFailed: weights are missing, or the export's logits differ by more than 1e-5 of the largest.
+        ConversionFailed: weights are missing or damaged, or the export's logits differ by over 1e-5 of the largest.
     """
     dst, limit = Path(os.path.realpath(dst)), _bytes(max_shard_size)
-    src = _fetched(str(src), revision)
-    config = _read_config(src, to)
+    given = _fetched(str(src), revision)
+    src = checkpoint_of(given)
+    check_whole(src)
+    base = base_of(src, lambda name: _fetched(name, None)) if is_adapter(src) else None
+    if base is not None:
+        check_whole(base)
+    config = _read_config(base or src, to)
+    notes = [f"{src.name} is the newest complete checkpoint of the run"] if src != given else []
+    notes += [f"the adapter is merged into its base, {base.name}, in FP32"] if base is not None else []
     if text not in (None, WIKITEXT, NO_TEXT) and not Path(text).is_file():
         raise ConversionRefused(f"--text {text} is no file; give one, or {WIKITEXT}, or {NO_TEXT}")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
@@ -170,7 +174,12 @@ def convert(
     target = periln_config(config) if to == PERI_LLAMA else native_config(config, to)
     recipe = import_recipe(config) if to == PERI_LLAMA else export_recipe(config, to)
     dst.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_sibling(dst) as folder:
+    with contextlib.ExitStack() as temporary:
+        folder = temporary.enter_context(_temporary_sibling(dst))
+        if base is not None:
+            adapter, src = src, temporary.enter_context(_temporary_sibling(dst, "merged"))
+            merge(adapter, base, src)
+            target.dtype = torch.float32
         with contextlib.ExitStack() as stack:
             files = _open_weights(src, stack)
             _check_names(files, recipe, tied=config.tie_word_embeddings)
@@ -184,7 +193,7 @@ def convert(
         record = {
             "from": config.model_type,
             "to": to,
-            "remarks": remarks(config, to),
+            "remarks": [*notes, *remarks(config, to)],
             **compare(src, folder, config, target, text),
             "versions": {m.__name__: m.__version__ for m in (transformers, torch)} | {"modeling_periln": __version__},
         }
@@ -197,7 +206,8 @@ def _fetched(src: str, revision: str | None) -> Path:
     """The model's folder; of a Hub id the files that a conversion reads are downloaded."""
     if Path(src).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", src):
         return Path(src)
-    wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", *_COPIED, "additional_chat_templates/*"]
+    wanted = ["config.json", ADAPTER_CONFIG, "*.safetensors", "model.safetensors.index.json", *COMPANIONS]
+    wanted += ["additional_chat_templates/*"]
     try:
         return Path(snapshot_download(src, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
@@ -209,7 +219,7 @@ def _fetched(src: str, revision: str | None) -> Path:
 def _read_config(src: Path, to: str) -> PreTrainedConfig:
     if not (src / "config.json").is_file():
         raise ConversionRefused(f"{src} is no model folder: it has no config.json")
-    kind = json.loads((src / "config.json").read_text()).get("model_type")
+    kind = read_json(src / "config.json").get("model_type")
     if to != PERI_LLAMA and architecture(to) and kind != PERI_LLAMA:
         raise ConversionRefused(f"{src} is {kind!r}: only {PERI_LLAMA} converts to {to}, so convert it to that first")
     if to == PERI_LLAMA and kind not in ARCHITECTURES:
@@ -244,12 +254,15 @@ def _open_weights(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_o
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file() and not single.is_file():
         raise ConversionRefused(f"{folder} has no model.safetensors and no {index.name}")
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {single.name}
+    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {single.name}
     opened = {}
     for path in (folder / name for name in sorted(names)):
         if not path.is_file():
             raise ConversionFailed(f"{path} is missing, though the index names it")
-        file = stack.enter_context(safe_open(path, framework="pt"))
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except Exception as error:  # safetensors' own kind, which is no OSError
+            raise ConversionFailed(f"{path} is damaged: {error}") from error
         opened |= dict.fromkeys(file.keys(), file)
     return opened
 
@@ -293,7 +306,7 @@ def _narrowed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _copy_companions(src: Path, folder: Path, config: PreTrainedConfig) -> None:
     """The tokenizer's files and the generation configuration; the latter is made where the source has none."""
-    for file in filter(Path.is_file, (src / name for name in _COPIED)):
+    for file in filter(Path.is_file, (src / name for name in COMPANIONS)):
         shutil.copyfile(file, folder / file.name)
     if (src / "additional_chat_templates").is_dir():
         shutil.copytree(src / "additional_chat_templates", folder / "additional_chat_templates")
@@ -303,9 +316,9 @@ def _copy_companions(src: Path, folder: Path, config: PreTrainedConfig) -> None:
 
 
 @contextlib.contextmanager
-def _temporary_sibling(dst: Path) -> Iterator[Path]:
+def _temporary_sibling(dst: Path, kind: str = "partial") -> Iterator[Path]:
     """A new folder beside `dst` that is gone afterwards, unless it was moved."""
-    folder = dst.with_name(f".{dst.name}.{os.getpid()}.partial")
+    folder = dst.with_name(f".{dst.name}.{os.getpid()}.{kind}")
     folder.mkdir()
     try:
         yield folder
@@ -332,7 +345,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0; 1 if the conversion failed; 2 if it was refused. SIGTERM exits with 143."""
     parser = _Parser(prog="periln-convert", description="Convert a checkpoint between PeriLlama and a stock class.")
-    parser.add_argument("src", metavar="SRC", help="model folder (config.json and safetensors), or Hub id")
+    parser.add_argument("src", metavar="SRC", help="model, run or adapter folder, or Hub id")
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder; must not exist, or be empty")
     parser.add_argument("--to", required=True, choices=[*ARCHITECTURES, PERI_LLAMA], help="architecture of DST")
     parser.add_argument("--revision", help="of a Hub id: branch, tag or commit (default: main)")

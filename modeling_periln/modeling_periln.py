@@ -47,6 +47,7 @@ from .configuration_periln import PeriLlamaConfig
 from .loss import IGNORE_INDEX, chunked_losses, shift_labels
 from .norms import make_norm
 from .placements import LayerPlan
+from .registration import register_names
 from .rotary import PeriLlamaRotaryEmbedding, rotate
 from .slots import Learned, Norm
 
@@ -577,6 +578,8 @@ class PeriLlamaForQuestionAnswering(GenericForQuestionAnswering, PeriLlamaPreTra
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+
+register_names()
 
 __all__ = [
     "PeriLlamaForCausalLM",

@@ -15,6 +15,7 @@ from eval import benchmarks, harness
 from eval.checkpoints import find_model, find_target
 from eval.harness import Benchmarks, Settings
 from eval.likelihood import ContinuationLM
+from eval.own_tasks import OwnTasks
 from eval.suites import SUITES
 from runkit.errors import UsageError, UserError, run_command
 
@@ -211,7 +212,7 @@ def test_the_few_tasks_that_are_looked_up_without_the_whole_list_are_those_of_th
     import lm_eval.tasks
 
     whole = lm_eval.tasks.TaskManager()
-    few = harness._manager_of([*harness.FOLDERS, "mini_piqa"])
+    few = harness._manager_of([*harness.FOLDERS, "mini_piqa"], OwnTasks([], []))
     assert len(few.all_tasks) < 100 < len(whole.all_tasks)
     for name in harness.FOLDERS:
         assert few.task_index[name] == whole.task_index[name]
