@@ -1,6 +1,7 @@
 """Convert between PeriLlama and the architectures that serving engines know: Llama, OLMo 2, HyperCLOVA X, GLM-4.
 
     python -m modeling_periln.convert SRC DST --to llama|olmo2|hyperclovax|glm4|peri_llama
+    python -m modeling_periln.convert --refresh-code CHECKPOINT...      # see refresh.py
 
 In memory: `to_native(model, "llama")`, `from_native(model)`. What converts, and what is folded where, is told in
 `conversions.py`; `admissible_exports(config)` says it for one configuration. On disk the weights pass through one
@@ -48,6 +49,7 @@ from .conversions import (
 )
 from .modeling_periln import PeriLlamaForCausalLM
 from .proof import NO_TEXT, TOLERANCE, WIKITEXT, ConversionFailed, compare, in_words, model_class
+from .refresh import refresh_code
 from .sources import ADAPTER_CONFIG, COMPANIONS, base_of, check_whole, checkpoint_of, is_adapter, merge, read_json
 from .version import __version__
 
@@ -344,7 +346,11 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0; 1 if the conversion failed; 2 if it was refused. SIGTERM exits with 143."""
-    parser = _Parser(prog="periln-convert", description="Convert a checkpoint between PeriLlama and a stock class.")
+    if "--refresh-code" in (sys.argv[1:] if argv is None else argv):
+        return _refresh(argv)
+    more = "periln-convert --refresh-code CHECKPOINT... replaces the code in PeriLlama checkpoints by this package's"
+    about = "Convert a checkpoint between PeriLlama and a stock class."
+    parser = _Parser(prog="periln-convert", description=about, epilog=more)
     parser.add_argument("src", metavar="SRC", help="model, run or adapter folder, or Hub id")
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder; must not exist, or be empty")
     parser.add_argument("--to", required=True, choices=[*ARCHITECTURES, PERI_LLAMA], help="architecture of DST")
@@ -366,12 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     except Exception as error:
-        if args.debug:
-            traceback.print_exc()
-        known = isinstance(error, (ConversionRefused, ConversionFailed))
-        message = (str(error).splitlines() or [""])[0]
-        print(f"error: {message if known else f'{type(error).__name__}: {message}'}", file=sys.stderr)
-        return 2 if isinstance(error, ConversionRefused) else 1
+        return _failed(error, args.debug)
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, before)
@@ -382,6 +383,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.dst}: {record['from']} -> {record['to']}, largest logit {record['largest_logit']:.6g},", end=" ")
     print(f"largest difference {record['largest_difference']:.3g} (allowed {TOLERANCE:g} of the largest logit)")
     return 0
+
+
+def _refresh(argv: Sequence[str] | None) -> int:
+    parser = _Parser(prog="periln-convert", description="Replace the code in PeriLlama checkpoints by this package's.")
+    parser.add_argument("--refresh-code", required=True, nargs="+", type=Path, metavar="CHECKPOINT", help="folders")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    for folder in args.refresh_code:
+        try:
+            changed = refresh_code(folder)
+        except Exception as error:
+            return _failed(error, args.debug)
+        print(f"{folder}: {', '.join(changed) + ' replaced' if changed else 'the code is this version already'}")
+    return 0
+
+
+def _failed(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    known = isinstance(error, (ConversionRefused, ConversionFailed))
+    message = (str(error).splitlines() or [""])[0]
+    print(f"error: {message if known else f'{type(error).__name__}: {message}'}", file=sys.stderr)
+    return 2 if isinstance(error, ConversionRefused) else 1
 
 
 __all__ = ["ConversionFailed", "ConversionRefused", "admissible_exports", "convert", "from_native", "main", "to_native"]
