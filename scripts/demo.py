@@ -21,10 +21,12 @@ import torch
 from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
 from runkit.folder import RunFolder, write_text
 from runkit.process import StopRequest, stop_with_parent
-from runkit.recipes import differing_fields, dump_yaml, from_mapping, read_yaml, to_mapping
+from runkit.recipes import dump_yaml, from_mapping, read_yaml, to_mapping
+from runkit.resume import resumption
 
 from .demo_recipe import HUB_LIMIT, DemoRecipe
 from .recipe import Recipe
+from .same_data import check_same_source
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
@@ -79,12 +81,15 @@ def resolve_recipe(args: argparse.Namespace) -> DemoRecipe:
         recipe.evaluation.limit = args.limit or None
     recipe.check()
     if _started(args.out):
-        different = differing_fields(read_yaml(kept), to_mapping(recipe))
-        if different:
+        found = resumption(read_yaml(kept), recipe)
+        if found.different:
             raise UserError(
-                f"{args.out} belongs to another recipe ({'; '.join(different)}): give another folder (--out, or "
+                f"{args.out} belongs to another recipe ({'; '.join(found.different)}): give another folder (--out, or "
                 f"OUT= with make), or remove {args.out}"
             )
+        recipe = found.recipe
+        if any(change.name == "text.source" for change in found.changes):
+            check_same_source(args.out / "data", recipe.text.source)
     return recipe
 
 
@@ -218,7 +223,7 @@ def main(args: argparse.Namespace) -> None:
     with run.locked(wait_seconds=60):
         if (args.out / "recipe.yaml").exists() and not _started(args.out):
             write_text(args.out / "recipe.yaml", dump_yaml(to_mapping(recipe)))  # nothing was made by the old one
-        run.claim(to_mapping(recipe))
+        run.claim(recipe)
         for cell in recipe.cells(args.out / "data"):
             write_text(args.out / "recipes" / f"{cell.name}.yaml", dump_yaml(to_mapping(cell)))
         write_text(args.out / "recipes" / "sft.yaml", dump_yaml(recipe.sft_recipe()))

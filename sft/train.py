@@ -29,13 +29,13 @@ from runkit.folder import RunFolder, read_json, room_for, weights_hash, write_js
 from runkit.fp16 import make_fp16_real
 from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
-from runkit.recipes import apply_overrides, from_mapping, read_yaml, to_mapping
+from runkit.recipes import apply_overrides, from_mapping, read_yaml
 
 from . import lora
 from .before_after import record_before_after
 from .checkpointing import latest_resumable
 from .conversations import Conversations, load_conversations
-from .recipe import Recipe
+from .recipe import Lora, Recipe
 from .tokens import Tokens, chat_tokenizer, marked, tokenize
 from .trainer import ExactTrainer, Recorder, arguments
 
@@ -62,8 +62,8 @@ def _build_trainer(job: Job, recorder_bar: tqdm, stop: StopRequest, scratch: str
     # An absolute path: it is what an adapter names as its base.
     model = AutoModelForCausalLM.from_pretrained(job.checkpoint.resolve(), dtype=torch.float32, use_safetensors=True)
     model.config.residual_dtype = recipe.residual_dtype
-    if recipe.lora is not None:
-        model = lora.add_adapters(model, recipe.lora, recipe.seed)
+    if recipe.peft is not None:
+        model = lora.add_adapters(model, recipe.peft, recipe.seed)
     trainer = ExactTrainer(
         job.run,
         recipe,
@@ -158,7 +158,7 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
     """
     recipe = from_mapping(Recipe, apply_overrides(read_yaml(args.config), args.set, Recipe))
     if args.peft and recipe.peft is None:
-        recipe.peft = {}
+        recipe.peft = Lora()
     recipe.check()
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device: cuda was asked for, but torch sees no CUDA device")
@@ -186,6 +186,8 @@ def plan(recipe: Recipe, path: Path, conversations: Conversations, name: str) ->
     positions = config.max_position_embeddings
     if recipe.max_length > positions:
         raise UsageError(f"max_length {recipe.max_length} exceeds the {positions} positions of {checkpoint}")
+    if recipe.peft is not None:
+        lora.check_adapters(config, recipe.peft)
     mine = dataclasses.replace(
         recipe,
         model=weights_hash(checkpoint),
@@ -193,10 +195,11 @@ def plan(recipe: Recipe, path: Path, conversations: Conversations, name: str) ->
         data_revision=conversations.revision,
         data_sha256=conversations.sha256,
     )
+    run = RunFolder(folder)
     return Job(
-        mine,
+        run.check_claim(mine).recipe,
         checkpoint,
-        RunFolder(folder),
+        run,
         conversations,
         tokenize(conversations, tokenizer, recipe.max_length),
         tokenizer,
@@ -215,6 +218,7 @@ def _run_job(job: Job, bar: tqdm, stop: StopRequest) -> None:
         bar.update(job.steps)
         return
     bar.set_postfix_str(run.path.parent.name)
+    job.recipe = run.claim(job.recipe, tqdm.write)
     run.set_status("running")
     try:
         with room_for(run.path):
@@ -266,9 +270,6 @@ def main(args: argparse.Namespace) -> None:
         for job in (job for _, job in jobs if job is not None):
             print("\n\n".join(marked(job.tokens, job.tokenizer, args.show_labels)))
         return
-    for _, job in jobs:
-        if job is not None:
-            job.run.claim(to_mapping(job.recipe))
     total = sum(job.steps for _, job in jobs if job is not None)
     with progress_bar(args, total, "fine-tuning", "step") as bar:
         for path, job in jobs:
