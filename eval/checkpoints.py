@@ -98,9 +98,9 @@ def find_target(path: Path, trust_remote_code: bool = False) -> Target | None:
     elif not path.exists() and RunFolder(path.parent).status == "diverged":
         return None
     else:
-        raise UserError(f"{path} is neither a run folder (recipe.yaml) nor a checkpoint (config.json)")
+        raise UsageError(f"{path} is neither a run folder (recipe.yaml) nor a checkpoint (config.json)")
     if (checkpoint / "adapter_config.json").exists():
-        raise UserError(
+        raise UsageError(
             f"{checkpoint} holds an adapter alone: merge it (sft.train --peft --merge), and evaluate merged/"
         )
     _check_files(checkpoint)
@@ -111,9 +111,9 @@ def find_target(path: Path, trust_remote_code: bool = False) -> Target | None:
 
 def _check_files(checkpoint: Path) -> None:
     if not (checkpoint / "tokenizer_config.json").exists():
-        raise UserError(f"{checkpoint} has no tokenizer (tokenizer_config.json)")
+        raise UsageError(f"{checkpoint} has no tokenizer (tokenizer_config.json)")
     if not any(checkpoint.glob("*.safetensors")):
-        raise UserError(f"{checkpoint} has no weights in safetensors; pickled ones (.bin, .pt) are not read")
+        raise UsageError(f"{checkpoint} has no weights in safetensors; pickled ones (.bin, .pt) are not read")
 
 
 def find_model(name: str, revision: str | None, trust_remote_code: bool, out: Path | None) -> Target | None:
@@ -157,6 +157,6 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
     except UserError:
         raise
     except Exception as error:  # the Hub's client raises a dozen kinds; the user needs one sentence
-        raise UserError(f"{at} is no folder here, and {hub_reason(error)}") from error
+        raise UsageError(f"{at} is no folder here, and {hub_reason(error)}") from error
     _check_files(found)
     return found, info.sha

@@ -157,6 +157,11 @@ def weights_hash(checkpoint: Path) -> str:
     return sha256_of(*sorted(checkpoint.glob("*.safetensors")))
 
 
+def called(path: str | Path) -> str:
+    """A folder as a message calls it: as it was given, `.` and `..` by what they stand for."""
+    return str(Path(path).resolve() if Path(path).name in ("", "..") else path)
+
+
 class RunFolder:
     """One run on disk. Reading needs nothing but the folder; writing wants the lock."""
 

@@ -152,7 +152,7 @@ def _read_one(path: Path) -> dict[str, Any]:
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UsageError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):

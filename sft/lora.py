@@ -55,7 +55,7 @@ def merge(checkpoint: Path, out: Path) -> tuple[float, float]:
             path.
     """
     if not is_adapter(checkpoint):
-        raise UserError(f"{checkpoint} holds no adapter (adapter_config.json): there is nothing to merge")
+        raise UsageError(f"{checkpoint} holds no adapter (adapter_config.json): there is nothing to merge")
     model = load_float32(checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     generator = torch.Generator().manual_seed(0)
