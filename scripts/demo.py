@@ -60,10 +60,11 @@ def resolve_recipe(args: argparse.Namespace) -> DemoRecipe:
     kept = args.out / "recipe.yaml"
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out} is a file, not a folder; it is left alone: give another folder")
-    if kept.exists() and read_yaml(kept).get("stage") != "demo":
+    others = kept.exists() and read_yaml(kept).get("stage") != "demo"
+    if others and RunFolder(args.out).began:
         raise UserError(f"{args.out} is not a demo's folder (its recipe.yaml has another stage): give another folder")
     # A demo that failed before it had its data (bad text, say) need not repeat the mistake.
-    fresh = not kept.exists() or (not _started(args.out) and RunFolder(args.out).status == "failed")
+    fresh = others or not kept.exists() or (not _started(args.out) and RunFolder(args.out).status == "failed")
     mapping = read_yaml((args.recipe or DEFAULT_RECIPE) if fresh or args.recipe else kept)
     recipe = from_mapping(DemoRecipe, mapping)
     if args.device is not None:
