@@ -1,7 +1,7 @@
 """The run folder: the interface between the stages.
 
     recipe.yaml, environment.json, metrics.jsonl, layers/step_*.parquet, checkpoints/step_*/, eval/*.json,
-    summary.json
+    summary.json, and changes.jsonl where a field was changed on a resume
 
 Tables, figures and cards are pure functions of it. Every file is written whole or not at all: into a
 temporary file (or folder) beside its place, synced, then renamed.
