@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
 from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, weights_hash
-from runkit.hub import hub_reason, quiet_hub
+from runkit.hub import hub_error, quiet_hub
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")  # auto: as saved
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -121,7 +121,7 @@ def find_model(name: str, revision: str | None, trust_remote_code: bool, out: Pa
 
     Raises:
         UsageError: a revision of a local path; a Hub id without `out`.
-        UserError: see `find_target`; the Hub has no such model or revision, or does not answer.
+        UserError: see `find_target`; the Hub has no such model or revision (UsageError), or does not answer.
     """
     path = Path(name)
     if path.exists() or not _HUB_ID.fullmatch(name) or RunFolder(path.parent).status == "diverged":
@@ -157,6 +157,6 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
     except UserError:
         raise
     except Exception as error:  # the Hub's client raises a dozen kinds; the user needs one sentence
-        raise UsageError(f"{at} is no folder here, and {hub_reason(error)}") from error
+        raise hub_error(f"{at} is no folder here, and", error) from error
     _check_files(found)
     return found, info.sha

@@ -12,7 +12,7 @@ import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
 from runkit.checkpoints import damage_of
 from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, weights_hash
-from runkit.hub import hub_reason
+from runkit.hub import hub_error
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -119,7 +119,7 @@ def _of_hub(asked: str, revision: str | None, trust_remote_code: bool) -> Model:
     try:
         path = Path(snapshot_download(asked, revision=revision, allow_patterns=files))
     except Exception as error:
-        raise UsageError(f"{asked} is no folder here, and as an id of the Hub {hub_reason(error)}") from error
+        raise hub_error(f"{asked} is no folder here, and as an id of the Hub", error) from error
     return Model(asked.replace("/", "--"), asked, path.name, (Checkpoint(0, path),), None)
 
 
