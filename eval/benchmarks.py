@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from runkit.errors import UsageError, UserError, make_parser, run_command
-from runkit.folder import weights_hash
+from runkit.folder import called, weights_hash
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
     with progress_bar(args, len(found) * len(benchmarks.tasks), "benchmarks", "task") as bar:
         for (name, target), file in zip(found, files, strict=True):
             if target is None:
-                tqdm.write(f"{name}: diverged, not evaluated")
+                tqdm.write(f"{called(name)}: diverged, not evaluated")
                 bar.update(len(benchmarks.tasks))
                 continue
             bar.set_postfix_str(target.name)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
 from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, weights_hash
-from runkit.hub import hub_reason, quiet_hub
+from runkit.hub import hub_error, quiet_hub
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")  # auto: as saved
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -98,9 +98,9 @@ def find_target(path: Path, trust_remote_code: bool = False) -> Target | None:
     elif not path.exists() and RunFolder(path.parent).status == "diverged":
         return None
     else:
-        raise UserError(f"{path} is neither a run folder (recipe.yaml) nor a checkpoint (config.json)")
+        raise UsageError(f"{path} is neither a run folder (recipe.yaml) nor a checkpoint (config.json)")
     if (checkpoint / "adapter_config.json").exists():
-        raise UserError(
+        raise UsageError(
             f"{checkpoint} holds an adapter alone: merge it (sft.train --peft --merge), and evaluate merged/"
         )
     _check_files(checkpoint)
@@ -111,9 +111,9 @@ def find_target(path: Path, trust_remote_code: bool = False) -> Target | None:
 
 def _check_files(checkpoint: Path) -> None:
     if not (checkpoint / "tokenizer_config.json").exists():
-        raise UserError(f"{checkpoint} has no tokenizer (tokenizer_config.json)")
+        raise UsageError(f"{checkpoint} has no tokenizer (tokenizer_config.json)")
     if not any(checkpoint.glob("*.safetensors")):
-        raise UserError(f"{checkpoint} has no weights in safetensors; pickled ones (.bin, .pt) are not read")
+        raise UsageError(f"{checkpoint} has no weights in safetensors; pickled ones (.bin, .pt) are not read")
 
 
 def find_model(name: str, revision: str | None, trust_remote_code: bool, out: Path | None) -> Target | None:
@@ -121,7 +121,7 @@ def find_model(name: str, revision: str | None, trust_remote_code: bool, out: Pa
 
     Raises:
         UsageError: a revision of a local path; a Hub id without `out`.
-        UserError: see `find_target`; the Hub has no such model or revision, or does not answer.
+        UserError: see `find_target`; the Hub has no such model or revision (UsageError), or does not answer.
     """
     path = Path(name)
     if path.exists() or not _HUB_ID.fullmatch(name) or RunFolder(path.parent).status == "diverged":
@@ -157,6 +157,6 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
     except UserError:
         raise
     except Exception as error:  # the Hub's client raises a dozen kinds; the user needs one sentence
-        raise UserError(f"{at} is no folder here, and {hub_reason(error)}") from error
+        raise hub_error(f"{at} is no folder here, and", error) from error
     _check_files(found)
     return found, info.sha

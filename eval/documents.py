@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from runkit.errors import UserError, did_you_mean
+from runkit.errors import UsageError, UserError, did_you_mean
 from runkit.folder import write_text
 from runkit.hub import hub_reason, quiet_hub
 
@@ -124,7 +124,7 @@ def stream(source: Source, bar: tqdm) -> tuple[Source, Iterable[str]]:
                 bar.update(1)
                 if source.column not in row:
                     near = did_you_mean(source.column, list(row))
-                    raise UserError(
+                    raise UsageError(
                         f"{source.words} has no column {source.column!r}{near}: it has {', '.join(row)} (--column)"
                     )
                 yield row[source.column]
@@ -174,7 +174,7 @@ def read_sample(path: Path, source: Source, count: int, seed: int) -> Sample:
         head, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
         found, texts = head["sample"], [line["text"] for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no sample of documents ({error}); give --sample another name") from error
+        raise UsageError(f"{path} is no sample of documents ({error}); give --sample another name") from error
     asked = _head(source, count, seed)
     if other := [f"{key} {found.get(key)!r}, not {value!r}" for key, value in asked.items() if found.get(key) != value]:
         raise UserError(f"{path} holds another sample ({'; '.join(other)}); it is left alone: give another name")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from runkit.errors import UsageError, did_you_mean, make_parser, run_command
-from runkit.folder import read_json, weights_hash, write_json
+from runkit.folder import called, read_json, weights_hash, write_json
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     with progress_bar(args, 3 * len(targets), "evaluation", "part") as bar:
         for path, target in targets:
             if target is None:
-                tqdm.write(f"{path.name}: diverged, not evaluated")
+                tqdm.write(f"{called(path)}: diverged, not evaluated")
                 bar.update(3)
                 continue
             bar.set_postfix_str(target.name)

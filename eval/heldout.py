@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from runkit.errors import UserError
+from runkit.errors import UsageError
 
 NO_DOCUMENT = -1  # the owner of a target that is not scored
 
@@ -25,9 +25,9 @@ def read_texts(path: Path) -> list[str]:
     try:
         texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read held-out texts from {path}: {error}") from error
+        raise UsageError(f"cannot read held-out texts from {path}: {error}") from error
     if not any(texts):
-        raise UserError(f"{path} holds no text")
+        raise UsageError(f"{path} holds no text")
     return texts
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from runkit.errors import UsageError, UserError, make_parser, run_command
-from runkit.folder import read_json, write_json
+from runkit.folder import called, read_json, write_json
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
@@ -75,7 +75,7 @@ def context_of(target: Target, asked: int | None) -> int:
     """
     positions = target.positions()
     if asked is not None and positions is not None and asked > positions:
-        raise UserError(f"--context {asked} is more than the {positions} positions of {target.name}")
+        raise UsageError(f"--context {asked} is more than the {positions} positions of {target.name}")
     return asked or min(CONTEXT, positions or CONTEXT)
 
 
@@ -115,7 +115,7 @@ def documents(args: argparse.Namespace) -> Sample:
     source = named(args.dataset, args.config, args.split, args.column, args.dataset_revision)
     if args.sample is not None and args.sample.exists():
         return read_sample(args.sample, source, args.documents, args.seed)
-    with tqdm(desc=source.words, unit="document", dynamic_ncols=True, position=args.bar) as bar:
+    with progress_bar(args, None, source.words, "document") as bar:
         sample = draw(source, args.documents, args.seed, bar)
     if len(sample.texts) < args.documents:
         tqdm.write(f"{source.words} has {len(sample.texts)} documents, fewer than {args.documents}: all are taken")
@@ -162,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
     with progress_bar(args, 0, "loss", "batch") as bar:
         for name, target in found:
             if target is None:
-                tqdm.write(f"{name}: diverged, not evaluated")
+                tqdm.write(f"{called(name)}: diverged, not evaluated")
                 continue
             bar.set_postfix_str(target.name)
             head = head_of(target, sample, args)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from runkit.errors import UserError
+from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, read_json, sha256_of
 from runkit.placement_names import placement_name
 from runkit.recipes import flatten
@@ -243,14 +243,14 @@ def load(root: str | Path, measurements: bool = True) -> Frames:
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root} is {'not a folder' if root.exists() else 'missing'}: give a folder of runs")
+        raise UsageError(f"{root} is {'not a folder' if root.exists() else 'missing'}: give a folder of runs")
     recipes = _find(root)
     own = recipes["."] if recipes.get(".", {}).get("stage") == "demo" else {}
     recipes = {run: recipe for run, recipe in recipes.items() if recipe.get("stage") in ("pretrain", "sft")}
     rows = [row for run in recipes if (row := _describe(root, run, recipes))]
     left_out = tuple(sorted(set(recipes) - {row["run"] for row in rows}))
     if not any(row["stage"] == "pretrain" for row in rows):
-        raise UserError(f"{root} holds no run folders (a recipe.yaml with stage: pretrain)")
+        raise UsageError(f"{root} holds no run folders (a recipe.yaml with stage: pretrain)")
     rows.sort(key=lambda r: (r["learning_rate"], placement_order(r["placement"]), str(r["seed"]).zfill(9), r["run"]))
 
     metrics, layers, scores, samples, environments = [], [], [], [], {}

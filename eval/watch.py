@@ -275,7 +275,7 @@ def main(args: argparse.Namespace) -> None:
         tqdm.write(f"waiting for {run.path} to begin", file=sys.stderr)
     while not (run.path / "recipe.yaml").exists():
         if time.monotonic() > deadline:
-            raise UserError(f"{run.path} is no run folder (recipe.yaml), and none came within {args.wait:g} seconds")
+            raise UsageError(f"{run.path} is no run folder (recipe.yaml), and none came within {args.wait:g} seconds")
         time.sleep(POLL_SECONDS)
     with progress_bar(args, None, f"watching {run.path.name}", "checkpoint") as bar:
         why = watch(run, benchmarks, args, bar)

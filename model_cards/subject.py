@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from runkit.checkpoints import damage_of, latest_whole
-from runkit.errors import UserError
+from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, read_json
 
 IN_A_RUN = ("checkpoints", "merged")  # folders of a run in which model folders stand
@@ -128,9 +128,9 @@ def find_subject(path: str | Path, step: int | None = None, needs_weights: bool 
         return _of_run(RunFolder(path), step, needs_weights)
     if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         what = "is missing" if not path.exists() else "is neither a run folder (recipe.yaml) nor a model (config.json)"
-        raise UserError(f"{path} {what}")
+        raise UsageError(f"{path} {what}")
     if step is not None:
-        raise UserError(f"--step {step} is for a run folder, and {path} is a checkpoint")
+        raise UsageError(f"--step {step} is for a run folder, and {path} is a checkpoint")
     checked(path)
     parent = path.resolve().parent
     inside = parent.name in IN_A_RUN and (parent.parent / "recipe.yaml").exists()
@@ -142,7 +142,7 @@ def _of_run(run: RunFolder, step: int | None, needs_weights: bool) -> Subject:
         checkpoint = run.checkpoint_path(step)
         if not checkpoint.is_dir():
             have = ", ".join(p.name.removeprefix("step_").lstrip("0") or "0" for p in run.checkpoints()) or "none"
-            raise UserError(f"{run.path} has no checkpoint of step {step} (it has: {have})")
+            raise UsageError(f"{run.path} has no checkpoint of step {step} (it has: {have})")
         return Subject(checked(checkpoint), run)
     best = run.path / "best.json"
     if best.exists() and run.recipe.get("stage") == "sft" and (name := read_json(best).get("checkpoint")):

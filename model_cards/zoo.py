@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from runkit.errors import UsageError, UserError, make_parser, run_command
+from runkit.errors import UsageError, make_parser, run_command
 from runkit.folder import RunFolder, write_text
 from runkit.placement_names import placement_name
 from runkit.process import start_stage
@@ -119,7 +119,7 @@ def collect(roots: Sequence[Path], args: argparse.Namespace) -> list[dict[str, s
     seen, subjects = set(), []
     for root in roots:
         if not root.is_dir():
-            raise UserError(f"{root} is {'not a folder' if root.exists() else 'missing'}: give a folder of models")
+            raise UsageError(f"{root} is {'not a folder' if root.exists() else 'missing'}: give a folder of models")
         before = len(subjects)
         for subject in found_under(root):
             key = (subject.checkpoint or subject.run.path).resolve()
@@ -127,7 +127,7 @@ def collect(roots: Sequence[Path], args: argparse.Namespace) -> list[dict[str, s
                 seen.add(key)
                 subjects.append((subject, root))
         if len(subjects) == before and not seen:
-            raise UserError(f"{root} holds no runs and no models")
+            raise UsageError(f"{root} holds no runs and no models")
     with progress_bar(args, len(subjects), "zoo", "model") as bar:
         rows = []
         for subject, root in subjects:

@@ -1,6 +1,16 @@
-"""Errors for people, and the frame of every command line of the project."""
+"""Errors for people, and the frame of every command line of the project.
+
+The exit codes, the same for every command:
+
+    0    done
+    1    failed, or refused for the state of things: a folder of another run, a lock, a diverged run, a full disk
+    2    bad usage or input: an argument, a recipe, a path that is missing or holds something else
+    130  interrupted (SIGINT); what can be resumed was saved
+    143  terminated (SIGTERM); likewise
+"""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -16,7 +26,7 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """A mistake in what was asked for: an argument or a recipe."""
+    """A mistake in what was asked for: an argument, a recipe, or a path at which there is no such thing."""
 
     exit_code = USAGE
 
@@ -53,8 +63,7 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
 def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     """Run a command's main function and turn what it raises into one sentence and an exit code.
 
-    2 for usage, 1 for any other failure, 130 and 143 after SIGINT and SIGTERM. With `args.debug` the
-    traceback is shown as well.
+    See the table on top. With `args.debug` the traceback is shown as well.
     """
     try:
         return main(args) or 0
@@ -75,7 +84,7 @@ def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse
         where = f": {error.filename}" if error.filename else ""
         text = f"{error.strerror.lower()}{where}" if error.strerror else " ".join(str(error).split())
         print(f"error: {text}", file=sys.stderr)
-        return FAILURE
+        return USAGE if isinstance(error, FileNotFoundError) and _was_named(error.filename, args) else FAILURE
     except Exception as error:
         if args.debug:
             raise
@@ -84,3 +93,9 @@ def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse
             file=sys.stderr,
         )
         return FAILURE
+
+
+def _was_named(path: str | bytes | None, args: argparse.Namespace) -> bool:
+    """Whether a path is one that the command line names, not one of our own making."""
+    words = [word for value in vars(args).values() for word in (value if isinstance(value, list) else [value])]
+    return path is not None and os.fsdecode(path) in {str(word) for word in words}

@@ -1,7 +1,7 @@
 """The run folder: the interface between the stages.
 
     recipe.yaml, environment.json, metrics.jsonl, layers/step_*.parquet, checkpoints/step_*/, eval/*.json,
-    summary.json
+    summary.json, and changes.jsonl where a field was changed on a resume
 
 Tables, figures and cards are pure functions of it. Every file is written whole or not at all: into a
 temporary file (or folder) beside its place, synced, then renamed.
@@ -18,11 +18,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from .errors import UserError
-from .recipes import differing_fields, dump_yaml, read_yaml
+from .errors import UsageError, UserError
+from .recipes import dump_yaml, read_yaml, to_mapping
+from .resume import Resumption, resumption
 
+T = TypeVar("T")
+CLAIM = {"recipe.yaml", "summary.json", "data.json"}  # what may stand in a folder before the first step
 STATUSES = ("running", "completed", "diverged", "interrupted", "failed")
 
 
@@ -154,6 +157,11 @@ def weights_hash(checkpoint: Path) -> str:
     return sha256_of(*sorted(checkpoint.glob("*.safetensors")))
 
 
+def called(path: str | Path) -> str:
+    """A folder as a message calls it: as it was given, `.` and `..` by what they stand for."""
+    return str(Path(path).resolve() if Path(path).name in ("", "..") else path)
+
+
 class RunFolder:
     """One run on disk. Reading needs nothing but the folder; writing wants the lock."""
 
@@ -180,28 +188,76 @@ class RunFolder:
     def finished(self) -> bool:
         return self.status in ("completed", "diverged")
 
-    def check_claim(self, recipe: dict[str, Any]) -> None:
+    @property
+    def began(self) -> bool:
+        """Whether anything stands here that is worth keeping.
+
+        A command that was refused, or killed before its first step, leaves a claim at most: the recipe as `claim`
+        writes it, and what is said of a run before it begins. That holds nobody up.
+        """
+        names = {
+            file.relative_to(self.path).as_posix()
+            for file in self.path.rglob("*")
+            if file.is_file() and not file.name.startswith(".") and file.stat().st_size
+        }
+        if not names:
+            return False
+        return self.finished or not names <= CLAIM or not self._claimed_by_us()
+
+    def _claimed_by_us(self) -> bool:
+        file = self.path / "recipe.yaml"
+        return file.exists() and file.read_text(encoding="utf-8") == dump_yaml(self.recipe)
+
+    def check_claim(self, recipe: T) -> Resumption[T]:
         """What `claim` does, without writing.
+
+        Returns:
+            the recipe to go on with (`.recipe`), and what is another than when the run began.
 
         Raises:
             UserError: the folder belongs to another recipe (the differing fields are named), or holds
                 files but no recipe.
         """
-        if (self.path / "recipe.yaml").exists():
-            different = differing_fields(self.recipe, recipe)
-            if different:
-                raise UserError(
-                    f"{self.path} belongs to another recipe ({'; '.join(different)}); "
-                    "give another folder, or remove this one"
-                )
-        elif self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
-            raise UserError(f"{self.path} holds files but no recipe.yaml; it is left alone: give another folder")
-
-    def claim(self, recipe: dict[str, Any]) -> None:
-        """Write the recipe, or check that the folder belongs to this very recipe. Raises as `check_claim`."""
-        self.check_claim(recipe)
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file, not a folder; it is left alone: give another folder")
+        if not self.began:
+            return Resumption(recipe)
         if not (self.path / "recipe.yaml").exists():
-            write_text(self.path / "recipe.yaml", dump_yaml(recipe))
+            raise UserError(f"{self.path} holds files but no recipe.yaml; it is left alone: give another folder")
+        found = resumption(self.recipe, recipe)
+        if found.different:
+            raise UserError(
+                f"{self.path} belongs to another recipe ({'; '.join(found.different)}); "
+                "give another folder, or remove this one"
+            )
+        return found
+
+    def claim(self, recipe: T, tell: Callable[[str], None] = print) -> T:
+        """Write the recipe, or check that the folder belongs to this very recipe; to be called with the lock held.
+
+        What may change on a resume is told, written to recipe.yaml, and kept in changes.jsonl.
+
+        Returns:
+            the recipe to go on with. Raises as `check_claim`.
+        """
+        found = self.check_claim(recipe)
+        text, file = dump_yaml(to_mapping(found.recipe)), self.path / "recipe.yaml"
+        if not self.began and file.exists() and file.read_text(encoding="utf-8") != text:
+            tell(f"{self.path} held another recipe, of a run that never began: it is taken over")
+            for name in CLAIM:
+                (self.path / name).unlink(missing_ok=True)
+        for line in (*map(str, found.changes), *found.kept):
+            tell(f"{self.path}: {line}")
+        if found.changes:
+            step = len(self.metrics())
+            with open(self.path / "changes.jsonl", "a") as changes:
+                changes.writelines(
+                    json.dumps({"step": step, "field": c.name, "old": c.old, "new": c.new}) + "\n"
+                    for c in found.changes
+                )
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            write_text(file, text)
+        return found.recipe
 
     def set_status(self, status: str, **more: Any) -> None:
         """Write summary.json: the status, and whatever else is to be known at once about the run."""

@@ -3,6 +3,8 @@
 import os
 import re
 
+from .errors import UsageError, UserError
+
 
 def quiet_hub() -> None:
     """Keep the Hub's clients from writing a line for every retry: the one sentence at the end says it all."""
@@ -33,3 +35,10 @@ def hub_reason(error: BaseException) -> str:
     if re.search(r"connect|timed out|timeout|resolve host|name resolution|unreachable", low):
         return f"the Hub ({os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}) does not answer"
     return f"the Hub did not give it {short}"
+
+
+def hub_error(said: str, error: BaseException) -> UserError:
+    """The sentence `said` with the Hub's reason: of usage where the Hub has no such thing, else a failure."""
+    reason = hub_reason(error)
+    kind = UsageError if reason.startswith("the Hub has ") else UserError
+    return kind(f"{said} {reason}")

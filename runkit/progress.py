@@ -1,12 +1,33 @@
-"""Progress bars, one line for each process that runs beside another."""
+"""Progress bars at a terminal, one line for each process that runs beside another; lines of text in a log."""
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, TextIO
+from weakref import WeakSet
 
 from tqdm import tqdm
 
 LOG_SECONDS = 30.0
+
+
+class LogBar(tqdm):
+    """A bar for a file: each time it shows itself it adds a line, and it moves no cursor."""
+
+    # Of its own, so that another library's bar beside it, and `tqdm.write`, do not take it for a line to go around.
+    _instances = WeakSet()
+    monitor = None
+
+    @staticmethod
+    def status_printer(file: TextIO):
+        def show(text: str) -> None:
+            if text.strip():
+                file.write(f"{text.rstrip()}\n")
+                file.flush()
+
+        return show
+
+    def moveto(self, n: int) -> None:
+        """A file has no cursor."""
 
 
 def progress_bar(
@@ -14,10 +35,11 @@ def progress_bar(
 ) -> tqdm:
     """A bar on the line that `--bar` names, with an estimate of the time left; `more` goes to tqdm.
 
-    Where no one watches (a log file) it says where it is every 30 seconds only: a week of ten lines a second would
-    fill a disk.
+    Where no one watches (a log file) it says where it is every 30 seconds only, in a line without control characters:
+    a week of ten lines a second would fill a disk.
     """
-    options = {"smoothing": 0.05, "dynamic_ncols": True, "position": args.bar, "disable": not shown}
-    if not sys.stderr.isatty():
-        options |= {"mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS}
-    return tqdm(total=total, desc=desc, unit=unit, **options, **more)
+    options: dict[str, Any] = {"smoothing": 0.05, "disable": not shown}
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=desc, unit=unit, position=args.bar, dynamic_ncols=True, **options, **more)
+    options |= {"position": 0, "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS, "ncols": 100}
+    return LogBar(total=total, desc=desc, unit=unit, **options, **more)

@@ -117,6 +117,7 @@ def check_field(mapping: dict[str, Any], dotted: str, schema: type | None) -> No
     words, here = dotted.split("."), mapping
     for i, word in enumerate(words):
         where = "".join(f"{w}." for w in words[:i])
+        schema = section_of(schema) or schema
         if dataclasses.is_dataclass(schema):
             hints = typing.get_type_hints(schema)
             if word not in hints:
@@ -129,16 +130,29 @@ def check_field(mapping: dict[str, Any], dotted: str, schema: type | None) -> No
         here = here[word] if isinstance(here.get(word), dict) else {}
 
 
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The members of a union without null, or the one type itself."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return (hint,)
+
+
+def section_of(hint: Any) -> type | None:
+    """The dataclass of a field that is a section, also of one that may be null; None for any other field."""
+    return next((kind for kind in _kinds(hint) if dataclasses.is_dataclass(kind)), None)
+
+
 def _may_be_section(hint: Any) -> bool:
-    is_dict = (typing.get_origin(hint) or hint) is dict
-    return hint in (None, Any) or dataclasses.is_dataclass(hint) or is_dict
+    if hint in (None, Any) or section_of(hint):
+        return True
+    return any((typing.get_origin(kind) or kind) is dict for kind in _kinds(hint))
 
 
 def _read_one(path: Path) -> dict[str, Any]:
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UsageError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
@@ -184,6 +198,8 @@ def _has_default(field: dataclasses.Field) -> bool:
 def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "") -> T:
     """Build the dataclass `cls` from a mapping. Sections are dataclasses; one that is `null` has its defaults.
 
+    A section declared as `Section | None` may be left out: there `null` is no section at all.
+
     Raises:
         UsageError: unknown field (with the nearest known one), missing field, wrong type; the message names
             the field with its sections and the value.
@@ -197,10 +213,13 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "") -> T:
         if name not in known:
             raise UsageError(f"unknown field {where}{name}{did_you_mean(name, list(known))}")
         hint = hints[name]
-        if dataclasses.is_dataclass(hint):
+        if section := section_of(hint):
+            if value is None and section is not hint:
+                values[name] = None  # a section that may be left out
+                continue
             if value is None and _has_default(known[name]):
                 continue
-            value = from_mapping(hint, value, f"{where}{name}.")
+            value = from_mapping(section, value, f"{where}{name}.")
         elif not _fits(value, hint):
             raise UsageError(f"{where}{name} must be {_spell(hint)}, not {value!r}")
         elif hint is float:
@@ -213,8 +232,8 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "") -> T:
 
 
 def to_mapping(recipe: Any) -> dict[str, Any]:
-    """A dataclass as plain, ordered data for YAML."""
-    return dataclasses.asdict(recipe)
+    """A dataclass as plain, ordered data for YAML; a mapping as it is."""
+    return recipe if isinstance(recipe, dict) else dataclasses.asdict(recipe)
 
 
 def dump_yaml(mapping: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runkit.errors import UserError
+from runkit.errors import UsageError, UserError
 from runkit.folder import read_json, sha256_of
 
 from .shards import ENDS, token_dtype
@@ -22,14 +22,15 @@ class TokenData:
     """A prepared data folder, memory-mapped: one stream of `len(data)` tokens.
 
     Raises:
-        UserError: the folder is missing or unfinished, a shard is missing or not as long as the index says, or the
+        UsageError: the folder is missing or unfinished.
+        UserError: a shard is missing or not as long as the index says, or the
             index contradicts itself. Sizes are checked here, in no time; contents by `verify`.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not (self.path / "index.json").exists():
-            raise UserError(f"data: {self.path} holds no prepared tokens (no index.json): run scripts.prepare_data")
+            raise UsageError(f"data: {self.path} holds no prepared tokens (no index.json): run scripts.prepare_data")
         self.index: dict[str, Any] = read_json(self.path / "index.json")
         missing = [key for key in KEYS if not isinstance(self.index, dict) or key not in self.index]
         if missing:

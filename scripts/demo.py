@@ -21,10 +21,12 @@ import torch
 from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
 from runkit.folder import RunFolder, write_text
 from runkit.process import StopRequest, stop_with_parent
-from runkit.recipes import differing_fields, dump_yaml, from_mapping, read_yaml, to_mapping
+from runkit.recipes import dump_yaml, from_mapping, read_yaml, to_mapping
+from runkit.resume import resumption
 
 from .demo_recipe import HUB_LIMIT, DemoRecipe
 from .recipe import Recipe
+from .same_data import check_same_source
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
@@ -58,10 +60,11 @@ def resolve_recipe(args: argparse.Namespace) -> DemoRecipe:
     kept = args.out / "recipe.yaml"
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out} is a file, not a folder; it is left alone: give another folder")
-    if kept.exists() and read_yaml(kept).get("stage") != "demo":
+    others = kept.exists() and read_yaml(kept).get("stage") != "demo"
+    if others and RunFolder(args.out).began:
         raise UserError(f"{args.out} is not a demo's folder (its recipe.yaml has another stage): give another folder")
     # A demo that failed before it had its data (bad text, say) need not repeat the mistake.
-    fresh = not kept.exists() or (not _started(args.out) and RunFolder(args.out).status == "failed")
+    fresh = others or not kept.exists() or (not _started(args.out) and RunFolder(args.out).status == "failed")
     mapping = read_yaml((args.recipe or DEFAULT_RECIPE) if fresh or args.recipe else kept)
     recipe = from_mapping(DemoRecipe, mapping)
     if args.device is not None:
@@ -79,12 +82,15 @@ def resolve_recipe(args: argparse.Namespace) -> DemoRecipe:
         recipe.evaluation.limit = args.limit or None
     recipe.check()
     if _started(args.out):
-        different = differing_fields(read_yaml(kept), to_mapping(recipe))
-        if different:
+        found = resumption(read_yaml(kept), recipe)
+        if found.different:
             raise UserError(
-                f"{args.out} belongs to another recipe ({'; '.join(different)}): give another folder (--out, or "
+                f"{args.out} belongs to another recipe ({'; '.join(found.different)}): give another folder (--out, or "
                 f"OUT= with make), or remove {args.out}"
             )
+        recipe = found.recipe
+        if any(change.name == "text.source" for change in found.changes):
+            check_same_source(args.out / "data", recipe.text.source)
     return recipe
 
 
@@ -218,7 +224,7 @@ def main(args: argparse.Namespace) -> None:
     with run.locked(wait_seconds=60):
         if (args.out / "recipe.yaml").exists() and not _started(args.out):
             write_text(args.out / "recipe.yaml", dump_yaml(to_mapping(recipe)))  # nothing was made by the old one
-        run.claim(to_mapping(recipe))
+        run.claim(recipe)
         for cell in recipe.cells(args.out / "data"):
             write_text(args.out / "recipes" / f"{cell.name}.yaml", dump_yaml(to_mapping(cell)))
         write_text(args.out / "recipes" / "sft.yaml", dump_yaml(recipe.sft_recipe()))

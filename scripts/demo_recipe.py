@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from modeling_periln import PLACEMENT_NAMES
 from runkit.errors import UsageError, did_you_mean
+from runkit.resume import BITS, NOTHING, PLACE, setting
 
 from .corpus import INSTALLED
 from .prepare_data import check_vocab_size
@@ -18,7 +19,7 @@ HUB_LIMIT = 100
 class Text:
     """Where the text comes from, and how much of it."""
 
-    source: str
+    source: str = setting(decides=PLACE)  # prepare_data finds out whether the text is the same
     max_bytes: int
     heldout_share: float
 
@@ -39,7 +40,7 @@ class Pretraining:
     sequence_length: int
     loss_scale_growth_interval: int
     layer_stats_every: int
-    checkpoint_every: int
+    checkpoint_every: int = setting(decides=NOTHING)
 
 
 @dataclass
@@ -67,7 +68,7 @@ class DemoRecipe:
     """Everything that decides a demo."""
 
     stage: Literal["demo"]
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda"] = setting(decides=BITS)
     placements: list[str]
     seeds: list[int]
     learning_rate: float

@@ -29,10 +29,12 @@ from runkit.errors import UsageError, UserError, make_parser, run_command
 from runkit.folder import read_json, room_for, sha256_of, write_folder, write_json
 from runkit.process import start_stage
 from runkit.progress import progress_bar
+from runkit.resume import PLACE, setting
 
 from .corpus import Batch, Corpus, Limits, Mark, Records
 from .data import TokenData
 from .encoders import Encoders
+from .same_data import check_same_options, content_of, without_places
 from .shards import LARGEST_SHARD, ShardWriter, token_dtype
 from .sources import HUB, INSTALLED, InstalledPython, Source, open_source
 from .tokenization import BPE, TIKTOKEN, load_tokenizer, vocabulary_size
@@ -46,7 +48,7 @@ SAVE_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that decides the result; recorded in index.json, part of the fingerprint.
+    """Everything that decides the result; recorded in index.json, part of the fingerprint (but for local paths).
 
     Attributes:
         source, dataset_config, split, revision, text_column: see `open_source`.
@@ -58,7 +60,7 @@ class Options:
         others: see `Limits`.
     """
 
-    source: str
+    source: str = setting(decides=PLACE)
     vocab_size: int | None = None
     max_bytes: int | None = None
     heldout_share: float = 0.02
@@ -67,7 +69,7 @@ class Options:
     split: str = "train"
     revision: str | None = None
     text_column: str = "text"
-    tokenizer: str = BPE
+    tokenizer: str = setting(BPE, decides=PLACE)
     tokenizer_revision: str | None = None
     sample_bytes: int = 1 << 26
     max_tokens: int | None = None
@@ -150,8 +152,7 @@ def _standing(out: Path, options: Options) -> dict | None:
     """The index of data that stands at `out` already."""
     if (out / "index.json").exists():
         index = read_json(out / "index.json")
-        if index.get("options") != asdict(options):
-            raise UserError(f"{out} holds data of other options ({index.get('options')}); give another folder")
+        check_same_options(out, index, options)
         return index
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty and holds no prepared data; give another folder")
@@ -175,7 +176,12 @@ def _work_folder(out: Path, options: Options) -> Iterator[Path]:
             stack.enter_context(_held(work))
         except BlockingIOError as error:
             raise UserError(f"{out} is being prepared by another process; wait for it or stop it") from error
-        yield work
+        try:
+            yield work
+        except UserError:
+            if {path.name for path in work.iterdir()} <= {"source.json"}:  # refused before it began
+                shutil.rmtree(work)
+            raise
 
 
 @contextmanager
@@ -311,7 +317,7 @@ def _end(
         line = json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n"
         (work / "heldout.jsonl").write_text(line, encoding="utf-8")
     entries = shards.end()
-    digest = hashlib.sha256(json.dumps([asdict(options), entries], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([without_places(options), entries], sort_keys=True).encode())
     digest.update(sha256_of(work / "tokenizer" / "tokenizer.json", work / "heldout.jsonl").encode())
     index = {
         "dtype": shards.dtype.name,
@@ -324,7 +330,7 @@ def _end(
         "skipped": {reason: {"count": count} for reason, count in sorted(mark.skipped.items())},
         "shard_tokens": options.shard_tokens,
         "shards": entries,
-        "source": pinned,
+        "source": pinned | content_of(options),
         "options": asdict(options),
         "fingerprint": digest.hexdigest(),
     }

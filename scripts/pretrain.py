@@ -16,7 +16,7 @@ from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, r
 from runkit.folder import RunFolder, room_for
 from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
-from runkit.recipes import apply_overrides, from_mapping, read_yaml, to_mapping
+from runkit.recipes import apply_overrides, from_mapping, read_yaml
 
 from .data import FixedOrder, TokenData
 from .engine import LAUNCHED, Engine, pick_device, process_count, process_rank
@@ -41,6 +41,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Toke
     check_trackers(recipe.trackers)
     if recipe.compile and recipe.precision.mode == "fp16" and pick_device(recipe.device) == "cpu":
         raise UsageError("compile with precision.mode fp16 on a CPU: the compiler's products are not a tensor core's")
+    return recipe, open_data(recipe, path)
+
+
+def open_data(recipe: Recipe, path: Path) -> TokenData:
+    """The data of a recipe (of the file `path`), whose fingerprint is filled in.
+
+    Raises:
+        UsageError, UserError: data that is missing, too little, of another fingerprint or another vocabulary.
+    """
     data = TokenData(recipe.data)
     FixedOrder(data, recipe.sequence_length, recipe.batch_size, recipe.seed)  # are there tokens for one sequence?
     if recipe.data_fingerprint not in (None, data.fingerprint):
@@ -52,7 +61,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Toke
             f"model.vocab_size {asked} is not the data's: {data.path} has {have} tokens (padding by up to "
             f"{LARGEST_PADDING} is fine)"
         )
-    return recipe, data
+    return data
 
 
 def main(args: argparse.Namespace) -> None:
@@ -60,20 +69,17 @@ def main(args: argparse.Namespace) -> None:
         args.stop_with_parent = os.getppid()  # Accelerate's launcher leaves its child behind when it is stopped
     start_stage(args)
     stop = StopRequest().install()
-    planned = [(*load_recipe(path, args.set), path) for path in args.config]
-    names = [recipe.name for recipe, _, _ in planned]
+    planned = [load_recipe(path, args.set) for path in args.config]
+    names = [recipe.name for recipe, _ in planned]
     if len(set(names)) != len(names):
         raise UsageError(f"two recipes have the same name: {', '.join(sorted(n for n in names if names.count(n) > 1))}")
-    if len({(recipe.precision.mode, recipe.device) for recipe, _, _ in planned}) > 1:
+    if len({(recipe.precision.mode, recipe.device) for recipe, _ in planned}) > 1:
         raise UsageError("the recipes differ in precision.mode or device; one process can have one: start them apart")
     is_main = process_rank() == 0  # claims, locks and writes; the other ranks only compute
-    for recipe, _, _ in planned if is_main else ():
-        run = RunFolder(args.runs / recipe.name)
-        run.check_claim(to_mapping(recipe))
-        check_resume(run, args.resume)
-    total = sum(recipe.steps for recipe, _, _ in planned)
+    planned = [(as_begun(recipe, args, is_main), data) for recipe, data in planned]
+    total = sum(recipe.steps for recipe, _ in planned)
     with progress_bar(args, total, "pretraining", "step", shown=is_main) as bar:
-        for recipe, data, _ in planned:
+        for recipe, data in planned:
             run = RunFolder(args.runs / recipe.name)
             with run.locked(wait_seconds=30, tell=tqdm.write) if is_main else nullcontext():
                 engine = Engine(recipe)
@@ -82,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
                     continue
                 trainer = Trainer(recipe, run, data, engine)
                 if is_main:
-                    run.claim(to_mapping(recipe))  # only now that nothing is left to be refused
+                    run.claim(recipe, tqdm.write)  # only now that nothing is left to be refused
                 _train_one(trainer, stop, bar)
                 summary = run.summary
                 if is_main:
@@ -90,9 +96,26 @@ def main(args: argparse.Namespace) -> None:
                     tqdm.write(f"{recipe.name}: {summary['status']}{reason}")
 
 
+def as_begun(recipe: Recipe, args: argparse.Namespace, is_main: bool) -> Recipe:
+    """The recipe with which its run folder goes on: fields younger than the run are as before they existed.
+
+    Raises:
+        UserError: the folder belongs to another run, or is not what `--resume` expects (on the main rank).
+    """
+    run = RunFolder(args.runs / recipe.name)
+    try:
+        recipe = run.check_claim(recipe).recipe
+        check_resume(run, args.resume)
+        recipe.check(process_count())
+    except UserError:
+        if is_main:  # one rank says it; the launcher ends the others
+            raise
+    return recipe
+
+
 def check_resume(run: RunFolder, mode: str) -> None:
     """Raise UserError where the folder's state is not what `--resume` expects: `must` a checkpoint, `never` a run."""
-    if mode == "never" and (run.summary or run.metrics() or run.checkpoints()):
+    if mode == "never" and run.began:
         raise UserError(f"--resume never: {run.path} holds a run already ({run.status or 'no status'}): name another")
     if mode == "must" and not run.checkpoints():
         raise UserError(f"--resume must: {run.path} has no checkpoint to go on from")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from model_cards import CardOptions, Subject, render_card
-from runkit.errors import UserError
+from runkit.errors import UsageError, UserError
 from runkit.folder import read_json
 from runkit.public import found_in, local_roots, path_in, public, secrets
 from runkit.recipes import dump_yaml, read_yaml
@@ -92,7 +92,7 @@ def _weights(folder: Path) -> list[Upload]:
     else:
         names = {n for n in ("model.safetensors", "adapter_model.safetensors") if (folder / n).exists()}
     if not names:
-        raise UserError(f"{folder} has no weights (model.safetensors): nothing but safetensors is sent")
+        raise UsageError(f"{folder} has no weights (model.safetensors): nothing but safetensors is sent")
     for name in names:
         if not WEIGHTS.fullmatch(name) or not (folder / name).is_file():
             raise UserError(
@@ -109,7 +109,7 @@ def _configs(folder: Path) -> list[Upload]:
             config["use_cache"] = True  # a trainer's switch, that would make every generation slow
         base = str(config.get("base_model_name_or_path") or "")
         if name == "adapter_config.json" and (Path(base).exists() or path_in(base) or base.startswith(("/", "."))):
-            raise UserError(f"{folder} is an adapter of a model on this machine: merge it, and push the merged model")
+            raise UsageError(f"{folder} is an adapter of a model on this machine: merge it, and push the merged model")
         found.append(Upload(name, _json(config)))
     return found
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from modeling_periln import PeriLlamaConfig
 from runkit.errors import UsageError
+from runkit.resume import BITS, NOTHING, PLACE, setting
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Flight:
     """The flight recorder: layer statistics of the last steps, written at a skip, a spike, a divergence."""
 
     steps: int = 16  # kept in memory, and written together; 0: no recorder
-    files: int = 32  # beyond them the oldest goes
+    files: int = setting(32, decides=NOTHING)  # beyond them the oldest goes
 
 
 _Rule = tuple[Callable[[float], bool], str]  # what a number must be, and in words
@@ -134,35 +135,43 @@ def check_run_name(name: Any) -> None:
 
 @dataclass
 class Recipe:
-    """One pretraining run."""
+    """One pretraining run.
 
-    name: str
-    data: str
+    A field decides the run's result, and may not change on a resume, unless it is declared as a `setting` that does
+    not. A field that is added later has a default that is, or a `before` that says, what runs did without it.
+    """
+
+    name: str = setting(decides=NOTHING)
+    data: str = setting(decides=PLACE)  # data_fingerprint says what lies there
     model: dict[str, Any]
     steps: int
     batch_size: int  # sequences a step, over all processes
     sequence_length: int
     stage: Literal["pretrain"] = "pretrain"
     seed: int = 1
-    micro_batch_size: int | None = None  # sequences a forward pass and process; null: as many as there are
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # sequences a forward pass and process; null: as many as there are
+    micro_batch_size: int | None = setting(None, decides=BITS)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", decides=BITS)
     document_masking: bool = False  # True: no token attends to another document's
-    compile: bool = False
-    activation_checkpointing: bool = False
+    compile: bool = setting(False, decides=BITS)
+    activation_checkpointing: bool = setting(False, decides=BITS)
     optimizer: Optimizer = field(default_factory=Optimizer)
     precision: Precision = field(default_factory=Precision)
     divergence: Divergence = field(default_factory=Divergence)
     spikes: Spikes = field(default_factory=Spikes)
     layer_stats_every: int = 50  # steps
     flight: Flight = field(default_factory=Flight)
-    checkpoint_every: int = 50  # steps
-    keep_last: int = 2  # checkpoints; two, so that one damaged on the disk costs no more than the steps since the other
-    keep_every: int | None = None  # steps; checkpoints at their multiples stay for good
-    keep_initial: bool = False  # writes a checkpoint before the first step, and keeps it (the paper's Figure 7a)
-    keep_best: bool = False  # keeps the checkpoint of lowest held-out loss; needs heldout_every
-    heldout_every: int | None = None  # steps between two measurements of the held-out loss
+    checkpoint_every: int = setting(50, decides=NOTHING)  # steps
+    # checkpoints; two, so that one damaged on the disk costs no more than the steps since the other
+    keep_last: int = setting(2, decides=NOTHING)
+    keep_every: int | None = setting(None, decides=NOTHING)  # steps; checkpoints at their multiples stay for good
+    # writes a checkpoint before the first step, and keeps it (the paper's Figure 7a)
+    keep_initial: bool = setting(False, decides=NOTHING)
+    keep_best: bool = setting(False, decides=NOTHING)  # keeps that of lowest held-out loss; needs heldout_every
+    heldout_every: int | None = setting(None, decides=NOTHING)  # steps between two measurements of the held-out loss
     heldout_sequences: int = 64
-    trackers: list[str] | None = None  # Accelerate's: trackio, tensorboard, wandb; null: trackio, where it is installed
+    # Accelerate's: trackio, tensorboard, wandb; null: trackio, where it is installed
+    trackers: list[str] | None = setting(None, decides=NOTHING)
     data_fingerprint: str | None = None  # filled in from the data
 
     def check(self, processes: int = 1) -> None:

@@ -147,11 +147,11 @@ class LocalFiles(_Files):
     def __init__(self, root: Path, column: str):
         self.column = column
         if not root.exists():
-            raise UserError(f"no text found: {root} does not exist")
+            raise UsageError(f"no text found: {root} does not exist")
         files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
         files = [p for p in files if p.name.endswith(SUFFIXES)]
         if not files:
-            raise UserError(f"no text found: {root} has no {', '.join(SUFFIXES)} file")
+            raise UsageError(f"no text found: {root} has no {', '.join(SUFFIXES)} file")
         super().__init__([(p.name if p == root else p.relative_to(root).as_posix(), p) for p in files])
 
     def documents(self, name: str, path: Path, index: int, offset: int) -> Iterator[tuple[Document, int, int]]:
@@ -195,7 +195,7 @@ class LocalFiles(_Files):
             return Document(name, value)
         if first and not (isinstance(record, dict) and self.column in record):
             keys = f" (it has {', '.join(map(str, record))})" if isinstance(record, dict) else ""
-            raise UserError(f"{where}: no field {self.column!r} with a string{keys}; --text-column names another")
+            raise UsageError(f"{where}: no field {self.column!r} with a string{keys}; --text-column names another")
         return Document(name, "", NO_TEXT)
 
     def _parquet(self, name: str, path: Path, index: int, offset: int) -> Iterator[tuple[Document, int, int]]:
@@ -206,11 +206,11 @@ class LocalFiles(_Files):
             schema = file.schema_arrow
             if self.column not in schema.names:
                 names = ", ".join(schema.names)
-                raise UserError(f"{path} has no column {self.column!r} (it has {names}); --text-column names another")
+                raise UsageError(f"{path} has no column {self.column!r} (it has {names}); --text-column names another")
             kind = schema.field(self.column).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-                raise UserError(f"{path}: the column {self.column!r} holds {kind}, not text")
+                raise UsageError(f"{path}: the column {self.column!r} holds {kind}, not text")
             row, groups = 0, []
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows

@@ -76,6 +76,7 @@ def main(args: argparse.Namespace) -> None:
         for name, least in (("jobs", 1), ("retries", 0)):
             if getattr(args, name) < least:
                 raise UsageError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+        sweep.check_data()
         stop = StopRequest().install()
         stop_with_parent(args.stop_with_parent)
         way = Way(args.jobs, args.threads, args.retries, args.launch)

@@ -13,7 +13,8 @@ A value may be a section: `model: [{norm_placement: output, qk_norm: full}]` cha
 
 import fcntl
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from runkit.folder import RunFolder, write_text
 from runkit.recipes import (
     at_path,
     check_field,
-    differing_fields,
     dump_yaml,
     flatten,
     from_mapping,
@@ -31,7 +31,9 @@ from runkit.recipes import (
     read_yaml,
     to_mapping,
 )
+from runkit.resume import resumption
 
+from .pretrain import open_data
 from .recipe import Recipe, check_run_name
 
 PLACEMENT, RATE, SEED = "model.norm_placement", "optimizer.learning_rate", "seed"
@@ -99,23 +101,52 @@ class Sweep:
     def log_file(self, cell: Cell) -> Path:
         return self.path / "logs" / f"{cell.name}.log"
 
-    def write_recipes(self) -> None:
-        """Write every cell's recipe file. A sweep may grow; what a cell is may not change.
+    def write_recipes(self, tell: Callable[[str], None] = print) -> None:
+        """Write every cell's recipe file. A sweep may grow; what a cell is may not change, once a cell has begun.
+
+        What does not decide a cell's result (see `runkit.resume`) may change, and is told.
 
         Raises:
             UserError: a cell of this name has another recipe; the differing fields are named, nothing is written.
         """
+        settled, told = [], []
+        begun = any(RunFolder(self.path / file.stem).began for file in (self.path / "recipes").glob("*.yaml"))
         for cell in self.cells:
-            file = self.recipe_file(cell)
-            different = differing_fields(read_yaml(file), to_mapping(cell.recipe)) if file.exists() else []
-            if different:
+            file, recipe = self.recipe_file(cell), cell.recipe
+            if file.exists() and begun:
+                found = resumption(read_yaml(file), recipe)
+                if found.different:
+                    raise UserError(
+                        f"{self.path} belongs to another sweep ({cell.name}: {'; '.join(found.different)}): give "
+                        "another name, or another --runs"
+                    )
+                recipe = found.recipe
+                told += [line for line in (*map(str, found.changes), *found.kept) if line not in told]
+            settled.append((file, dump_yaml(to_mapping(recipe))))
+        for line in told:
+            tell(f"{self.path}: {line}")
+        for file, text in settled:
+            if not file.exists() or file.read_text(encoding="utf-8") != text:
+                write_text(file, text)
+
+    def check_data(self) -> None:
+        """Find out, before any cell is run, whether every cell has its data, and still the data that it began with.
+
+        Raises:
+            UsageError, UserError: names the cell, and the path or the fingerprints.
+        """
+        for cell in self.cells:
+            recipe = replace(cell.recipe)
+            try:
+                open_data(recipe, self.recipe_file(cell))
+            except UserError as error:
+                raise type(error)(f"cell {cell.name}: {error}") from error
+            began = cell.run.recipe.get("data_fingerprint") if (cell.run.path / "recipe.yaml").exists() else None
+            if cell.run.began and began not in (None, recipe.data_fingerprint):
                 raise UserError(
-                    f"{self.path} belongs to another sweep ({cell.name}: {'; '.join(different)}): give another name, "
-                    "or another --runs"
+                    f"cell {cell.name}: {recipe.data} holds other data (fingerprint {recipe.data_fingerprint[:8]}) "
+                    f"than the cell began with ({began[:8]})"
                 )
-        for cell in self.cells:
-            if not self.recipe_file(cell).exists():
-                write_text(self.recipe_file(cell), dump_yaml(to_mapping(cell.recipe)))
 
 
 def _cell_name(values: dict[str, Any]) -> str:

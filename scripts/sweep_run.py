@@ -67,7 +67,7 @@ def run_sweep(sweep: Sweep, way: Way, stop: StopRequest, tell: Callable[[str], N
         UserError: some cells have failed for good; the others are finished.
     """
     with RunFolder(sweep.path).locked():
-        sweep.write_recipes()
+        sweep.write_recipes(tell)
         _run(sweep, way, stop, tell)
 
 

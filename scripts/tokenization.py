@@ -120,16 +120,16 @@ def read_ranks(path: Path, sha256: str | None = None) -> dict[bytes, int]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{path} is not the rank file asked for: its SHA-256 is not {sha256}")
+        raise UsageError(f"{path} is not the rank file asked for: its SHA-256 is not {sha256}")
     try:
         pairs = (line.split() for line in data.splitlines() if line)
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (ValueError, binascii.Error) as error:
-        raise UserError(f"{path} is no rank file of tiktoken (lines of base64 and a number): {error}") from error
+        raise UsageError(f"{path} is no rank file of tiktoken (lines of base64 and a number): {error}") from error
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([i]) in ranks for i in range(256)):
-        raise UserError(f"{path} is no whole rank file of tiktoken: ranks or bytes are missing")
+        raise UsageError(f"{path} is no whole rank file of tiktoken: ranks or bytes are missing")
     return ranks
 
 
@@ -206,7 +206,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:  # each library below has its own
         reason = " ".join(str(error).split())
-        raise UserError(f"no tokenizer could be loaded from {name}: {type(error).__name__}: {reason[:200]}") from error
+        raise UsageError(f"no tokenizer could be loaded from {name}: {type(error).__name__}: {reason[:200]}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"the tokenizer {name} has no fast (tokenizer.json) form")
     if tokenizer.eos_token_id is None:

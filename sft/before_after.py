@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runkit.folder import RunFolder, read_json, weights_hash, write_json
 
+from .base import load_float32
 from .conversations import END_OF_TURN
 from .tokens import IGNORED, Tokens
 
@@ -92,8 +93,7 @@ def record_before_after(
         "dtype": "float32",
     }
     for name, checkpoint in (("before", before), ("after", after)):
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True)
-        model = model.to(device).eval()
+        model = load_float32(checkpoint).to(device).eval()
         record[name] = {"weights_sha256": hashes[name]} | conversation_loss(model, tokens, pulse)
         record[name]["samples"] = answers(model, tokenizer, pulse)
     write_json(file, record)

@@ -17,6 +17,7 @@ from runkit.checkpoints import damage_of, remove_checkpoint, write_checkpoint
 from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json, write_json
 
+from .base import write_base
 from .conversations import END_OF_TURN
 
 STATE = "trainer_state"
@@ -58,6 +59,8 @@ def save(run: RunFolder, trainer: Any, tokenizer: PreTrainedTokenizerBase) -> Pa
     try:
         with write_checkpoint(path, model, tokenizer) as folder:
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+            if base is not model:
+                write_base(folder, path, Path(base.config._name_or_path))
             inside = folder / STATE
             inside.mkdir()
             safetensors.save_file(_moments(trainer), inside / "optimizer.safetensors")

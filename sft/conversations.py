@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runkit.errors import UserError
+from runkit.errors import UsageError, UserError
 from runkit.folder import write_if_free
 from runkit.hub import hub_reason, quiet_hub
 
@@ -103,7 +103,7 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"data: {path} cannot be read ({reason}): give hub, mini, or a .jsonl") from error
+        raise UsageError(f"data: {path} cannot be read ({reason}): give hub, mini, or a .jsonl") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if line.strip():

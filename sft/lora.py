@@ -1,16 +1,15 @@
 """LoRA through PEFT: adapters for a model, and merged back into one that needs no PEFT."""
 
-import json
 from pathlib import Path
 
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, PreTrainedModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
 from runkit.checkpoints import damage_of, write_checkpoint
-from runkit.errors import UserError
+from runkit.errors import UsageError, UserError
 
+from .base import is_adapter, load_float32
 from .conversations import END_OF_TURN
 from .recipe import Lora
 
@@ -18,15 +17,11 @@ PROBE = (2, 16)  # rows and tokens of the batch on which a merged model is compa
 TOLERANCE = 1e-5  # of the largest logit, or of 1
 
 
-def is_adapter(checkpoint: Path) -> bool:
-    return (checkpoint / "adapter_config.json").exists()
-
-
 def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """The model with adapters that alone are trained; what they start from follows from the seed.
 
     Raises:
-        UserError: no module has one of the names of `target_modules`.
+        UsageError: no module has one of the names of `target_modules`.
     """
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -39,7 +34,13 @@ def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"peft.target_modules: {' '.join(str(error).split())[:300]}") from error
+        raise UsageError(f"peft.target_modules: {' '.join(str(error).split())[:300]}") from error
+
+
+def check_adapters(config: PreTrainedConfig, lora: Lora) -> None:
+    """Raise what `add_adapters` would, for a model of this configuration, without its weights."""
+    with torch.device("meta"):
+        add_adapters(AutoModelForCausalLM.from_config(config), lora, seed=0)
 
 
 @torch.no_grad()
@@ -54,11 +55,8 @@ def merge(checkpoint: Path, out: Path) -> tuple[float, float]:
             path.
     """
     if not is_adapter(checkpoint):
-        raise UserError(f"{checkpoint} holds no adapter (adapter_config.json): there is nothing to merge")
-    base = json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"]
-    if not Path(base).exists():
-        raise UserError(f"the base model of {checkpoint} is missing: {base}")
-    model = AutoPeftModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        raise UsageError(f"{checkpoint} holds no adapter (adapter_config.json): there is nothing to merge")
+    model = load_float32(checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, PROBE, generator=generator)

@@ -1,10 +1,10 @@
 """The fine-tuning recipe. Defaults follow the Peri-LN paper: LIMA, 15 epochs, batch 128, AdamW, 1e-5, cosine."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from runkit.errors import UsageError
-from runkit.recipes import from_mapping, to_mapping
+from runkit.resume import BITS, NOTHING, PLACE, setting
 
 
 @dataclass
@@ -33,8 +33,10 @@ class Recipe:
     stage: Literal["sft"] = "sft"
     model: str = ""  # weights' hash of the checkpoint that is fine-tuned; filled in
     placement: str | dict = ""  # filled in
-    data: str = "hub"  # `hub` (GAIR/lima), `mini` (our own few), or a .jsonl with `conversations` or `messages`
-    data_revision: str | None = None  # the Hub's commit; filled in where the recipe does not pin one
+    # `hub` (GAIR/lima), `mini` (our own few), or a .jsonl with `conversations` or `messages`
+    data: str = setting("hub", decides=PLACE)  # data_sha256 says what lies there
+    # the Hub's commit; filled in where the recipe does not pin one
+    data_revision: str | None = setting(None, decides=NOTHING)
     data_sha256: str = ""  # of the conversations as they were read; filled in
     include_multi_turn: bool = False  # the paper takes the single-turn rows
     epochs: int = 15
@@ -47,14 +49,15 @@ class Recipe:
     max_length: int = 2048
     packing: bool = False
     seed: int = 1
-    peft: dict[str, Any] | None = None  # null: all weights are trained; else the fields of `Lora`
-    save_strategy: Literal["epoch", "end"] = "epoch"
-    save_every: int | None = None  # steps; more checkpoints to resume from, of which only the newest stay
-    keep: int | None = None  # epoch checkpoints that stay, the newest; null: all
+    peft: Lora | None = None  # null: all weights are trained
+    save_strategy: Literal["epoch", "end"] = setting("epoch", decides=NOTHING)
+    # steps; more checkpoints to resume from, of which only the newest stay
+    save_every: int | None = setting(None, decides=NOTHING)
+    keep: int | None = setting(None, decides=NOTHING)  # epoch checkpoints that stay, the newest; null: all
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     residual_dtype: Literal["float16", "bfloat16", "float32"] | None = "float16"
     initial_loss_scale: float = 65536.0
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["cpu", "cuda"] = setting("cpu", decides=BITS)
 
     def check(self) -> None:
         """Raise UsageError for a value that cannot be; names field and value."""
@@ -75,11 +78,5 @@ class Recipe:
             raise UsageError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {micro}")
         if self.data_revision is not None and self.data != "hub":
             raise UsageError(f"data_revision is the Hub's, but data is {self.data!r}")
-        if self.lora is not None:
-            self.lora.check()
-            self.peft = to_mapping(self.lora)
-
-    @property
-    def lora(self) -> Lora | None:
-        """The section `peft`, its defaults filled in."""
-        return None if self.peft is None else from_mapping(Lora, self.peft, "peft.")
+        if self.peft is not None:
+            self.peft.check()

@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from runkit.checkpoints import damage_of
-from runkit.errors import StoppedBySignal, UserError, make_parser, run_command
+from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
 from runkit.folder import RunFolder, read_json, weights_hash, write_json
 from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
@@ -65,7 +65,7 @@ def find_run(path: Path) -> RunFolder:
             if run.status != "completed":
                 raise UserError(f"{folder} is not completed (status: {run.status or 'not started'})")
             return run
-    raise UserError(f"{path} is no fine-tuning run and holds none (sft/recipe.yaml with stage: sft)")
+    raise UsageError(f"{path} is no fine-tuning run and holds none (sft/recipe.yaml with stage: sft)")
 
 
 def candidates(run: RunFolder) -> list[Candidate]:

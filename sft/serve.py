@@ -8,26 +8,30 @@ in Transformers alone and does not find one that is registered or brought along 
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 from transformers.utils.import_utils import is_serve_available
 
 from modeling_periln import PeriLlamaForCausalLM
-from runkit.errors import UsageError, UserError, run_command
+from runkit.errors import UsageError, run_command
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def check(words: list[str]) -> None:
-    """Raise UsageError without the server's packages, UserError for a folder without tokenizer or chat template."""
+    """Raise UsageError for a folder that is missing or without chat template, and without the server's packages."""
+    named = words[0] if words and not words[0].startswith("-") else None
+    if named is not None and Path(named).is_dir():
+        if not (Path(named) / "config.json").exists():
+            raise UsageError(f"{named} is no checkpoint (config.json): name one of those in its checkpoints/")
+        if not (Path(named) / "chat_template.jinja").exists():
+            raise UsageError(f"{named} has no chat template (chat_template.jinja): serve a fine-tuned checkpoint")
+    elif named is not None and not _HUB_ID.fullmatch(named.partition("@")[0]):
+        raise UsageError(f"{named} does not exist, and is no id of the Hub")
     if not is_serve_available():
         raise UsageError("serving needs more packages: pip install 'transformers[serving]'")
-    folder = Path(words[0]) if words and not words[0].startswith("-") else None
-    if folder is None or not folder.is_dir():
-        return
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is no checkpoint (config.json): name one of those in its checkpoints/")
-    if not (folder / "chat_template.jinja").exists():
-        raise UserError(f"{folder} has no chat template (chat_template.jinja): serve a fine-tuned checkpoint")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from runkit.errors import UserError
+from runkit.errors import UsageError, UserError
 
 from .conversations import CHAT_TEMPLATE, END_OF_TURN, Conversations
 
@@ -21,7 +21,7 @@ def chat_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
         UserError: no tokenizer, or one that lacks the tokens of the template; names the checkpoint.
     """
     if not (checkpoint / "tokenizer_config.json").exists():
-        raise UserError(f"{checkpoint} has no tokenizer (tokenizer_config.json)")
+        raise UsageError(f"{checkpoint} has no tokenizer (tokenizer_config.json)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     except Exception as error:  # a tokenizer.json that is missing or damaged shows itself in many ways

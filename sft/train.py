@@ -25,17 +25,17 @@ from transformers.utils import logging as transformers_logging
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
 from runkit.checkpoints import damage_of, latest_whole
 from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
-from runkit.folder import RunFolder, read_json, room_for, weights_hash, write_json
+from runkit.folder import RunFolder, called, read_json, room_for, weights_hash, write_json
 from runkit.fp16 import make_fp16_real
 from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
-from runkit.recipes import apply_overrides, from_mapping, read_yaml, to_mapping
+from runkit.recipes import apply_overrides, from_mapping, read_yaml
 
 from . import lora
 from .before_after import record_before_after
 from .checkpointing import latest_resumable
 from .conversations import Conversations, load_conversations
-from .recipe import Recipe
+from .recipe import Lora, Recipe
 from .tokens import Tokens, chat_tokenizer, marked, tokenize
 from .trainer import ExactTrainer, Recorder, arguments
 
@@ -62,8 +62,8 @@ def _build_trainer(job: Job, recorder_bar: tqdm, stop: StopRequest, scratch: str
     # An absolute path: it is what an adapter names as its base.
     model = AutoModelForCausalLM.from_pretrained(job.checkpoint.resolve(), dtype=torch.float32, use_safetensors=True)
     model.config.residual_dtype = recipe.residual_dtype
-    if recipe.lora is not None:
-        model = lora.add_adapters(model, recipe.lora, recipe.seed)
+    if recipe.peft is not None:
+        model = lora.add_adapters(model, recipe.peft, recipe.seed)
     trainer = ExactTrainer(
         job.run,
         recipe,
@@ -136,6 +136,7 @@ def _interrupted(job: Job, stop: StopRequest, known: dict) -> None:
 # --- what is asked for, and whether it can be had ------------------------------------------------------------
 def _source_of(path: Path, name: str) -> tuple[Path, Path] | None:
     """(checkpoint, folder for the result) of a run or checkpoint folder; None for a diverged run."""
+    path = Path(called(path))
     if (path / "recipe.yaml").exists():
         run = RunFolder(path)
         if run.status == "diverged":
@@ -146,8 +147,8 @@ def _source_of(path: Path, name: str) -> tuple[Path, Path] | None:
         return checkpoint, path / name
     if (path / "config.json").exists():
         run = path.parent.parent  # a checkpoint of a run writes to the run; any other to a folder beside it
-        return path, run / name if (run / "recipe.yaml").exists() else path.with_name(f"{path.name}-{name}")
-    raise UserError(f"{path} is neither a run folder (recipe.yaml) nor a checkpoint (config.json)")
+        return path, run / name if (run / "recipe.yaml").exists() else path.parent / f"{path.name}-{name}"
+    raise UsageError(f"{path} is neither a run folder (recipe.yaml) nor a checkpoint (config.json)")
 
 
 def load_recipe(args: argparse.Namespace) -> Recipe:
@@ -158,7 +159,7 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
     """
     recipe = from_mapping(Recipe, apply_overrides(read_yaml(args.config), args.set, Recipe))
     if args.peft and recipe.peft is None:
-        recipe.peft = {}
+        recipe.peft = Lora()
     recipe.check()
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device: cuda was asked for, but torch sees no CUDA device")
@@ -178,14 +179,16 @@ def plan(recipe: Recipe, path: Path, conversations: Conversations, name: str) ->
         return None
     checkpoint, folder = source
     if not any(checkpoint.glob("*.safetensors")):
-        raise UserError(f"{checkpoint} has no weights in safetensors; pickled ones (.bin, .pt) are not read")
+        raise UsageError(f"{checkpoint} has no weights in safetensors; pickled ones (.bin, .pt) are not read")
     tokenizer = chat_tokenizer(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint)
     if len(tokenizer) > config.vocab_size:
-        raise UserError(f"the tokenizer of {checkpoint} has {len(tokenizer)} tokens, its model {config.vocab_size}")
+        raise UsageError(f"the tokenizer of {checkpoint} has {len(tokenizer)} tokens, its model {config.vocab_size}")
     positions = config.max_position_embeddings
     if recipe.max_length > positions:
         raise UsageError(f"max_length {recipe.max_length} exceeds the {positions} positions of {checkpoint}")
+    if recipe.peft is not None:
+        lora.check_adapters(config, recipe.peft)
     mine = dataclasses.replace(
         recipe,
         model=weights_hash(checkpoint),
@@ -193,10 +196,11 @@ def plan(recipe: Recipe, path: Path, conversations: Conversations, name: str) ->
         data_revision=conversations.revision,
         data_sha256=conversations.sha256,
     )
+    run = RunFolder(folder)
     return Job(
-        mine,
+        run.check_claim(mine).recipe,
         checkpoint,
-        RunFolder(folder),
+        run,
         conversations,
         tokenize(conversations, tokenizer, recipe.max_length),
         tokenizer,
@@ -214,7 +218,8 @@ def _run_job(job: Job, bar: tqdm, stop: StopRequest) -> None:
     if _is_over(run):
         bar.update(job.steps)
         return
-    bar.set_postfix_str(run.path.parent.name)
+    bar.set_postfix_str(run.path.resolve().parent.name)
+    job.recipe = run.claim(job.recipe, tqdm.write)
     run.set_status("running")
     try:
         with room_for(run.path):
@@ -266,14 +271,11 @@ def main(args: argparse.Namespace) -> None:
         for job in (job for _, job in jobs if job is not None):
             print("\n\n".join(marked(job.tokens, job.tokenizer, args.show_labels)))
         return
-    for _, job in jobs:
-        if job is not None:
-            job.run.claim(to_mapping(job.recipe))
     total = sum(job.steps for _, job in jobs if job is not None)
     with progress_bar(args, total, "fine-tuning", "step") as bar:
         for path, job in jobs:
             if job is None:
-                tqdm.write(f"{path.name}: diverged, not fine-tuned")
+                tqdm.write(f"{called(path)}: diverged, not fine-tuned")
                 continue
             with job.run.locked(wait_seconds=30, tell=tqdm.write):
                 _run_job(job, bar, stop)

@@ -207,11 +207,14 @@ def _table(title: str, measured: Measured) -> Table:
     return Table("What flows through the layers", text, wide, notes, keys=2)
 
 
-def _measure_model(bench: _Bench, model: Model) -> None:
-    args = bench.args
+def _records_of(args: argparse.Namespace, model: Model) -> Records:
+    """Where a model's records stand. Raises UserError where those of another model do."""
     folder = (args.out or Path("stability")) / model.name if model.run is None else model.run / "eval" / "stability"
-    # A run may have been moved: its records are its own, whatever the path.
-    records = Records(folder, model.name if model.run is not None else model.asked, single=model.run is None)
+    return Records(folder, model.name if model.run is not None else model.asked, single=model.run is None)
+
+
+def _measure_model(bench: _Bench, model: Model, records: Records) -> None:
+    args, folder = bench.args, records.folder
     for checkpoint in model.checkpoints:
         weights = hash_of(checkpoint)
         if not args.again and records.has(checkpoint.step, bench.asked, weights):
@@ -239,8 +242,8 @@ def main(args: argparse.Namespace) -> None:
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise UsageError(f"two of the models are called {twice[0]}: measure them into different --out folders")
-    bench = _Bench(args)
+    bench, records = _Bench(args), [_records_of(args, model) for model in models]
     for model in models:
         bench.tokenizer(model)
-    for model in models:
-        _measure_model(bench, model)
+    for model, those in zip(models, records, strict=True):
+        _measure_model(bench, model, those)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from runkit.errors import UserError
+from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, read_json
 from runkit.headroom import FP16_MAX
 
@@ -67,7 +67,7 @@ def read(path: Path) -> Records:
         raise UserError(f"{path} is {'not a folder' if path.exists() else 'missing'}: give a run folder")
     run = RunFolder(path)
     if not any((path / name).exists() for name in ("metrics.jsonl", "summary.json", "flight", "recipe.yaml")):
-        raise UserError(f"{path} is no run folder: it has neither recipe.yaml nor metrics.jsonl nor flight/")
+        raise UsageError(f"{path} is no run folder: it has neither recipe.yaml nor metrics.jsonl nor flight/")
     flight = list(read_layers("", path / "flight"))
     rows = [*flight, *read_layers("", path / "layers")]
     table = pd.concat(rows, ignore_index=True)[_COLUMNS] if rows else pd.DataFrame(columns=_COLUMNS)

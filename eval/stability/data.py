@@ -44,7 +44,7 @@ def _file_texts(path: Path) -> Iterator[str]:
         else:
             yield path.read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read texts from {path}: {error}") from error
+        raise UsageError(f"cannot read texts from {path}: {error}") from error
 
 
 def _hub_texts(name: str, config: str | None, split: str) -> Iterator[str]:
@@ -55,7 +55,7 @@ def _hub_texts(name: str, config: str | None, split: str) -> Iterator[str]:
         rows = load_dataset(name, config, split=split, streaming=True)
         for row in rows:
             if not isinstance(row.get("text"), str):
-                raise UserError(f"the data set {label} has no column text (it has: {', '.join(row)})")
+                raise UsageError(f"the data set {label} has no column text (it has: {', '.join(row)})")
             yield row["text"]
     except UserError:
         raise
@@ -131,7 +131,7 @@ def text_samples(
     width = tokens - (starts_with is not None)
     ids = _token_ids(tokenizer, texts, samples * width)
     if len(ids) < width:
-        raise UserError(f"{data} gives {len(ids)} tokens, fewer than one sample of {width}")
+        raise UsageError(f"{data} gives {len(ids)} tokens, fewer than one sample of {width}")
     if int(ids.max()) >= vocabulary:
         raise UserError(f"the tokenizer gives the id {int(ids.max())}, but the model has {vocabulary} embeddings")
     generator = torch.Generator().manual_seed(seed)

@@ -42,7 +42,8 @@ class Records:
         self.folder, self.model, self.single = folder, model, single
         self.path = folder / "stability.json"
         self.old: dict[str, Any] = read_json(self.path) if self.path.exists() else {}
-        if self.old and self.old.get("model") != model:
+        # Records inside a run folder are the run's own, whatever the folder has been called since.
+        if single and self.old and self.old.get("model") != model:
             raise UserError(
                 f"{folder} holds the measurements of another model ({self.old.get('model')}); give another --out"
             )

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
 from runkit.checkpoints import damage_of
-from runkit.errors import UserError
+from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, weights_hash
-from runkit.hub import hub_reason
+from runkit.hub import hub_error
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -84,7 +84,7 @@ class Model:
         """
         source = other or self.checkpoints[-1].path
         if Path(source).is_dir() and not _has_tokenizer(Path(source)):
-            raise UserError(f"{source} has no tokenizer: name one with --tokenizer, or measure on --data random")
+            raise UsageError(f"{source} has no tokenizer: name one with --tokenizer, or measure on --data random")
         try:
             return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         except Exception as error:
@@ -119,7 +119,7 @@ def _of_hub(asked: str, revision: str | None, trust_remote_code: bool) -> Model:
     try:
         path = Path(snapshot_download(asked, revision=revision, allow_patterns=files))
     except Exception as error:
-        raise UserError(f"{asked} is no folder here, and as an id of the Hub {hub_reason(error)}") from error
+        raise hub_error(f"{asked} is no folder here, and as an id of the Hub", error) from error
     return Model(asked.replace("/", "--"), asked, path.name, (Checkpoint(0, path),), None)
 
 
@@ -133,14 +133,14 @@ def find_model(asked: str, revision: str | None = None, trust_remote_code: bool 
     if not path.exists():
         if _HUB_ID.fullmatch(asked) and not asked.startswith("."):
             return _of_hub(asked, revision, trust_remote_code)
-        raise UserError(f"{asked} does not exist, and is no id of the Hub")
+        raise UsageError(f"{asked} does not exist, and is no id of the Hub")
     path = path.resolve()
     if (path / "recipe.yaml").exists() and not (path / "config.json").exists():
         return _of_run(path, asked)
     if (path / "adapter_config.json").exists():
         raise UserError(f"{asked} holds an adapter alone: merge it (sft.train --peft --merge), and measure merged/")
     if not (path / "config.json").exists():
-        raise UserError(f"{asked} is neither a run folder (recipe.yaml) nor a checkpoint (config.json)")
+        raise UsageError(f"{asked} is neither a run folder (recipe.yaml) nor a checkpoint (config.json)")
     run = path.parent.parent
     if path.parent.name == "checkpoints" and (run / "recipe.yaml").exists() and path.name.startswith("step_"):
         return Model(run.name, asked, None, (Checkpoint(int(path.name.removeprefix("step_")), path),), run)

@@ -355,7 +355,7 @@ def test_mistakes_are_said_before_any_work(runs, capsys, monkeypatch, words, mes
 def test_what_cannot_be_scored_is_named(tmp_path, capsys, monkeypatch):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    assert call(tmp_path / "adapter", "--tasks", "mini_piqa") == 1
+    assert call(tmp_path / "adapter", "--tasks", "mini_piqa") == 2
     assert "holds an adapter alone: merge it" in capsys.readouterr().err
     run = make_run(tmp_path / "run")
     checkpoint = run.checkpoints()[-1]

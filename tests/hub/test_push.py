@@ -153,7 +153,7 @@ def test_an_adapter_of_a_model_that_is_only_here_is_refused(hub, run, pushed, tm
     config = {"base_model_name_or_path": str(run / "checkpoints" / "step_00000008"), "peft_type": "LORA"}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     code, _, err = pushed(adapter, "--repo", "acme/adapter")
-    assert code == 1 and "merge it" in err
+    assert code == 2 and "merge it" in err
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "acme/base"}))
     assert pushed(adapter, "--repo", "acme/adapter")[0] == 0
     assert files(hub, "acme/adapter") == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -326,7 +326,7 @@ def test_mistakes_are_found_before_any_work(words, said, run, pushed):
 
 def test_folders_that_are_no_whole_model_are_refused_by_name(run, pushed, tmp_path):
     code, _, err = pushed(tmp_path / "nowhere", "--repo", "acme/x")
-    assert code == 1 and "nowhere is missing" in err
+    assert code == 2 and "nowhere is missing" in err
     mine = shutil.copytree(run / "checkpoints" / "step_00000004", tmp_path / "model")
     with open(mine / "model.safetensors", "ab") as file:
         file.write(b"x")
@@ -338,7 +338,7 @@ def test_folders_that_are_no_whole_model_are_refused_by_name(run, pushed, tmp_pa
     assert code == 1 and "norms.py" in err
     (mine / "model.safetensors").rename(mine / "pytorch_model.bin")
     code, _, err = pushed(mine, "--repo", "acme/x")
-    assert code == 1 and "nothing but safetensors is sent" in err
+    assert code == 2 and "nothing but safetensors is sent" in err
 
 
 def test_a_missing_repository_is_named_when_it_is_loaded(hub):

@@ -94,9 +94,9 @@ def test_the_page_is_one_file_with_the_same_cells_and_no_local_path(root, tmp_pa
 
 
 def test_a_folder_without_models_is_refused_by_name(root, tmp_path, capsys):
-    assert run_command(zoo.main, zoo.parse([str(root / "notes")])) == 1
+    assert run_command(zoo.main, zoo.parse([str(root / "notes")])) == 2
     assert "notes holds no runs and no models" in capsys.readouterr().err
-    assert run_command(zoo.main, zoo.parse([str(tmp_path / "nowhere")])) == 1
+    assert run_command(zoo.main, zoo.parse([str(tmp_path / "nowhere")])) == 2
     assert "nowhere is missing" in capsys.readouterr().err
 
 

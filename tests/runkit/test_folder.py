@@ -64,16 +64,55 @@ def test_a_folder_belongs_to_one_recipe_and_the_differing_fields_are_named(tmp_p
     run = RunFolder(tmp_path / "run")
     run.claim({"steps": 5, "optimizer": {"learning_rate": 0.002}})
     run.claim({"steps": 5, "optimizer": {"learning_rate": 0.002}})
+    write_text(run.metrics_path, '{"step": 0}\n')
+    run.claim({"steps": 5, "optimizer": {"learning_rate": 0.002}})
     with pytest.raises(UserError, match=r"optimizer\.learning_rate: 0\.002 -> 0\.1"):
         run.claim({"steps": 5, "optimizer": {"learning_rate": 0.1}})
     assert run.recipe["optimizer"]["learning_rate"] == 0.002
 
 
+@pytest.mark.parametrize("left", [{}, {"summary.json": '{"status": "failed"}', "data.json": "{}", "metrics.jsonl": ""}])
+def test_what_a_refused_command_left_is_taken_over(tmp_path, left, capsys):
+    run = RunFolder(tmp_path / "run")
+    with run.locked():
+        run.claim({"stage": "pretrain", "steps": 5})
+    for name, text in left.items():
+        (run.path / name).write_text(text)
+    (run.path / "checkpoints").mkdir()
+    assert run.claim({"stage": "sft", "steps": 6}) == {"stage": "sft", "steps": 6}
+    assert run.recipe == {"stage": "sft", "steps": 6} and run.summary == {}
+    assert "held another recipe, of a run that never began" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.jsonl", '{"step": 0}\n'),
+        ("checkpoints/step_00000000/model.safetensors", "x"),
+        ("notes.txt", "precious"),
+        ("summary.json", '{"status": "diverged"}'),
+        ("recipe.yaml", "# mine, with a comment\nsteps: 5\n"),
+    ],
+)
+def test_what_is_worth_keeping_is_not_taken_over(tmp_path, name, text):
+    run = RunFolder(tmp_path / "run")
+    run.claim({"steps": 5})
+    (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+    (run.path / name).write_text(text)
+    before = (run.path / "recipe.yaml").read_text()
+    with pytest.raises(UserError, match=r"belongs to another recipe \(steps: 5 -> 6\)"):
+        run.claim({"steps": 6})
+    assert (run.path / "recipe.yaml").read_text() == before
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
-    (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match=r"holds files but no recipe\.yaml"):
-        RunFolder(tmp_path).claim({"steps": 1})
-    assert os.listdir(tmp_path) == ["thesis.tex"]
+    for name in ("thesis.tex", "data.json"):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).write_text("precious")
+        with pytest.raises(UserError, match=r"holds files but no recipe\.yaml"):
+            RunFolder(folder).claim({"steps": 1})
+        assert os.listdir(folder) == [name]
 
 
 def test_records_after_the_checkpoint_and_a_cut_last_line_are_dropped(tmp_path):

@@ -11,7 +11,7 @@ import time
 import pytest
 from hub_store import write_store
 from local_hub import LocalHub
-from tiny import ROOT, command, run, timeless
+from tiny import ROOT, command, make_data, run, timeless
 
 from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, weights_hash
@@ -101,7 +101,7 @@ def test_a_failing_process_of_a_stage_stops_the_others_and_gives_its_exit_code(o
 def test_text_without_documents_leaves_the_folder_free_for_another_demo(tmp_path):
     (tmp_path / "empty").mkdir()
     done = run("scripts.demo", "--out", tmp_path / "out", "--text", tmp_path / "empty")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "no text found" in done.stderr
     assert resolve(tmp_path).text.source == "installed-python"
     again = run("scripts.demo", "--out", tmp_path / "out", "--text", tmp_path / "empty")
@@ -114,7 +114,10 @@ def test_a_file_or_another_stages_folder_is_left_alone(tmp_path):
         resolve(tmp_path)
     assert (tmp_path / "out").read_text() == "precious"
     (tmp_path / "out").unlink()
-    RunFolder(tmp_path / "out").claim({"stage": "pretrain"})
+    run = RunFolder(tmp_path / "out")
+    run.claim({"stage": "pretrain"})
+    assert resolve(tmp_path).stage == "demo"  # nothing was made there yet
+    run.metrics_path.write_text('{"step": 0}\n')
     with pytest.raises(UserError, match="is not a demo's folder"):
         resolve(tmp_path)
 
@@ -125,6 +128,21 @@ def test_another_recipe_on_the_same_folder_is_refused_with_the_fields(tmp_path):
         resolve(tmp_path, "--hub")
     with pytest.raises(UserError, match=r"placements: .* -> \['pre'\]"):
         resolve(tmp_path, "--placements", "pre")
+
+
+def test_a_moved_text_and_another_device_do_not_make_another_demo(tmp_path, capsys):
+    make_data(tmp_path)
+    RunFolder(tmp_path / "out").claim(resolve(tmp_path, "--text", tmp_path / "text"))
+    shutil.move(tmp_path / "data", tmp_path / "out" / "data")
+    shutil.move(tmp_path / "text", tmp_path / "moved")
+    moved = resolve(tmp_path, "--text", tmp_path / "moved", "--device", "cuda")
+    assert (moved.text.source, moved.device) == (str(tmp_path / "moved"), "cuda")
+    RunFolder(tmp_path / "out").claim(moved)
+    said = capsys.readouterr().out
+    assert "text.source: " in said and "device: 'cpu' -> 'cuda' (the computation is the same, but" in said
+    (shutil.copytree(tmp_path / "moved", tmp_path / "other") / "0.txt").write_text("something else")
+    with pytest.raises(UserError, match="holds data of another source"):
+        resolve(tmp_path, "--text", tmp_path / "other")
 
 
 @pytest.mark.parametrize(

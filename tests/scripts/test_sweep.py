@@ -13,7 +13,7 @@ import pytest
 from tiny import MODEL, make_data
 
 from runkit import looks
-from runkit.errors import StoppedBySignal, UsageError, UserError
+from runkit.errors import StoppedBySignal, UsageError, UserError, run_command
 from runkit.folder import RunFolder
 from runkit.process import StopRequest
 from runkit.recipes import dump_yaml, read_yaml
@@ -70,11 +70,44 @@ def test_a_grid_value_may_be_a_section(tmp_path):
 
 
 def test_a_sweep_may_grow_but_not_change(tmp_path):
-    make_sweep(tmp_path, {"seed": [1]}).write_recipes()
-    make_sweep(tmp_path, {"seed": [1, 2]}).write_recipes()
+    make_sweep(tmp_path, {"seed": [1]}, steps=9).write_recipes()
+    make_sweep(tmp_path, {"seed": [1]}).write_recipes()  # nothing had begun
+    sweep = make_sweep(tmp_path, {"seed": [1, 2]})
+    sweep.write_recipes()
+    pretend(sweep.cells[1], "interrupted", 3.0)
     with pytest.raises(UserError, match=r"belongs to another sweep \(seed1: steps: 100 -> 7\)"):
         make_sweep(tmp_path, {"seed": [3, 1]}, steps=7).write_recipes()
-    assert sorted(p.stem for p in (tmp_path / "runs" / "s" / "recipes").iterdir()) == ["seed1", "seed2"]
+    recipes = tmp_path / "runs" / "s" / "recipes"
+    assert sorted(p.stem for p in recipes.iterdir()) == ["seed1", "seed2"]
+
+
+def test_what_does_not_decide_a_cell_may_change_and_is_told_once(tmp_path):
+    sweep, told = make_sweep(tmp_path, {"seed": [1, 2]}), []
+    sweep.write_recipes()
+    pretend(sweep.cells[0], "interrupted", 3.0)
+    old = read_yaml(sweep.recipe_file(sweep.cells[0]))
+    del old["flight"]  # of a version that had none
+    sweep.recipe_file(sweep.cells[0]).write_text(dump_yaml(old))
+    make_sweep(tmp_path, {"seed": [1, 2]}, data="moved/none", keep_last=5).write_recipes(told.append)
+    assert [line.partition(": ")[2] for line in told] == [
+        "data: 'none' -> 'moved/none' (only the place differs)",
+        "keep_last: 2 -> 5 (this does not decide the result)",
+    ]
+    new = read_yaml(sweep.recipe_file(sweep.cells[0]))
+    assert (new["data"], new["keep_last"], new["flight"]) == ("moved/none", 5, {"steps": 16, "files": 32})
+
+
+def test_no_cell_is_run_and_no_folder_made_where_the_data_are_missing_or_others(tmp_path, capsys):
+    file = write_sweep(tmp_path, {"seed": [1, 2]}, data=str(tmp_path / "nowhere"))
+    words = ["run", str(file), "--runs", str(tmp_path / "runs")]
+    assert run_command(command.main, command.parse(words)) == 2
+    assert "cell seed1: data: " in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    sweep = make_sweep(tmp_path, {"seed": [1, 2]}, data=str(make_data(tmp_path)), model={"vocab_size": 300})
+    sweep.check_data()
+    sweep.cells[1].run.claim({"data_fingerprint": "0123456789"})
+    pretend(sweep.cells[1], "completed", 3.0)
+    with pytest.raises(UserError, match=r"cell seed2: .*/data holds other data \(.*\) than the cell began with"):
+        sweep.check_data()
 
 
 @pytest.mark.parametrize(

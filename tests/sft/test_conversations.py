@@ -237,4 +237,4 @@ def test_the_paper_is_the_default():
 )
 def test_recipe_mistakes_name_field_and_value(field, value, message):
     with pytest.raises(UsageError, match=message):
-        Recipe(**{field: value}).check()
+        from_mapping(Recipe, {field: value}).check()

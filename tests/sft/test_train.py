@@ -218,14 +218,15 @@ def _bad_row(run):
 @pytest.mark.parametrize(
     ("spoil", "fields", "message", "code"),
     [
-        (_no_tokenizer, {}, "step_00000001 has no tokenizer", 1),
+        (_no_tokenizer, {}, "step_00000001 has no tokenizer", 2),
         (_no_tokens, {}, "has no token <|assistant|> for conversations", 1),
-        (_new_token, {}, "has 287 tokens, its model 286", 1),
-        (_pickled, {}, "has no weights in safetensors; pickled ones", 1),
+        (_new_token, {}, "has 287 tokens, its model 286", 2),
+        (_pickled, {}, "has no weights in safetensors; pickled ones", 2),
         (_bad_row, {}, "talk.jsonl, row 15: a conversation with 1 turn(s) has no assistant's answer", 1),
         (None, {"max_length": 129}, "max_length 129 exceeds the 128 positions of", 2),
         (None, {"max_length": 3}, "no answer begins within max_length 3", 1),
-        (None, {"data": "nowhere.jsonl"}, "data: nowhere.jsonl cannot be read", 1),
+        (None, {"peft": {"target_modules": ["q_prj"]}}, "peft.target_modules: ", 2),
+        (None, {"data": "nowhere.jsonl"}, "data: nowhere.jsonl cannot be read", 2),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, capsys, spoil, fields, message, code):
