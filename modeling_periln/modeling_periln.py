@@ -47,7 +47,7 @@ from .configuration_periln import PeriLlamaConfig
 from .loss import IGNORE_INDEX, chunked_losses, shift_labels
 from .norms import make_norm
 from .placements import LayerPlan
-from .registration import register_names
+from .registration import refuse_megatron, register_names
 from .rotary import PeriLlamaRotaryEmbedding, rotate
 from .slots import Learned, Norm
 
@@ -580,6 +580,7 @@ class PeriLlamaForQuestionAnswering(GenericForQuestionAnswering, PeriLlamaPreTra
 
 
 register_names()
+refuse_megatron()
 
 __all__ = [
     "PeriLlamaForCausalLM",

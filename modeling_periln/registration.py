@@ -4,7 +4,11 @@ Libraries look a class up by its name to learn what it is, and do something else
 them without a word: the Trainer's label smoothing does not shift the labels, so that the model learns to copy its
 input; lm-eval and the generated model card cannot tell the task; the server does not list the model. The auto classes'
 `register` does not reach these tables. They are filled wherever the model is imported, installed or as remote code.
+And one library finds a name within ours, and builds another architecture: there the family is refused.
 """
+
+import sys
+from typing import Any, NoReturn
 
 from transformers.models.auto import modeling_auto
 
@@ -20,6 +24,26 @@ _TABLES = {
 # What the Trainer takes for the causal LM's name where it is wrapped: FSDP2 renames the class, and of a model with
 # PEFT's prefix tuning the Trainer reads the name of the base model.
 _WRAPPED = {"FSDP2": "FSDPPeriLlamaForCausalLM", "prefix tuning": "PeriLlamaModel"}
+
+
+def _refuse_megatron(plugin: Any, model: Any, batch_data: Any) -> NoReturn:
+    raise ValueError(
+        f"Accelerate's Megatron-LM plugin cannot train {PeriLlamaConfig.model_type}: it would build Megatron's Llama, "
+        "which has no norm placement"
+    )
+
+
+def refuse_megatron() -> None:
+    """Have Accelerate's Megatron-LM plugin refuse this family.
+
+    It looks for the names of the architectures that it can build within the model's type, takes the first that it
+    finds, and finds `llama` in `peri_llama`. Transformers has imported Accelerate already, where that is installed.
+    """
+    parsers = getattr(sys.modules.get("accelerate.utils.dataclasses"), "MODEL_CONFIGS_TO_MEGATRON_PARSERS", None)
+    if parsers is not None:
+        others = {name: parser for name, parser in parsers.items() if name != PeriLlamaConfig.model_type}
+        parsers.clear()
+        parsers.update({PeriLlamaConfig.model_type: _refuse_megatron} | others)
 
 
 def register_names() -> None:

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import random_ids, shaken_model, tiny_config
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaConfig, Trainer, TrainingArguments
 from transformers.modelcard import TrainingSummary
 
 from modeling_periln import (
@@ -119,6 +120,21 @@ def test_labels_of_tokens_are_not_shifted(tmp_path):
 def test_the_trainers_model_card_names_the_task(task, model_class, tmp_path):
     model = shaken_model() if model_class is None else model_class(tiny_config(pad_token_id=60))
     assert TrainingSummary.from_trainer(trainer_of(model, tmp_path), model_name="tiny").tasks == task
+
+
+def test_accelerate_does_not_build_megatrons_llama_in_our_place():
+    """It searches the model's type for the names that it knows, and `peri_llama` has one of them in it."""
+    from accelerate.utils import dataclasses
+
+    def arguments_for(model) -> dict:
+        plugin = SimpleNamespace(megatron_lm_default_args={}, seq_length=8, return_logits=True)
+        dataclasses.MegatronLMPlugin.set_network_size_args(plugin, model)
+        return plugin.megatron_lm_default_args
+
+    with pytest.raises(ValueError, match="Megatron-LM plugin cannot train peri_llama"):
+        arguments_for(shaken_model())
+    llama = SimpleNamespace(config=LlamaConfig(hidden_size=64))
+    assert arguments_for(llama)["hidden_size"] == 64  # others are built as before
 
 
 # Remote code, in a process that cannot import the package

@@ -544,6 +544,20 @@ def test_wikitext_is_read_from_the_hub_and_the_record_says_where_it_is_not(tmp_p
     assert not (tmp_path / "asked").exists()
 
 
+@pytest.mark.parametrize("target", PLAIN)
+def test_where_generation_ends_goes_through_a_conversion_and_back(target, tmp_path):
+    """Two ends, of which the configuration names one: what stops a fine-tuned model is its generation configuration."""
+    model = shaken_model(**PLAIN[target], eos_token_id=60, bos_token_id=59)
+    model.generation_config.eos_token_id = [60, 57]
+    saved(tmp_path / "src", model)
+    assert main([str(tmp_path / "src"), str(tmp_path / "there"), "--to", target, "--text", "none"]) == 0
+    assert main([str(tmp_path / "there"), str(tmp_path / "back"), "--to", "peri_llama", "--text", "none"]) == 0
+    for folder in ("there", "back"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert loaded.generation_config.eos_token_id == [60, 57]
+        assert (loaded.config.eos_token_id, loaded.config.bos_token_id) == (60, 59)
+
+
 def test_nothing_is_overwritten_and_an_interruption_leaves_nothing(tmp_path, monkeypatch, capsys):
     src, full = saved(tmp_path / "src"), tmp_path / "full"
     full.mkdir()
