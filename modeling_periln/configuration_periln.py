@@ -135,7 +135,7 @@ class PeriLlamaConfig(PreTrainedConfig):
     """
 
     model_type = "peri_llama"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {"rms_norm_eps": "norm_eps"}
     default_theta = 500_000.0
 

@@ -16,6 +16,7 @@ after the embedding (`embed_norm`) and before the head (`final_norm`).
 Shapes: B batch, S sequence, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .arguments import CACHE, one_cache, refuse_unknown, update_cache
 from .configuration_periln import PeriLlamaConfig
 from .loss import IGNORE_INDEX, chunked_losses, shift_labels
 from .norms import NORMS
@@ -131,9 +133,11 @@ class PeriLlamaAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cache = one_cache(cache, past_key_values, kwargs)
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
 
@@ -146,8 +150,8 @@ class PeriLlamaAttention(nn.Module):
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # B H|K S E
 
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -202,12 +206,15 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         module_dtype: torch.dtype | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        cache = one_cache(cache, past_key_values, kwargs)
+
         # Attention
         branch = self.attn_input_norm(hidden_states)  # A
         branch = self._sublayer_input(branch, module_dtype)  # c
@@ -216,8 +223,8 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
         branch = self.attn_output_norm(branch)  # B
@@ -247,7 +254,7 @@ class PeriLlamaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PeriLlamaDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -315,9 +322,10 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Token ids (B, S), or embeddings (B, S, D), to the last hidden state (B, S, D).
@@ -325,10 +333,16 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
         Documents packed into one row are told apart by `position_ids` that restart, or by `cu_seq_lens_q` (0, the
         documents' ends), whatever the positions; both need `use_cache=False` and no mask.
 
+        The cache is `cache`, or `past_key_values` as it was called before Transformers 5.24; both names work with
+        every version, and the output has the name of the version installed.
+
         Raises:
             ValueError: neither or both of `input_ids` and `inputs_embeds`; `cu_seq_lens_q` without `position_ids` for
-                more than one row, or with a cache or a mask.
+                more than one row, or with a cache or a mask; two caches.
+            TypeError: an unknown argument that carries a cache, a mask or positions.
         """
+        refuse_unknown(kwargs)
+        cache = one_cache(cache, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -336,7 +350,7 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
         mask_positions, cu_seq_lens = None, kwargs.get("cu_seq_lens_q")
         if cu_seq_lens is not None:
             # Flash attention alone reads `cu_seq_lens_*`; the masks of the others are made from positions.
-            if not use_cache and past_key_values is None and attention_mask is None and inputs_embeds.shape[0] == 1:
+            if not use_cache and cache is None and attention_mask is None and inputs_embeds.shape[0] == 1:
                 mask_positions = positions_of_packed(cu_seq_lens.to(inputs_embeds.device), inputs_embeds.shape[1])
                 position_ids = mask_positions if position_ids is None else position_ids
             elif position_ids is None:
@@ -344,10 +358,10 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
                     "cu_seq_lens_q packs documents into one row: it needs a batch of 1, use_cache=False and no "
                     "attention_mask, or position_ids of your own"
                 )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            offset = past_key_values.get_seq_length() if past_key_values is not None else 0
+            offset = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + offset
 
         # The one cast of the stream. Where it differs from the weights' dtype and no autocast mends that, each
@@ -363,8 +377,8 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds if module_dtype is not None else hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids if mask_positions is None else mask_positions,
+            **{CACHE: cache},
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
@@ -374,15 +388,15 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 module_dtype=module_dtype,
+                **{CACHE: cache},
                 **kwargs,
             )
         hidden_states = self.final_norm(hidden_states)
         if module_dtype is not None:
             hidden_states = hidden_states.to(module_dtype)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 
 
 def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -422,13 +436,14 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
         z_loss: float = 0.0,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PeriLlamaCausalLMOutput:
         """Logits (B, S, V), and with `labels` (B, S; -100 does not count) the mean next-token cross entropy.
@@ -440,13 +455,14 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: `skip_logits=True` without labels, or `z_loss` without `skip_logits`.
         """
+        cache = one_cache(cache, past_key_values, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -473,7 +489,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
             loss=loss,
             z_loss=z_term,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -481,6 +497,15 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
     # Of remote code generate() asks for the signature at every token: it is worked out here, once. On the function
     # below the decorators, from where no wrapper copies it (a hook's copy would count `self` among the arguments).
     inspect.unwrap(forward).__signature__ = inspect.signature(forward)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        # The cache under its old name too: PEFT 0.21's prompt learning looks for it there, and where it finds none it
+        # puts the prompt before every token that is generated.
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if "cache" in inputs:
+            inputs.setdefault("past_key_values", inputs["cache"])
+        return inputs
 
 
 # Transformers' generic heads. Their own `__init__` asks AutoModel for the base model, and AutoModel does not know a

@@ -14,6 +14,8 @@ from torch._dynamo.backends.registry import lookup_backend
 from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
+from modeling_periln.arguments import CACHE
+
 pytestmark = pytest.mark.slow
 
 VARIANTS = {
@@ -108,7 +110,7 @@ def test_decoding_compiles_once_for_the_prompt_and_once_for_all_later_tokens(nam
     cache = StaticCache(config=model.config, max_cache_len=32)
     step, tokens, compilations = ids, [], []
     for _ in range(8):
-        logits = compiled(step, past_key_values=cache, use_cache=True).logits
+        logits = compiled(step, **{CACHE: cache}, use_cache=True).logits
         step = logits[:, -1:].argmax(-1)
         tokens.append(step)
         compilations.append(len(graphs))

@@ -21,6 +21,8 @@ from transformers import (
 )
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
+from modeling_periln.arguments import CACHE
+
 VOCAB = SIZES["vocab_size"]
 MODELS = {placement: {"norm_placement": placement} for placement in (*NORMS_OF, "mix")}
 MODELS["layernorm, qk_norm over a head"] = {"norm_type": "layernorm", "qk_norm": "head"}
@@ -154,8 +156,8 @@ def test_a_quantized_cache_changes_the_logits_by_what_quantization_costs(name):
     expected = model(ids, use_cache=False).logits[:, 8:]
     logits = {}
     for cache in (DynamicCache(config=model.config), QuantizedCache("fp8", config=model.config)):
-        model(ids[:, :8], past_key_values=cache)
-        logits[type(cache)] = model(ids[:, 8:], past_key_values=cache).logits - expected
+        model(ids[:, :8], **{CACHE: cache})
+        logits[type(cache)] = model(ids[:, 8:], **{CACHE: cache}).logits - expected
     assert logits[DynamicCache].abs().max() < 1e-5
     assert 1e-5 < logits[QuantizedCache].pow(2).mean().sqrt() < 0.1 * expected.std()
 
@@ -268,8 +270,8 @@ def test_going_on_from_a_cache_is_a_full_forward(name):
     for pieces in ([5, 7], [1] * 12, [3, 1, 6, 2]):
         cache, logits = None, []
         for piece in ids.split(pieces, 1):
-            output = model(piece, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(piece, **{CACHE: cache}, use_cache=True)
+            cache = output[CACHE]
             logits.append(output.logits)
         assert cache.get_seq_length() == 12
         assert (torch.cat(logits, 1) - expected).abs().max() < 1e-5
@@ -280,7 +282,7 @@ def test_generation_in_two_calls_is_generation_at_once(name):
     model, ids = model_of(name), random_ids(2, 5)
     half = model.generate(ids, **GREEDY | {"max_new_tokens": 4}, return_dict_in_generate=True)
     calls = calls_of(model.model.layers[0])
-    rest = model.generate(half.sequences, past_key_values=half.past_key_values, **GREEDY | {"max_new_tokens": 6})
+    rest = model.generate(half.sequences, **{CACHE: half[CACHE]}, **GREEDY | {"max_new_tokens": 6})
     assert calls == [1] * 6  # nothing was computed again
     assert torch.equal(rest, greedy_by_hand(model, ids, 10))
 

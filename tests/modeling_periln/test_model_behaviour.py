@@ -5,6 +5,8 @@ import torch
 from tiny_models import NORMS_OF, SIZES, random_ids, shaken_model, tiny_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from modeling_periln.arguments import CACHE
+
 EVERY = [*NORMS_OF, "mix"]
 
 
@@ -124,8 +126,8 @@ def test_position_ids_are_made_and_passed_on_when_they_are_not_given(probe):
     model = shaken_model(num_hidden_layers=1)
     model.set_attn_implementation("probe")
     ids = random_ids(1, 5)
-    cache = model(ids, use_cache=True).past_key_values
-    model(ids[:, :2], past_key_values=cache)
+    cache = model(ids, use_cache=True)[CACHE]
+    model(ids[:, :2], **{CACHE: cache})
     assert [call["position_ids"].tolist() for call in probe] == [[[0, 1, 2, 3, 4]], [[5, 6]]]
 
 
@@ -177,10 +179,10 @@ def test_no_token_sees_a_later_one(placement):
 
 def test_what_a_call_does_not_say_the_config_decides():
     model = shaken_model()
-    assert model(random_ids()).past_key_values.get_seq_length() == 7
+    assert model(random_ids())[CACHE].get_seq_length() == 7
     model.config.use_cache = False
-    assert model(random_ids()).past_key_values is None
-    assert model(random_ids(), use_cache=True).past_key_values is not None
+    assert CACHE not in model(random_ids())
+    assert CACHE in model(random_ids(), use_cache=True)
     model.config.output_hidden_states = True
     assert len(model(random_ids()).hidden_states) == 4
 

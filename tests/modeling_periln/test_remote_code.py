@@ -21,7 +21,10 @@ import modeling_periln
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM, PeriLlamaModel
 
 PACKAGE = Path(modeling_periln.__file__).parent
-CODE = {"configuration_periln.py", "modeling_periln.py", "norms.py", "placements.py", "loss.py", "rotary.py"}
+CODE = {
+    *("configuration_periln.py", "modeling_periln.py", "arguments.py"),
+    *("norms.py", "placements.py", "loss.py", "rotary.py"),
+}
 WEIGHTS = {"config.json", "generation_config.json", "model.safetensors"}
 MODELS = {
     "peri": {"norm_placement": "peri", "qk_norm": "head"},

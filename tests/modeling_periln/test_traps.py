@@ -71,7 +71,7 @@ def test_a_field_that_was_spoilt_later_is_refused_when_the_configuration_is_save
 def test_the_model_type_is_not_one_of_transformers_own():
     assert PeriLlamaConfig.model_type == "peri_llama"
     assert PeriLlamaConfig.model_type not in CONFIG_MAPPING_NAMES
-    assert PeriLlamaConfig.keys_to_ignore_at_inference == ["past_key_values"]
+    assert PeriLlamaConfig.keys_to_ignore_at_inference == ["cache", "past_key_values"]
 
 
 @pytest.mark.parametrize("qk_norm", [None, "head"])
@@ -90,7 +90,7 @@ def test_the_classes_say_what_they_support():
         "base_model_prefix": "model",
         "supports_gradient_checkpointing": True,
         "_no_split_modules": ["PeriLlamaDecoderLayer"],
-        "_skip_keys_device_placement": ["past_key_values"],
+        "_skip_keys_device_placement": ["cache", "past_key_values"],
         "_supports_sdpa": True,
         "_supports_flash_attn": True,
         "_supports_flex_attn": True,
@@ -131,10 +131,11 @@ def test_the_signature_that_generate_asks_for_at_every_token_is_worked_out_once(
 @pytest.mark.parametrize("model_class", [PeriLlamaModel, PeriLlamaForCausalLM])
 def test_forward_has_llamas_arguments_and_none_that_a_decorator_reads(model_class):
     parameters = inspect.signature(model_class.forward).parameters
-    llamas = ["input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"]
+    llamas = ["input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds"]
     assert list(parameters)[1:6] == llamas
     read_from_kwargs = {"output_attentions", "output_hidden_states", "return_dict", "cache_position"}
     assert not read_from_kwargs & parameters.keys()
+    assert "past_key_values" in parameters  # PEFT's prompt learning asks whether it is there
     assert parameters["kwargs"].annotation == Unpack[TransformersKwargs]
 
 
