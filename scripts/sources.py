@@ -254,19 +254,21 @@ def kind_of(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             data = file.read(1 << 16)
+            file.seek(0)
+            first = next(
+                (line for line, _ in _bounded_lines(file) if line is None or line.strip(b"\r\n \t" + BOM)), b""
+            )
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     try:
-        text = data[: len(data) - _unfinished(data) if data else 0].decode("utf-8-sig")
+        text = data[: len(data) - (_unfinished(data) if len(data) == 1 << 16 else 0)].decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise UserError(
-            f"no text found: {path} is no plain text (UTF-8), and its name is none of {', '.join(SUFFIXES)}"
-        )
-    first = next((line for line in text.splitlines() if line.strip()), "").strip()
+        endings = ", ".join(SUFFIXES)
+        raise UserError(f"no text found: {path} is not plain text (UTF-8), and its name ends in none of {endings}")
     try:
-        if isinstance(json.loads(first), dict):
+        if isinstance(json.loads((first or b"").removeprefix(BOM)), dict):
             return ".jsonl"
     except (ValueError, RecursionError):
         pass

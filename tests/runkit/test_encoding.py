@@ -10,22 +10,7 @@ from runkit import encoding
 from runkit.encoding import TextEncoder, added_around, before_text, begin_documents_with
 from scripts.tokenization import SPLIT_PATTERN, TIKTOKEN
 
-WORDS = [
-    "the",
-    "cat's",
-    "hat,",
-    "they'll",
-    "1234567",
-    "naïve",
-    "café",
-    "東京",
-    "🙂🙂",
-    "---",
-    "==",
-    "é",
-    "x1y2",
-    "don't",
-]
+WORDS = ["the", "cat's", "hat,", "they'll", "1234567", "naïve", "café", "東京", "🙂🙂", "---", "==", "e\u0301", "x1y2"]
 SPECIAL = ["<s>", "</s>", "<pad>"]
 
 
