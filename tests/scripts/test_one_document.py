@@ -30,7 +30,7 @@ class Stage:
     """A run of two steps on data of one tokenizer, and what must begin its documents."""
 
     def __init__(self, folder, single: str, begins: bool):
-        made = train_tokenizer(LINES, 300, 128)
+        made = train_tokenizer(LINES, 300, 77)
         made.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
         self.bos, self.eos = made.convert_tokens_to_ids(["<s>", "</s>"])
         special = [("<s>", self.bos), ("</s>", self.eos)]
@@ -92,6 +92,7 @@ def test_a_prompt_begins_like_a_document_and_does_not_end(stage, monkeypatch):
     for tokenizer in (stage.tokenizer, AutoTokenizer.from_pretrained(stage.checkpoint)):
         assert tokenizer("the 3 of")["input_ids"] == [*stage.begin, *stage.ids("the 3 of")]
         assert tokenizer.bos_token_id == stage.before[-1] and tokenizer.eos_token_id == stage.eos
+        assert tokenizer.model_max_length == stage.model.config.max_position_embeddings
     config = AutoConfig.from_pretrained(stage.checkpoint)
     assert (config.bos_token_id, config.eos_token_id) == (stage.before[-1], stage.eos)
     assert stage.model.generation_config.bos_token_id == stage.before[-1]
