@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
+from runkit.encoding import added_around, begin_documents_with
 from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, weights_hash
 from runkit.hub import hub_error, quiet_hub
@@ -43,6 +44,8 @@ class Target:
     def load(self, device: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Model (in the saved dtype unless another is named, in evaluation mode) and tokenizer.
 
+        A tokenizer that ends every text does not end the prompts of a model that continues them.
+
         Raises:
             UserError: neither can be loaded; in one sentence.
         """
@@ -50,6 +53,9 @@ class Target:
         with self._said_in_one_sentence():
             model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=dtype, use_safetensors=True, **trust)
             tokenizer = AutoTokenizer.from_pretrained(self.checkpoint, **trust)
+        begin, end = added_around(tokenizer)
+        if end:
+            begin_documents_with(tokenizer, begin)
         return model.to(torch.device(device)).eval(), tokenizer
 
     def positions(self) -> int | None:

@@ -9,7 +9,7 @@ chosen documents are kept.
 import hashlib
 import heapq
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from runkit.errors import UsageError, UserError, did_you_mean
 from runkit.folder import write_text
 from runkit.hub import hub_reason, quiet_hub
+from runkit.texts import described_problem
 
 METHOD = "the smallest of uniform draws, one a document that is not blank, in the split's order (PCG64 of the seed)"
 
@@ -83,8 +84,13 @@ def named(dataset: str, config: str | None, split: str | None, column: str | Non
     return Source(dataset, config, split or "validation", column or "text", revision)
 
 
-def choose(texts: Iterable[str], count: int, seed: int) -> tuple[list[str], int]:
-    """`count` of the texts (all, if there are no more), in their order, and how many there were that are not blank."""
+def choose(
+    texts: Iterable[str], count: int, seed: int, fits: Callable[[int, str], bool] = lambda number, text: True
+) -> tuple[list[str], int]:
+    """`count` of the texts (all, if there are no more), in their order, and how many there were that are not blank.
+
+    A text that does not fit (its number among these, from 1) has its draw, and is left out.
+    """
     generator, heap, number = np.random.default_rng(seed), [], 0
     draws: list[float] = []
     for text in texts:
@@ -93,7 +99,9 @@ def choose(texts: Iterable[str], count: int, seed: int) -> tuple[list[str], int]
         if not draws:
             draws = generator.random(4096).tolist()[::-1]
         entry = (-draws.pop(), number, text)
-        if len(heap) < count:
+        if not fits(number + 1, text):
+            pass
+        elif len(heap) < count:
             heapq.heappush(heap, entry)
         else:
             heapq.heappushpop(heap, entry)
@@ -143,7 +151,13 @@ def draw(source: Source, count: int, seed: int, bar: tqdm) -> Sample:
         UserError: see `stream`; or it has no text.
     """
     source, texts = stream(source, bar)
-    chosen, of = choose(texts, count, seed)
+
+    def fits(number: int, text: str) -> bool:
+        if problem := described_problem(text):
+            tqdm.write(f"{source.words}, document {number}, is left out: its text {problem}")
+        return problem is None
+
+    chosen, of = choose(texts, count, seed, fits)
     if not chosen:
         raise UserError(f"{source.words} has no text in its column {source.column!r}")
     return Sample(source, seed, chosen, of)
@@ -171,7 +185,7 @@ def read_sample(path: Path, source: Source, count: int, seed: int) -> Sample:
         UserError: it is of another choice, or no sample.
     """
     try:
-        head, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
+        head, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line)
         found, texts = head["sample"], [line["text"] for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no sample of documents ({error}); give --sample another name") from error

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from runkit.encoding import before_text
 from runkit.errors import UsageError, UserError, did_you_mean
 from runkit.folder import read_json, write_json
 from runkit.hub import hub_reason, quiet_hub
@@ -141,8 +142,13 @@ class Benchmarks:
 
         settings = self.settings
         model, tokenizer = target.load(settings.device, settings.dtype)
+        before = before_text(tokenizer)
         return ContinuationLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=settings.device
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=settings.batch_size,
+            device=settings.device,
+            prefix_token_id=before[-1] if before else None,
         )
 
     def _head(self, target: Target) -> dict[str, Any]:

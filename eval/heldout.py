@@ -9,22 +9,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from runkit.encoding import added_around, before_text, text_ids
 from runkit.errors import UsageError
+from runkit.texts import usable
 
 NO_DOCUMENT = -1  # the owner of a target that is not scored
 
 
 def read_texts(path: Path) -> list[str]:
-    """The `text` of every line of a .jsonl file.
+    """The `text` of every line of a .jsonl file; those that no tokenizer may be given are named and left out.
 
     Raises:
         UserError: unreadable, not JSON, or no text in it.
     """
     try:
-        texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1)
+        rows = [(f"{path}, line {number}", json.loads(line)["text"]) for number, line in lines if line.strip()]
+        texts = list(usable(rows, tqdm.write))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"cannot read held-out texts from {path}: {error}") from error
     if not any(texts):
         raise UsageError(f"{path} holds no text")
@@ -53,14 +58,18 @@ class Windows:
 def make_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int, packed: bool) -> Windows:
     """Windows of single documents; `packed`: of all of them in a row, over their ends, as pretraining reads them.
 
-    Each document follows the tokenizer's BOS (EOS where it has none), which is read and not scored, packed or not:
-    either way the same tokens are scored.
+    Each document follows what begins one in pretraining, or else the end of the one before; packed, it follows both.
+    These are read and not scored: packed or not, the same tokens are scored.
     """
-    before = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    prefix = [] if before is None else [before]
+    prefix, encode = before_text(tokenizer), text_ids(tokenizer)
+    begins = added_around(tokenizer)[0]
+    ends = [tokenizer.eos_token_id] if packed and begins and tokenizer.eos_token_id is not None else []
     windows, row, owners = Windows(), [], []
     for number, text in enumerate(texts):
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = encode(text)
+        if row and ends:
+            row += ends
+            owners += [NO_DOCUMENT] * len(ends)
         row += prefix + ids
         owners += [NO_DOCUMENT] * len(prefix) + [number] * len(ids)
         if not packed:

@@ -19,8 +19,16 @@ class ContinuationLM(HFLM):
 
     HFLM takes the log-softmax of every position of a batch, context and padding too, and reads a few of them. A row
     of it depends on no other, so here it is taken of those few alone. Batches are HFLM's own (its Collator: sorted by
-    length, requests that differ in their last token together), and so is everything but `loglikelihood`.
+    length, requests that differ in their last token together), and so is everything but `loglikelihood`, and that a
+    whole text has what begins a document once before it: HFLM puts it there twice, and scores the second.
     """
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        asked, self.add_bos_token = self.add_bos_token, False
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self.add_bos_token = asked
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None

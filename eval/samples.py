@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from runkit.encoding import added_around, text_ids
+
 
 def generate_samples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], chat: bool, new_tokens: int = 60
@@ -16,7 +18,7 @@ def generate_samples(
             turns = [{"role": "user", "content": prompt}]
             ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"]
         else:
-            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            ids = torch.tensor([added_around(tokenizer)[0] + text_ids(tokenizer)(prompt)])
         ids = ids.to(model.device)
         torch.manual_seed(0)
         with torch.no_grad():

@@ -310,6 +310,11 @@ def _copy_companions(src: Path, folder: Path, config: PreTrainedConfig) -> None:
     """The tokenizer's files and the generation configuration; the latter is made where the source has none."""
     for file in filter(Path.is_file, (src / name for name in COMPANIONS)):
         shutil.copyfile(file, folder / file.name)
+    about = folder / "tokenizer_config.json"
+    if about.is_file():  # the source's may state another length than its model's
+        record = json.loads(about.read_text(encoding="utf-8"))
+        record["model_max_length"] = config.max_position_embeddings
+        about.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if (src / "additional_chat_templates").is_dir():
         shutil.copytree(src / "additional_chat_templates", folder / "additional_chat_templates")
     if not (folder / "generation_config.json").is_file():

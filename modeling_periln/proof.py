@@ -76,7 +76,7 @@ def text_batches(folder: Path, config: PreTrainedConfig, text: str | Path) -> tu
 
 def _file(path: Path) -> tuple[str, dict[str, Any]]:
     try:
-        return path.read_text(encoding="utf-8")[: 1 << 16], {"source": path.name}
+        return path.read_text(encoding="utf-8-sig")[: 1 << 16], {"source": path.name}
     except (OSError, UnicodeDecodeError) as error:
         raise TextMissing(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 

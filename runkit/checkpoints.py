@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from .errors import UserError
@@ -37,9 +37,21 @@ def write_checkpoint(
             model.config.residual_dtype = residual_dtype
             if bars:
                 transformers_logging.enable_progress_bar()
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, model.config, folder)
         yield folder
         write_json(folder / "manifest.json", _manifest(folder))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, folder: Path) -> None:
+    """Write a tokenizer whose `model_max_length` is the number of positions of the model that it is saved with."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    before = tokenizer.model_max_length
+    try:
+        if positions is not None:
+            tokenizer.model_max_length = positions
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.model_max_length = before
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from runkit.errors import UserError
+from runkit.texts import problem_of
 
 from .sources import INSTALLED as INSTALLED
-from .sources import TOO_LONG, UNDECODABLE, Document, Source, digest64
+from .sources import LONGEST, TOO_LONG, UNDECODABLE, Document, Source, digest64
 
 BATCH_DOCUMENTS, BATCH_BYTES = 256, 1 << 20
 LISTED = 10_000  # names listed for each reason of skipping; all are counted
@@ -30,7 +31,7 @@ class Limits:
         heldout_share: of the documents, by a hash of their names.
         max_bytes: reading ends with the document that reaches it; None: no limit.
         heldout_documents: so many are held out at most; later ones go to training. None: no limit.
-        max_document_bytes: longer documents are skipped; None: no limit.
+        max_document_bytes: longer documents are skipped; None: those of more than `sources.LONGEST`.
     """
 
     heldout_share: float
@@ -187,7 +188,7 @@ class Corpus:
 
     # --- which documents ---------------------------------------------------------------------------------
     def _kept(self, mark: Mark) -> Iterator[Document]:
-        longest = self.limits.max_document_bytes
+        longest = min(self.limits.max_document_bytes or LONGEST, LONGEST)
         for name, text, problem in self.source.read(mark.position):
             text = text.strip()
             try:
@@ -197,8 +198,10 @@ class Corpus:
             key = int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
             if problem is None and not text:
                 problem = "empty"
-            elif problem is None and longest is not None and len(encoded) > longest:
+            elif problem is None and len(encoded) > longest:
                 problem = TOO_LONG
+            elif problem is None and (unfit := problem_of(text)):
+                problem = unfit
             elif problem is None and not self._seen.add(key):
                 problem = "duplicate"
             if problem is not None:

@@ -1,7 +1,6 @@
 """The held-out loss during training: the same sequences each time, over all ranks."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,22 +8,24 @@ from transformers import PreTrainedTokenizerBase
 
 from runkit.errors import UserError
 
+from .data import TokenData
 from .encoders import Encoder
 from .engine import Engine
 
 
 def heldout_sequences(
-    data: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int, count: int
+    data: TokenData, tokenizer: PreTrainedTokenizerBase, sequence_length: int, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `count` (or fewer) sequences of the held-out documents, one after the other: inputs and targets (N, S).
 
     Raises:
         UserError: there is not one whole sequence.
     """
-    # As the shards were encoded: a text that spells a special token is only text.
-    encode = Encoder(data / "tokenizer" / "tokenizer.json", tokenizer.eos_token_id, np.dtype(np.int64))
+    # As the shards were encoded: with the same ids around each document, and a spelled special token only text.
+    ends = data.ends_with or [tokenizer.eos_token_id]
+    encode = Encoder(data.tokenizer_path / "tokenizer.json", data.begins_with, ends, np.dtype(np.int64))
     wanted, ids = count * sequence_length + 1, []
-    with open(data / "heldout.jsonl", encoding="utf-8") as file:
+    with open(data.path / "heldout.jsonl", encoding="utf-8") as file:
         for line in file:
             if len(ids) >= wanted:
                 break
@@ -32,7 +33,7 @@ def heldout_sequences(
     n = min(count, (len(ids) - 1) // sequence_length)
     if n < 1:
         raise UserError(
-            f"heldout_every: {data} holds out {len(ids)} tokens, fewer than one sequence of {sequence_length} + 1"
+            f"heldout_every: {data.path} holds out {len(ids)} tokens, fewer than one sequence of {sequence_length} + 1"
         )
     flat = torch.tensor(ids[: n * sequence_length + 1])
     return flat[:-1].view(n, sequence_length), flat[1:].view(n, sequence_length)

@@ -25,15 +25,17 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from runkit.encoding import PIECE, added_around, begin_documents_with
 from runkit.errors import UsageError, UserError, make_parser, run_command
 from runkit.folder import read_json, room_for, sha256_of, write_folder, write_json
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 from runkit.resume import PLACE, setting
+from runkit.texts import without_long_runs
 
 from .corpus import Batch, Corpus, Limits, Mark, Records
 from .data import TokenData
-from .encoders import Encoders
+from .encoders import Encoded, Encoders
 from .same_data import check_same_options, content_of, without_places
 from .shards import LARGEST_SHARD, ShardWriter, token_dtype
 from .sources import HUB, INSTALLED, InstalledPython, Source, open_source
@@ -44,6 +46,8 @@ from .tokenization import train_tokenizer as train_tokenizer
 
 DEFAULT_SOURCE = HUB + "mlfoundations/dclm-baseline-1.0"
 SAVE_SECONDS = 20.0
+DOCUMENT = "document.json"  # what stands around each document, in a folder of unfinished work
+SAMPLE_RUN = 1000  # characters of one kind in a row; a BPE is trained in time quadratic in them
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 def _publish(work: Path, out: Path) -> None:
     """The finished work takes its name; unfinished work of other options for the same name has no more use."""
-    for name in ("state.json", "source.json", "hashes.bin"):
+    for name in ("state.json", "source.json", DOCUMENT, "hashes.bin"):
         (work / name).unlink(missing_ok=True)
     try:
         os.rename(work, out)
@@ -228,24 +232,46 @@ def _pinned(work: Path, source: Source) -> dict[str, Any]:
     return source.pin(read_json(work / "source.json"))
 
 
-def _tokenizer(work: Path, source: Source, options: Options, tiktoken_file: str | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of this work, made once."""
+def _tokenizer(
+    work: Path, source: Source, options: Options, tiktoken_file: str | None
+) -> tuple[PreTrainedTokenizerFast, dict[str, list[int]]]:
+    """The tokenizer of this work, made once, and what stands around each document: its own special tokens.
+
+    The kept tokenizer does the first half of that, so that a prompt begins like a document and does not end like one.
+    """
     folder = work / "tokenizer"
     if not folder.exists():
         if options.tokenizer == BPE:
             made = train_tokenizer(_sample(source, options), options.vocab_size, options.context)
         else:
             made = load_tokenizer(options.tokenizer, options.tokenizer_revision, tiktoken_file, options.context)
+        begin, end = added_around(made)
+        end = end if end[-1:] == [made.eos_token_id] else [*end, made.eos_token_id]
+        begin_documents_with(made, begin)
+        if not (work / DOCUMENT).exists():
+            write_json(work / DOCUMENT, {"begins_with": begin, "ends_with": end})
         with write_folder(folder) as temporary:
             made.save_pretrained(temporary)
-    return load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder))
+    if not (work / DOCUMENT).exists():  # begun by a version that put nothing before a document
+        return tokenizer, {"begins_with": [], "ends_with": [tokenizer.eos_token_id]}
+    document = read_json(work / DOCUMENT)
+    if added_around(tokenizer) != (document["begins_with"], []):
+        raise UserError(f"tokenizer: {options.tokenizer}, saved and loaded again, begins a text in another way")
+    return tokenizer, document
 
 
 def _sample(source: Source, options: Options) -> Iterator[str]:
+    """The text that the BPE is trained on, in pieces that it can count in bounded time and memory."""
     size = 0
     for batch in Corpus(source, options.limits).batches():
         for text in batch.texts:
-            yield text
+            for part in without_long_runs(text, SAMPLE_RUN):
+                while len(part) > PIECE:
+                    cut = part.rfind("\n", PIECE // 2, PIECE) + 1 or PIECE
+                    yield part[:cut]
+                    part = part[cut:]
+                yield part
             size += len(text)
             if size >= options.sample_bytes:
                 return
@@ -258,12 +284,12 @@ def _fill(
     """Everything that the finished folder holds, index.json last."""
     source = options.open_source()
     pinned = _pinned(work, source)
-    tokenizer = _tokenizer(work, source, options, tiktoken_file)
+    tokenizer, document = _tokenizer(work, source, options, tiktoken_file)
     state = read_json(work / "state.json") if (work / "state.json").exists() else None
     mark = Mark(**state["mark"]) if state else Mark()
     records = Records(work, mark.lengths)
     vocabulary = vocabulary_size(tokenizer)
-    dtype = token_dtype(vocabulary)
+    dtype, cut = token_dtype(vocabulary), state.get("cut", 0) if state else 0
     shards = ShardWriter(work, dtype, options.shard_tokens, state and state["shards"])
     line, more = argparse.Namespace(bar=bar or 0), {"unit_scale": True, "initial": shards.tokens}
     progress = progress_bar(line, options.max_tokens, "tokens", "tok", shown=bar is not None, **more)
@@ -271,18 +297,19 @@ def _fill(
     def save(mark: Mark) -> None:
         records.sync()
         shards.sync()
-        write_json(work / "state.json", {"mark": vars(mark), "shards": shards.state()})
+        write_json(work / "state.json", {"mark": vars(mark), "shards": shards.state(), "cut": cut})
 
     if not mark.done:
         hashes = memoryview(np.fromfile(work / "hashes.bin", dtype=np.uint64))
         corpus = Corpus(source, options.limits, records, mark, hashes)
-        encoders = Encoders(workers, work / "tokenizer" / "tokenizer.json", tokenizer.eos_token_id, dtype)
+        around = (document["begins_with"], document["ends_with"])
+        encoders = Encoders(workers, work / "tokenizer" / "tokenizer.json", *around, dtype)
         try:
             last = time.monotonic()
             batches = ((batch.texts, batch) for batch in corpus.batches())
-            for ids, lengths, batch in encoders.map(batches):
+            for encoded, batch in encoders.map(batches):
                 mark = batch.mark
-                mark.done |= _append(shards, ids, lengths, batch, options.max_tokens)
+                cut += _append(shards, encoded, batch, options.max_tokens)
                 progress.update(shards.tokens - progress.n)
                 if mark.done or time.monotonic() - last >= save_seconds:
                     save(mark)
@@ -293,23 +320,22 @@ def _fill(
             encoders.close()
             progress.close()
     records.end(mark.lengths)
-    _end(work, options, pinned, vocabulary, mark, shards)
+    _end(work, options, {"source": pinned, "vocab_size": vocabulary, **document, "documents_cut": cut}, mark, shards)
 
 
-def _append(shards: ShardWriter, ids: np.ndarray, lengths: np.ndarray, batch: Batch, most: int | None) -> bool:
-    """Write a batch; True where the tokens asked for are reached."""
+def _append(shards: ShardWriter, encoded: Encoded, batch: Batch, most: int | None) -> int:
+    """Write a batch, which ends the work where it reaches `most` tokens; the number of documents that were cut."""
     sizes = [len(text.encode()) for text in batch.texts]
-    count = len(lengths)
+    ids, lengths, count = encoded.ids, encoded.lengths, len(encoded.lengths)
     if most is not None:
         totals = shards.tokens + np.cumsum(lengths)
         count = min(count, int(np.searchsorted(totals, most)) + 1)
     shards.append(ids[: int(lengths[:count].sum())], lengths[:count], sum(sizes[:count]))
-    return most is not None and shards.tokens >= most
+    batch.mark.done |= most is not None and shards.tokens >= most
+    return int(encoded.differ[:count].sum())
 
 
-def _end(
-    work: Path, options: Options, pinned: dict[str, Any], vocabulary: int, mark: Mark, shards: ShardWriter
-) -> None:
+def _end(work: Path, options: Options, known: dict[str, Any], mark: Mark, shards: ShardWriter) -> None:
     """The index, and with it the end of the work."""
     if not mark.heldout_documents:  # max_tokens came before chance, or the end, held a document out
         _, name, text = mark.waiting[-1]
@@ -322,7 +348,6 @@ def _end(
     index = {
         "dtype": shards.dtype.name,
         "tokens": shards.tokens,
-        "vocab_size": vocabulary,
         "documents": shards.documents,
         "bytes": shards.bytes,
         "heldout_documents": mark.heldout_documents,
@@ -330,7 +355,8 @@ def _end(
         "skipped": {reason: {"count": count} for reason, count in sorted(mark.skipped.items())},
         "shard_tokens": options.shard_tokens,
         "shards": entries,
-        "source": pinned | content_of(options),
+        **known,
+        "source": known["source"] | content_of(options),
         "options": asdict(options),
         "fingerprint": digest.hexdigest(),
     }

@@ -133,11 +133,19 @@ def _tokenizer(folder: Path) -> list[Upload]:
     for name in (name for name in TOKENIZER if (folder / name).is_file()):
         if name == "tokenizer_config.json":
             config = {k: v for k, v in read_json(folder / name).items() if k not in _ORIGINS}
+            if (positions := _positions(folder)) is not None:
+                config["model_max_length"] = positions  # a checkpoint may be older than this rule
             found.append(Upload(name, _json(config)))
         else:
             found.append(Upload(name, folder / name))
     more = sorted((folder / TEMPLATES).glob("*.jinja"))
     return found + [Upload(f"{TEMPLATES}/{path.name}", path) for path in more]
+
+
+def _positions(folder: Path) -> int | None:
+    """How many positions the model of a folder has; None for an adapter, whose base says it."""
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    return config.get("max_position_embeddings")
 
 
 def _records(subject: Subject) -> list[Upload]:

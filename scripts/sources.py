@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from runkit.errors import UsageError, UserError, did_you_mean
+from runkit.texts import UNDECODABLE
 
 INSTALLED, HUB = "installed-python", "hf:"
 DOCUMENTATION = {".md", ".rst", ".txt"}
@@ -23,7 +24,10 @@ LONGEST_FILE = 200_000  # bytes; longer installed files are data in the shape of
 SKIPPED_FOLDERS = {"__pycache__", "test", "tests", "site-packages", "dist-packages", "idlelib", "licenses"}
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 PIECE = 1 << 24  # bytes; a longer .txt is cut at line ends into documents of at most this, so that memory is bounded
-UNDECODABLE, NO_TEXT, TOO_LONG = "undecodable", "no text", "too long"
+LONGEST = 1 << 27  # bytes of a document, or of the line of a .jsonl that holds one; a longer one is never in memory
+LARGE_CHUNK = 1 << 26  # bytes of a .parquet's column in one row group; of a larger one the rows are read one by one
+NO_TEXT, TOO_LONG = "no text", "too long"
+BOM = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
@@ -118,7 +122,7 @@ class InstalledPython(_Files):
         try:
             if path.stat().st_size > LONGEST_FILE:
                 return Document(name, "", TOO_LONG)
-            text = path.read_bytes().decode("utf-8")
+            text = path.read_bytes().decode("utf-8-sig")
             if path.suffix == ".py" and digest64(name) // 2 % 2:
                 text = _docstrings(text)
         except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
@@ -140,6 +144,8 @@ def _docstrings(source: str) -> str:
 class LocalFiles(_Files):
     """A .txt, .jsonl(.gz, .zst) or .parquet file, or all such files of a folder in the order of their names.
 
+    A single file may have any name: what is in it decides then.
+
     Raises (on reading, too):
         UserError: nothing there, an unreadable file, a file without the column; names the path.
     """
@@ -148,14 +154,18 @@ class LocalFiles(_Files):
         self.column = column
         if not root.exists():
             raise UsageError(f"no text found: {root} does not exist")
-        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-        files = [p for p in files if p.name.endswith(SUFFIXES)]
+        known = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+        files = [p for p in known if p.name.endswith(SUFFIXES)]
+        self._kinds: dict[Path, str] = {}
+        if not files and root.is_file():
+            files, self._kinds = [root], {root: kind_of(root)}
         if not files:
             raise UsageError(f"no text found: {root} has no {', '.join(SUFFIXES)} file")
         super().__init__([(p.name if p == root else p.relative_to(root).as_posix(), p) for p in files])
 
     def documents(self, name: str, path: Path, index: int, offset: int) -> Iterator[tuple[Document, int, int]]:
-        reader = {".txt": self._text, ".parquet": self._parquet}.get(path.suffix, self._lines)
+        kind = self._kinds.get(path, path.suffix)
+        reader = {".txt": self._text, ".parquet": self._parquet}.get(kind, self._lines)
         try:
             yield from reader(name, path, index, offset)
         except UserError:
@@ -172,18 +182,23 @@ class LocalFiles(_Files):
                     data = data[:cut]
                 elif len(data) == PIECE:  # one line without end: cut it between two characters
                     data = data[: len(data) - _unfinished(data)]
-                offset, index = offset + len(data), index + 1
+                begin, offset, index = offset, offset + len(data), index + 1
                 file.seek(offset)
+                data = data if begin else data.removeprefix(BOM)
                 yield _decoded(name if whole else f"{name}:{index - 1}", data), index, offset
 
     def _lines(self, name: str, path: Path, index: int, offset: int) -> Iterator[tuple[Document, int, int]]:
         with _opened(path) as file:
             _skip_bytes(file, offset)
-            for line in file:
-                offset, index = offset + len(line), index + 1
-                text = line.removeprefix(b"\xef\xbb\xbf") if index == 1 else line
+            for line, size in _bounded_lines(file):
+                offset, index = offset + size, index + 1
+                if line is None:
+                    yield Document(f"{name}:{index - 1}", "", TOO_LONG), index, offset
+                    continue
+                text = line.removeprefix(BOM) if index == 1 else line
                 if text.strip():
                     yield self._record(f"{name}:{index - 1}", text, f"{path}, line {index}", index == 1), index, offset
+                del line, text  # not while the next one is read
 
     def _record(self, name: str, line: bytes, where: str, first: bool) -> Document:
         try:
@@ -202,7 +217,7 @@ class LocalFiles(_Files):
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, buffer_size=1 << 20) as file:
             schema = file.schema_arrow
             if self.column not in schema.names:
                 names = ", ".join(schema.names)
@@ -211,15 +226,13 @@ class LocalFiles(_Files):
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
                 raise UsageError(f"{path}: the column {self.column!r} holds {kind}, not text")
-            row, groups = 0, []
+            row = 0
             for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).num_rows
-                if groups or row + size > index:
-                    groups.append(group)
-                else:
-                    row += size
-            for batch in file.iter_batches(256, row_groups=groups, columns=[self.column]) if groups else ():
-                for value in batch.column(0):
+                about = file.metadata.row_group(group)
+                if row + about.num_rows <= index:
+                    row += about.num_rows
+                    continue
+                for value in _values(file, group, self.column, _is_large(about, self.column)):
                     if row >= index:
                         yield _scalar(f"{name}:{row}", value), row + 1, 0
                     row += 1
@@ -232,12 +245,78 @@ def _decoded(name: str, data: bytes) -> Document:
         return Document(name, "", UNDECODABLE)
 
 
+def kind_of(path: Path) -> str:
+    """`.txt` or `.jsonl`, by what is in a file whose name does not say it.
+
+    Raises:
+        UserError: neither; says what it seems to be.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(1 << 16)
+            file.seek(0)
+            first = next(
+                (line for line, _ in _bounded_lines(file) if line is None or line.strip(b"\r\n \t" + BOM)), b""
+            )
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        text = data[: len(data) - (_unfinished(data) if len(data) == 1 << 16 else 0)].decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        endings = ", ".join(SUFFIXES)
+        raise UserError(f"no text found: {path} is not plain text (UTF-8), and its name ends in none of {endings}")
+    try:
+        if isinstance(json.loads((first or b"").removeprefix(BOM)), dict):
+            return ".jsonl"
+    except (ValueError, RecursionError):
+        pass
+    if path.suffix == ".json":
+        raise UserError(f"{path} is not a JSON record a line: write it so, or name it .txt if it is meant as text")
+    return ".txt"
+
+
+def _bounded_lines(file: BinaryIO) -> Iterator[tuple[bytes | None, int]]:
+    """(line, bytes) of each line; None for one of more than `LONGEST` bytes, which is never in memory as a whole."""
+    while line := file.readline(LONGEST + 1):
+        size = len(line)
+        if size <= LONGEST or line.endswith(b"\n"):
+            yield line, size
+            del line
+            continue
+        del line
+        while more := file.readline(1 << 20):
+            size += len(more)
+            if more.endswith(b"\n"):
+                break
+        yield None, size
+
+
+def _is_large(row_group: Any, column: str) -> bool:
+    """Whether a row group's column is too large to have 256 of its rows in memory, whatever they are."""
+    columns = (row_group.column(i) for i in range(row_group.num_columns))
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == column) > LARGE_CHUNK
+
+
+def _values(file: Any, group: int, column: str, large: bool) -> Iterator[Any]:
+    for batch in file.iter_batches(1 if large else 256, row_groups=[group], columns=[column]):
+        yield from batch.column(0)
+
+
 def _scalar(name: str, value: Any) -> Document:
+    if value.is_valid and _bytes_of(value) > LONGEST:
+        return Document(name, "", TOO_LONG)
     try:
         text = value.as_py()
     except UnicodeDecodeError:
         return Document(name, "", UNDECODABLE)
     return Document(name, "", NO_TEXT) if text is None else Document(name, text)
+
+
+def _bytes_of(value: Any) -> int:
+    value = value.value if hasattr(value, "dictionary") else value  # of a dictionary's index, its entry
+    return value.as_buffer().size
 
 
 def _unfinished(data: bytes) -> int:
@@ -317,6 +396,7 @@ class HubDataset:
                 text = row[self.column]
                 good = isinstance(text, str)
                 yield Document(f"{where}:{number}", text if good else "", None if good else NO_TEXT)
+                del row, text  # not while the next ones are read
         except (UserError, GeneratorExit):
             raise
         except Exception as error:  # of datasets, fsspec, the Hub's client, or a file's format

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from runkit.checkpoints import latest_whole
+from runkit.encoding import before_text, begin_documents_with
 from runkit.environment import DtypeWitness, describe_environment
 from runkit.errors import StoppedBySignal, UserError
 from runkit.folder import RunFolder, write_json
@@ -50,7 +51,7 @@ def resolved_config(recipe: Recipe, data: TokenData, tokenizer: PreTrainedTokeni
 
     The recipe's own vocabulary, where it names one, may be larger (`pretrain.load_recipe` says by how much).
     """
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids = {"bos_token_id": before_text(tokenizer)[-1], "eos_token_id": tokenizer.eos_token_id}
     size = recipe.model.get("vocab_size", data.vocab_size)
     return recipe.model_config(vocab_size=size, pad_token_id=tokenizer.pad_token_id, **ids)
 
@@ -73,6 +74,7 @@ class Trainer:
         self.micro = recipe.micro_batch_size or recipe.batch_size // self.engine.processes
         self.order = FixedOrder(data, recipe.sequence_length, recipe.batch_size, recipe.seed)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(data.tokenizer_path)
+        begin_documents_with(self.tokenizer, data.begins_with)  # of older data it begins a text as no document does
 
         torch.manual_seed(recipe.seed)
         self.model = PeriLlamaForCausalLM(resolved_config(recipe, data, self.tokenizer)).to(self.device)
@@ -88,7 +90,7 @@ class Trainer:
         self.heldout = None
         if recipe.heldout_every is not None:
             asked = (recipe.sequence_length, recipe.heldout_sequences)
-            self.heldout = heldout_sequences(data.path, self.tokenizer, *asked)
+            self.heldout = heldout_sequences(data, self.tokenizer, *asked)
         self.book = StepBook(recipe.divergence, recipe.spikes, scaled=self.engine.scaler is not None)
         self.flops_per_token = flops_per_token(self.model.config, recipe.sequence_length)
         self.peak_flops = peak_flops(self.device)

@@ -14,6 +14,7 @@ from typing import Any
 from runkit.errors import UsageError, UserError
 from runkit.folder import write_if_free
 from runkit.hub import hub_reason, quiet_hub
+from runkit.texts import described_problem
 
 MINI_FILE = Path(__file__).parent / "data" / "mini_conversations.jsonl"
 LIMA = "GAIR/lima"
@@ -74,6 +75,8 @@ def to_messages(conversation: list[str], where: str) -> list[dict[str, str]]:
     for turn, text in enumerate(conversation):
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: turn {turn + 1} is empty")
+        if problem := described_problem(text):
+            raise UserError(f"{where}: turn {turn + 1} cannot be trained on: it {problem}")
     return [{"role": ROLES[i % 2], "content": text} for i, text in enumerate(conversation)]
 
 
@@ -100,7 +103,7 @@ def check_messages(messages: Any, where: str) -> list[dict[str, str]]:
 
 def _file_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"data: {path} cannot be read ({reason}): give hub, mini, or a .jsonl") from error

@@ -1,11 +1,13 @@
 """Conversations as tokens: what the loss is taken on, what is cut off, and what is left out."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from runkit.encoding import added_around
 from runkit.errors import UsageError, UserError
 
 from .conversations import CHAT_TEMPLATE, END_OF_TURN, Conversations
@@ -31,7 +33,9 @@ def chat_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     missing = [token for token in ROLE_TOKENS if token not in tokenizer.get_vocab()]
     if missing:
         raise UserError(f"the tokenizer of {checkpoint} has no token {', '.join(missing)} for conversations")
-    tokenizer.chat_template = CHAT_TEMPLATE
+    begin = "".join(tokenizer.convert_ids_to_tokens(added_around(tokenizer)[0]))
+    # Libraries add no special token to what a template has rendered: so the template writes what begins a document.
+    tokenizer.chat_template = (f"{{{{- {json.dumps(begin)} -}}}}" if begin else "") + CHAT_TEMPLATE
     return tokenizer
 
 

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from eval.stability.data import find_samples, read_data
 from eval.stability.targets import Checkpoint, Model, find_model, hash_of
+from runkit.checkpoints import save_tokenizer
 from runkit.environment import describe_environment
 from runkit.errors import UsageError, make_parser, run_command
 from runkit.folder import write_folder, write_json, write_text
@@ -78,7 +79,7 @@ def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: tor
     config["dtype"] = str(dtype).removeprefix("torch.")
     file.write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, model.config, folder)
     return wide
 
 

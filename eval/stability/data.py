@@ -9,8 +9,11 @@ from typing import Any
 
 import pandas as pd
 import torch
+from tqdm import tqdm
 
+from runkit.encoding import added_around, text_ids
 from runkit.errors import UsageError, UserError, did_you_mean
+from runkit.texts import usable
 
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 NAMES = ("wikitext", "random")
@@ -36,15 +39,22 @@ class Samples:
 
 def _file_texts(path: Path) -> Iterator[str]:
     try:
-        if path.suffix == ".parquet":
-            yield from pd.read_parquet(path, columns=["text"])["text"]
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:
-                yield from (json.loads(line)["text"] + "\n\n" for line in file if line.strip())
-        else:
-            yield path.read_text(encoding="utf-8")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield from usable(_named_texts(path), tqdm.write)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"cannot read texts from {path}: {error}") from error
+
+
+def _named_texts(path: Path) -> Iterator[tuple[str, str]]:
+    if path.suffix == ".parquet":
+        for number, text in enumerate(pd.read_parquet(path, columns=["text"])["text"], start=1):
+            yield f"{path}, row {number}", text
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}, line {number}", json.loads(line)["text"] + "\n\n"
+    else:
+        yield str(path), path.read_text(encoding="utf-8-sig")
 
 
 def _hub_texts(name: str, config: str | None, split: str) -> Iterator[str]:
@@ -53,15 +63,19 @@ def _hub_texts(name: str, config: str | None, split: str) -> Iterator[str]:
     label = ":".join(filter(None, (name, config, split)))
     try:
         rows = load_dataset(name, config, split=split, streaming=True)
-        for row in rows:
-            if not isinstance(row.get("text"), str):
-                raise UsageError(f"the data set {label} has no column text (it has: {', '.join(row)})")
-            yield row["text"]
+        yield from usable(_hub_rows(rows, label), tqdm.write)
     except UserError:
         raise
     except Exception as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"cannot read the data set {label}: {said} (--data takes text on disk as well)") from error
+
+
+def _hub_rows(rows: Any, label: str) -> Iterator[tuple[str, str]]:
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get("text"), str):
+            raise UsageError(f"the data set {label} has no column text (it has: {', '.join(row)})")
+        yield f"{label}, row {number}", row["text"]
 
 
 def read_data(data: str) -> Iterator[str]:
@@ -102,23 +116,24 @@ def _described(data: str, ids: torch.Tensor, seed: int, overlapping: bool) -> di
 
 def _token_ids(tokenizer: Any, texts: Iterator[str], wanted: int) -> torch.Tensor:
     ids: list[int] = []
+    encode = text_ids(tokenizer)
     read, held, piece = 0, 0, []
     for text in texts:
         piece.append(text)
         read, held = read + len(text), held + len(text)
         if held > 100_000:
-            ids += tokenizer("".join(piece), add_special_tokens=False)["input_ids"]
+            ids += encode("".join(piece))
             held, piece = 0, []
         if read > _ENOUGH * wanted:
             break
-    ids += tokenizer("".join(piece), add_special_tokens=False)["input_ids"]
+    ids += encode("".join(piece))
     return torch.tensor(ids, dtype=torch.long)
 
 
 def text_samples(
     tokenizer: Any, texts: Iterator[str], data: str, samples: int, tokens: int, seed: int, vocabulary: int
 ) -> Samples:
-    """`samples` windows of `tokens` ids, chosen by `seed`; each starts with the token that the tokenizer starts with.
+    """`samples` windows of `tokens` ids, chosen by `seed`; each starts with what begins a document.
 
     Windows do not overlap where the text has enough of them; else their starts are drawn anywhere, and `overlapping`
     says so.
@@ -126,9 +141,10 @@ def text_samples(
     Raises:
         UserError: the text is shorter than one window, or the tokenizer's ids are not the model's.
     """
-    probe = tokenizer("a")["input_ids"]
-    starts_with = tokenizer.bos_token_id if probe and probe[0] == tokenizer.bos_token_id else None
-    width = tokens - (starts_with is not None)
+    begins = added_around(tokenizer)[0]
+    width = tokens - len(begins)
+    if width < 1:
+        raise UserError(f"a sample of {tokens} tokens has no room beside the {len(begins)} that begin a document")
     ids = _token_ids(tokenizer, texts, samples * width)
     if len(ids) < width:
         raise UsageError(f"{data} gives {len(ids)} tokens, fewer than one sample of {width}")
@@ -142,8 +158,8 @@ def text_samples(
     else:
         starts = torch.randperm(whole, generator=generator)[:samples].sort().values * width
     rows = torch.stack([ids[s : s + width] for s in starts.tolist()])
-    if starts_with is not None:
-        rows = torch.cat([torch.full((samples, 1), starts_with), rows], dim=1)
+    if begins:
+        rows = torch.cat([torch.tensor(begins).expand(samples, -1), rows], dim=1)
     return Samples(rows, _described(data, rows, seed, overlapping))
 
 

@@ -8,9 +8,11 @@ import torch
 
 from eval import evaluate
 from eval.checkpoints import find_target
+from eval.documents import choose
 from eval.harness import Benchmarks
 from eval.heldout import heldout_loss, read_texts
 from eval.samples import generate_samples
+from eval.stability.data import read_data
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from runkit.checkpoints import write_checkpoint
 from runkit.errors import UsageError, UserError, run_command
@@ -86,6 +88,25 @@ def test_heldout_texts_that_cannot_be_read_are_named(tmp_path):
         (tmp_path / "h.jsonl").write_text(content)
         with pytest.raises(UserError, match=message):
             read_texts(tmp_path / "h.jsonl")
+
+
+def test_texts_that_no_tokenizer_is_given_are_named_and_left_out_by_every_reader(tmp_path, capsys):
+    lines = [json.dumps({"text": text}) for text in ("good", "half \ud83d", "a" * 30_000, "more")]
+    for name in ("texts.jsonl", "marked.jsonl"):
+        mark = b"\xef\xbb\xbf" if name.startswith("marked") else b""
+        (tmp_path / name).write_bytes(mark + "\n".join(lines).encode())
+        path = tmp_path / name
+        for read in (read_texts, lambda path: list(read_data(str(path)))):
+            assert [text.strip() for text in read(path)] == ["good", "more"]
+            said = capsys.readouterr().out.splitlines()
+            assert said[0].startswith(f"{path}, line 2 is left out: its text holds half of a surrogate pair")
+            assert said[1].startswith(f"{path}, line 3 is left out: its text has 30,000 characters of one kind")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfplain")
+    assert list(read_data(str(tmp_path / "a.txt"))) == ["plain"]
+    texts = [json.loads(line)["text"] for line in lines]
+    chosen = choose(texts, 4, 0, lambda number, text: number not in (2, 3))
+    assert chosen == (["good", "more"], 4)
+    assert choose(texts, 2, 1, lambda *_: True) == choose(texts, 2, 1)
 
 
 def test_samples_are_seeded_and_do_not_repeat_the_prompt(model, tokenizer):

@@ -369,6 +369,7 @@ def test_peaks_are_measured_on_wikitext_or_on_a_text_and_the_tokenizer_goes_alon
     assert data[0]["ids_sha256"] != data[1]["ids_sha256"] and data[0]["samples"] == 2
     again = AutoTokenizer.from_pretrained(tmp_path / "wiki")
     assert again("eggs")["input_ids"] == tokenizer("eggs")["input_ids"]
+    assert again.model_max_length == source.config.max_position_embeddings != tokenizer.model_max_length
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_behind_by_a_refusal(tmp_path, capsys, monkeypatch):

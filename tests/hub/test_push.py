@@ -86,14 +86,18 @@ def test_no_byte_that_was_sent_holds_the_token_or_a_local_path(hub, run, pushed,
     )
 
 
-def test_a_switched_off_cache_is_switched_on_again(hub, run, pushed, tmp_path):
+def test_a_switched_off_cache_and_an_older_tokenizers_length_are_put_right(hub, run, pushed, tmp_path):
     checkpoint = shutil.copytree(run / "checkpoints" / "step_00000008", tmp_path / "model")
     (checkpoint / "manifest.json").unlink()
+    about = checkpoint / "tokenizer_config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"model_max_length": 7}))
     config = json.loads((checkpoint / "config.json").read_text()) | {"use_cache": False, "_name_or_path": "/x/y/z"}
     (checkpoint / "config.json").write_text(json.dumps(config))
     assert pushed(checkpoint, "--repo", "acme/cache")[0] == 0
     there = json.loads(stored(hub, "acme/cache", "config.json").read_text())
     assert there["use_cache"] is True and "_name_or_path" not in there
+    sent = json.loads(stored(hub, "acme/cache", "tokenizer_config.json").read_text())
+    assert sent["model_max_length"] == config["max_position_embeddings"] != 7
     assert json.loads((checkpoint / "config.json").read_text())["use_cache"] is False  # the folder is not touched
 
 

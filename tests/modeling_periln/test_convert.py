@@ -394,6 +394,7 @@ def test_the_command_line_there_and_back(target, changes, read, write, tmp_path,
     other, ids = AutoTokenizer.from_pretrained(dst), random_ids(1, 5)
     assert other("w3 w7 nothing </s>").input_ids == tokenizer("w3 w7 nothing </s>").input_ids == [3, 7, 58, 60]
     assert other.chat_template == tokenizer.chat_template
+    assert other.model_max_length == model.config.max_position_embeddings == source.config.max_position_embeddings
     more = {"max_new_tokens": 12, "do_sample": False}
     assert torch.equal(source.generate(ids, **more), model.generate(ids, **more))
 

@@ -129,6 +129,78 @@ def test_what_cannot_be_a_document_is_counted_and_listed(tmp_path, text):
     assert [record["name"] for record in listed(tmp_path / "a")] == [*(f"a.jsonl:{i}" for i in range(1, 7)), "b.txt"]
 
 
+def test_endless_runs_are_named_and_counted_wherever_they_stand(tmp_path, text):
+    runs = {
+        "blanks": " " * 30_000 + "end",
+        "letters": "x" * 20_001,
+        "others": "a " + "=_" * 20_000,
+        "digits": "1" * 99_999,
+    }
+    (text / "a.jsonl").write_text("".join(json.dumps({"text": f"start {run}"}) + "\n" for run in runs.values()))
+    (text / "b.jsonl").write_text('{"text": "good"}\n{"text": "' + "y" * 20_000 + '"}\n')
+    train, heldout, mark = read_all(text, tmp_path / "a")
+    assert {*train, heldout[0]["text"]} == {"good", "y" * 20_000}
+    assert mark.skipped == {"long run": 4}
+    assert listed(tmp_path / "a") == [{"reason": "long run", "name": f"a.jsonl:{i}"} for i in range(4)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_document_that_is_too_long_is_passed_over_without_being_held(tmp_path, text, monkeypatch, name):
+    monkeypatch.setattr(sources, "LONGEST", 5_000)
+    monkeypatch.setattr(corpus_module, "LONGEST", 5_000)
+    texts = ["first", "word " * 2_000, "é " * 1_500, "last"]
+    lines = "".join(json.dumps({"text": one}, ensure_ascii=False) + "\n" for one in texts).encode()
+    if name == "a.parquet":
+        monkeypatch.setattr(sources, "LARGE_CHUNK", 5_000)
+        pd.DataFrame({"text": texts}).to_parquet(text / name, row_group_size=3)
+    elif name == "a.jsonl.zst":
+        with pa.CompressedOutputStream(str(text / name), "zstd") as file:
+            file.write(lines)
+    else:
+        (text / name).write_bytes(gzip.compress(lines, mtime=0) if name.endswith("gz") else lines)
+    train, heldout, mark = read_all(text, tmp_path / "a")
+    assert {*train, *(record["text"] for record in heldout)} == {"first", texts[2].strip(), "last"}
+    assert mark.skipped == {"too long": 1} and listed(tmp_path / "a")[0]["name"] == f"{name}:1"
+    source, positions = open_source(str(text)), []
+    for _ in source.read(None):
+        positions.append(source.position())
+    assert [document.text for document in open_source(str(text)).read(positions[1])] == texts[2:]
+
+
+def test_rows_of_a_large_chunk_are_read_one_by_one(text, monkeypatch):
+    pd.DataFrame({"text": [f"row {i}" for i in range(9)]}).to_parquet(text / "a.parquet", row_group_size=4)
+    expected = list(open_source(str(text)).read(None))
+    asked, real = [], sources._values
+    monkeypatch.setattr(sources, "LARGE_CHUNK", 10)
+    monkeypatch.setattr(sources, "_values", lambda *args: asked.append(args[-1]) or real(*args))
+    assert list(open_source(str(text)).read(None)) == expected and asked == [True] * 3
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.md", "notes"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    content = b'{"text": "the text"}\n' if name == "a.jsonl" else b"the text"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert [document.text for document in open_source(str(tmp_path / name)).read(None)] == ["the text"]
+
+
+def test_a_single_file_is_read_by_its_content_whatever_its_name(tmp_path):
+    (tmp_path / "story.md").write_text("# A story\nof two lines é")
+    (tmp_path / "records.json").write_text('\n{"text": "one"}\n{"text": "two"}\n')
+    assert [d.text for d in open_source(str(tmp_path / "story.md")).read(None)] == ["# A story\nof two lines é"]
+    assert [d.text for d in open_source(str(tmp_path / "records.json")).read(None)] == ["one", "two"]
+    (tmp_path / "large.dat").write_text(json.dumps({"text": "word " * 40_000}) + "\n")
+    assert [len(d.text) for d in open_source(str(tmp_path / "large.dat")).read(None)] == [200_000]
+    (tmp_path / "short").write_text("x")
+    assert [d.text for d in open_source(str(tmp_path / "short")).read(None)] == ["x"]
+    (tmp_path / "list.json").write_text('[{"text": "one"}]')
+    with pytest.raises(UserError, match=r"list\.json is not a JSON record a line"):
+        open_source(str(tmp_path / "list.json"))
+    for content in (b"\x89PNG\r\n\x1a\n", b"a\x00b", "text".encode("utf-16")):
+        (tmp_path / "picture.bin").write_bytes(content)
+        with pytest.raises(UserError, match=r"picture\.bin is not plain text"):
+            open_source(str(tmp_path / "picture.bin"))
+
+
 def test_the_list_of_the_skipped_ends_but_their_count_does_not(tmp_path, text, monkeypatch):
     monkeypatch.setattr(corpus_module, "LISTED", 3)
     (text / "a.jsonl").write_text('{"text": "same"}\n' * 9 + '{"text": "other"}\n')

@@ -84,11 +84,11 @@ def random_texts(count: int) -> list[str]:
 
 def encoder(tokenizer, folder) -> Encoder:
     tokenizer.save_pretrained(folder)
-    return Encoder(folder / "tokenizer.json", tokenizer.eos_token_id, np.dtype("<u4"))
+    return Encoder(folder / "tokenizer.json", [], [tokenizer.eos_token_id], np.dtype("<u4"))
 
 
 def ids_of(encode: Encoder, texts: list[str]) -> list[list[int]]:
-    ids, lengths = encode(texts)
+    ids, lengths, _ = encode(texts)
     return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
 
 

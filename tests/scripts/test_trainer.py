@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from runkit.errors import UsageError
 from runkit.folder import RunFolder
 from scripts import tracking
+from scripts.data import TokenData
 from scripts.heldout import heldout_sequences
 from scripts.overflow import FirstNonFinite
 from scripts.pretrain import load_recipe
@@ -127,7 +128,7 @@ def test_heldout_text_that_spells_a_special_token_is_only_text_as_in_the_shards(
     shutil.copytree(data, folder)
     (folder / "heldout.jsonl").write_text(json.dumps({"name": "a", "text": "<|end_of_text|>" * 9}) + "\n")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    inputs, targets = heldout_sequences(folder, tokenizer, 8, 4)
+    inputs, targets = heldout_sequences(TokenData(folder), tokenizer, 8, 4)
     assert tokenizer.eos_token_id not in inputs
     assert "".join(tokenizer.decode(inputs.flatten())).startswith("<|end_of_text|>")
     assert targets[0].tolist() == [*inputs[0, 1:].tolist(), inputs[1, 0].item()]

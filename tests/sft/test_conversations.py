@@ -1,14 +1,15 @@
 """Conversations: the schema, the chat template, and what the loss is taken on."""
 
 import json
+import re
 
 import pytest
 from jinja2 import Environment
 
-from runkit.errors import UsageError, UserError
+from runkit.errors import UsageError, UserError, run_command
 from runkit.recipes import from_mapping, read_yaml
 from scripts.prepare_data import train_tokenizer
-from sft import conversations
+from sft import conversations, train
 from sft.conversations import (
     CHAT_TEMPLATE,
     END_OF_TURN,
@@ -51,6 +52,28 @@ def test_turns_become_messages_user_first():
 def test_a_malformed_conversation_is_named(turns, message):
     with pytest.raises(UserError, match=message):
         to_messages(turns, "x, row 3")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"conversations": ["hi", "half \ud83d"]}, r"turn 2 cannot be trained on: it holds half of a surrogate pair"),
+        ({"messages": [{"role": "user", "content": "\udc00 hi"}, {"role": "assistant", "content": "yes"}]}, "turn 1"),
+        ({"conversations": ["hi", "a" * 30_000]}, "turn 2 cannot be trained on: it has 30,000 characters of one kind"),
+    ],
+)
+def test_what_training_would_choke_on_is_named_with_its_row_when_data_are_checked(tmp_path, capsys, row, message):
+    good = {"conversations": ["hi", "hello"]}
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (good, good, row)))
+    args = train.parse(["--config", str(LIMA_RECIPE), "--set", f"data={tmp_path / 'talk.jsonl'}", "--check-data"])
+    assert run_command(train.main, args) == 1
+    error = capsys.readouterr().err
+    assert re.search(rf"^error: talk\.jsonl, row 3: .*{message}", error) and len(error.splitlines()) == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "talk.jsonl").write_bytes(b'\xef\xbb\xbf{"conversations": ["hi", "hello"]}\n')
+    assert len(load_conversations(str(tmp_path / "talk.jsonl"))) == 1
 
 
 def test_the_loss_is_on_the_assistants_words_and_their_end_alone(tokenizer):

@@ -88,6 +88,7 @@ def test_every_epoch_stays_as_a_model_folder_without_a_pickle(tuned):
     assert tokenizer.chat_template == CHAT_TEMPLATE
     model = AutoModelForCausalLM.from_pretrained(tuned.checkpoints()[0])
     assert model.config.use_cache is True and model.config.residual_dtype is None
+    assert tokenizer.model_max_length == model.config.max_position_embeddings
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
     assert model.generation_config.eos_token_id == ends
 
