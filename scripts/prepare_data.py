@@ -3,6 +3,10 @@
 The work goes on in a hidden folder beside the result (`.data.<hash of the options>.work`) and is committed every few
 seconds; a process killed at any moment is gone on from there by the same command. The result appears by a rename and
 is the same to the byte, whatever happened on the way and however many workers there were.
+
+Memory is bounded whatever the documents are: a text of more than `sources.LONGEST` bytes is skipped, batches wait for
+workers up to `encoders.AHEAD` characters, and a worker encodes `encoding.PIECE` characters at once. Beside these there
+are 16 to 32 bytes a document for its hash, and what `datasets` and `pyarrow` hold of a row.
 """
 
 import argparse
@@ -391,6 +395,11 @@ def main(args: argparse.Namespace) -> None:
         f"{args.out}: {index['documents']} documents, {index['bytes'] / 1e6:.1f} MB, {index['tokens']:,} tokens of "
         f"{index['vocab_size']}; held out {index['heldout_documents']} documents; skipped: {skipped}"
     )
+    if index.get("documents_cut"):
+        print(
+            f"{index['documents_cut']} documents longer than {PIECE} characters were encoded in pieces whose ids may "
+            "differ at the cuts: this tokenizer knows no words"
+        )
 
 
 def whole_number(text: str) -> int:

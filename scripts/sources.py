@@ -316,7 +316,8 @@ def _scalar(name: str, value: Any) -> Document:
 
 def _bytes_of(value: Any) -> int:
     value = value.value if hasattr(value, "dictionary") else value  # of a dictionary's index, its entry
-    return value.as_buffer().size
+    buffer = value.as_buffer()
+    return buffer.size if buffer is not None else 0
 
 
 def _unfinished(data: bytes) -> int:
