@@ -132,6 +132,7 @@ class Benchmarks:
 
         settings = self.settings
         model, tokenizer = target.load(settings.device, settings.dtype)
+        tokenizer.split_special_tokens = True  # what a task's text spells is text
         return ContinuationLM(
             pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=settings.device
         )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from runkit.control_tokens import text_ids
 from runkit.errors import UserError
 
 NO_DOCUMENT = -1  # the owner of a target that is not scored
@@ -60,7 +61,7 @@ def make_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, context: 
     prefix = [] if before is None else [before]
     windows, row, owners = Windows(), [], []
     for number, text in enumerate(texts):
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = text_ids(tokenizer, text)
         row += prefix + ids
         owners += [NO_DOCUMENT] * len(prefix) + [number] * len(ids)
         if not packed:

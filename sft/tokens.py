@@ -1,24 +1,27 @@
 """Conversations as tokens: what the loss is taken on, what is cut off, and what is left out."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from runkit.control_tokens import END_OF_TURN, check_control_tokens, control_tokens, ignore_joiners, ignores_joiners
 from runkit.errors import UserError
 
-from .conversations import CHAT_TEMPLATE, END_OF_TURN, Conversations
+from .chat_template import chat_template
+from .conversations import Conversations
 
 IGNORED = -100
-ROLE_TOKENS = ("<|user|>", "<|assistant|>", END_OF_TURN)
 
 
 def chat_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     """A checkpoint's tokenizer with our chat template in place of its own, if it has one.
 
     Raises:
-        UserError: no tokenizer, or one that lacks the tokens of the template; names the checkpoint.
+        UserError: no tokenizer, or one that lacks the tokens of the template or could take content for a control
+            token; names the checkpoint.
     """
     if not (checkpoint / "tokenizer_config.json").exists():
         raise UserError(f"{checkpoint} has no tokenizer (tokenizer_config.json)")
@@ -28,11 +31,18 @@ def chat_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"the tokenizer of {checkpoint} cannot be read ({' '.join(str(error).split())[:200]})"
         ) from error
-    missing = [token for token in ROLE_TOKENS if token not in tokenizer.get_vocab()]
-    if missing:
-        raise UserError(f"the tokenizer of {checkpoint} has no token {', '.join(missing)} for conversations")
-    tokenizer.chat_template = CHAT_TEMPLATE
+    check_control_tokens(tokenizer, checkpoint)
+    # One that Transformers builds anew from its vocabulary, whatever tokenizer.json says, would forget it again.
+    if type(tokenizer) is PreTrainedTokenizerFast and not ignores_joiners(tokenizer):
+        ignore_joiners(tokenizer.backend_tokenizer, control_tokens(tokenizer))
+    tokenizer.chat_template = chat_template(tokenizer)
     return tokenizer
+
+
+def knows_turns(checkpoint: Path) -> bool:
+    """Whether a checkpoint has been trained on conversations with our tokens: its own chat template writes them."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return END_OF_TURN in json.dumps(tokenizer.chat_template or "")
 
 
 @dataclass

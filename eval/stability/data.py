@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from runkit.control_tokens import text_ids
 from runkit.errors import UsageError, UserError, did_you_mean
 
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
@@ -107,11 +108,11 @@ def _token_ids(tokenizer: Any, texts: Iterator[str], wanted: int) -> torch.Tenso
         piece.append(text)
         read, held = read + len(text), held + len(text)
         if held > 100_000:
-            ids += tokenizer("".join(piece), add_special_tokens=False)["input_ids"]
+            ids += text_ids(tokenizer, "".join(piece))
             held, piece = 0, []
         if read > _ENOUGH * wanted:
             break
-    ids += tokenizer("".join(piece), add_special_tokens=False)["input_ids"]
+    ids += text_ids(tokenizer, "".join(piece))
     return torch.tensor(ids, dtype=torch.long)
 
 
