@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from runkit.control_tokens import END_OF_TURN
 from runkit.folder import RunFolder, read_json, weights_hash, write_json
 
-from .conversations import END_OF_TURN
 from .tokens import IGNORED, Tokens
 
 FILE = "before_after.json"

@@ -36,7 +36,7 @@ from .before_after import record_before_after
 from .checkpointing import latest_resumable
 from .conversations import Conversations, load_conversations
 from .recipe import Recipe
-from .tokens import Tokens, chat_tokenizer, marked, tokenize
+from .tokens import Tokens, chat_tokenizer, knows_turns, marked, tokenize
 from .trainer import ExactTrainer, Recorder, arguments
 
 
@@ -186,6 +186,9 @@ def plan(recipe: Recipe, path: Path, conversations: Conversations, name: str) ->
     positions = config.max_position_embeddings
     if recipe.max_length > positions:
         raise UsageError(f"max_length {recipe.max_length} exceeds the {positions} positions of {checkpoint}")
+    if recipe.lora is not None:
+        peft = lora.resolved(recipe.lora, config, tokenizer, knows_turns(checkpoint))
+        recipe = dataclasses.replace(recipe, peft=to_mapping(peft))
     mine = dataclasses.replace(
         recipe,
         model=weights_hash(checkpoint),
@@ -215,6 +218,11 @@ def _run_job(job: Job, bar: tqdm, stop: StopRequest) -> None:
         bar.update(job.steps)
         return
     bar.set_postfix_str(run.path.parent.name)
+    if job.recipe.lora is not None and not lora.stops_at_turns(job.checkpoint, job.tokenizer):
+        tqdm.write(
+            f"{job.checkpoint}: its generation_config.json does not end an answer with the turn, and an adapter has "
+            "none of its own: merge the adapter (--merge), or give generate() both ends"
+        )
     run.set_status("running")
     try:
         with room_for(run.path):
