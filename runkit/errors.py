@@ -1,6 +1,7 @@
 """Errors for people, and the frame of every command line of the project."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -54,8 +55,11 @@ def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse
     """Run a command's main function and turn what it raises into one sentence and an exit code.
 
     2 for usage, 1 for any other failure, 130 and 143 after SIGINT and SIGTERM. With `args.debug` the
-    traceback is shown as well.
+    traceback is shown as well. Characters that the terminal's encoding lacks are written as escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main(args) or 0
     except StoppedBySignal as stop:
