@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from .control_tokens import END_OF_TURN
 from .errors import UserError
 from .folder import RunFolder, read_json, sha256_of, write_folder, write_json
 
@@ -25,16 +26,19 @@ def write_checkpoint(
 
     `weights` stand in for the model's own state dict where that is sharded over processes.
 
-    The residual dtype is taken out of the saved configuration: it belongs to the run, not to the checkpoint.
+    The residual dtype is taken out of the saved configuration: it belongs to the run, not to the checkpoint. The saved
+    generation configuration ends an answer where the text or a turn ends: whatever is fine-tuned on conversations
+    from here, by whatever trainer, and every adapter, which has none of its own, stops by it.
     """
     with write_folder(path) as folder:
         residual_dtype, model.config.residual_dtype = model.config.residual_dtype, None
+        ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, ends_of(model, tokenizer)
         bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
             model.save_pretrained(folder, state_dict=weights)
         finally:
-            model.config.residual_dtype = residual_dtype
+            model.config.residual_dtype, model.generation_config.eos_token_id = residual_dtype, ends
             if bars:
                 transformers_logging.enable_progress_bar()
         save_tokenizer(tokenizer, model.config, folder)
@@ -52,6 +56,16 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig,
         tokenizer.save_pretrained(folder)
     finally:
         tokenizer.model_max_length = before
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
+    """The ids that end a generation: those that the model knows, and the text's and the turn's, if there are turns."""
+    known = model.generation_config.eos_token_id
+    turn = tokenizer.get_added_vocab().get(END_OF_TURN)
+    if turn is None:
+        return known
+    first = known if isinstance(known, list) else [known]
+    return [end for end in dict.fromkeys([*first, tokenizer.eos_token_id, turn]) if end is not None]
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:

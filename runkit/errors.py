@@ -10,6 +10,7 @@ The exit codes, the same for every command:
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -63,8 +64,12 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
 def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     """Run a command's main function and turn what it raises into one sentence and an exit code.
 
-    See the table on top. With `args.debug` the traceback is shown as well.
+    See the table on top. With `args.debug` the traceback is shown as well. Characters that the terminal's
+    encoding lacks are written as escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main(args) or 0
     except StoppedBySignal as stop:

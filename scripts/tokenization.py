@@ -11,12 +11,11 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from runkit.control_tokens import END_OF_TEXT, PAD, ROLES, control_tokens, ignore_joiners
 from runkit.errors import UsageError, UserError
 
 BPE = "bpe"
-END_OF_TEXT, PAD = "<|end_of_text|>", "<|pad|>"
-# Reserved from the start, so that fine-tuning on conversations adds no row to the embedding.
-ROLES = ("<|user|>", "<|assistant|>", "<|end_of_turn|>")
+# The roles are reserved from the start, so that fine-tuning on conversations adds no row to the embedding.
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, *ROLES)
 # Words with their leading space, numbers in groups of three, punctuation, white space.
 SPLIT_PATTERN = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -79,7 +78,8 @@ def _byte_level(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text can be encoded, and decoding gives it back.
+    """A byte-level BPE: any text can be encoded, and decoding gives it back (but for the joiner of a neutralized
+    control token, see `runkit.control_tokens`).
 
     Raises:
         UsageError: the vocabulary is too small for the 256 bytes and the special tokens.
@@ -99,7 +99,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreT
 
 
 def _wrapped(tokenizer: Tokenizer, end_of_text: str, context: int) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
+    wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=end_of_text,
         eos_token=end_of_text,
@@ -108,6 +108,8 @@ def _wrapped(tokenizer: Tokenizer, end_of_text: str, context: int) -> PreTrained
         model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
+    ignore_joiners(wrapped.backend_tokenizer, control_tokens(wrapped))
+    return wrapped
 
 
 # --- tiktoken ---------------------------------------------------------------------------------------------

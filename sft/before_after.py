@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from runkit.control_tokens import END_OF_TURN
 from runkit.folder import RunFolder, read_json, weights_hash, write_json
 
 from .base import load_float32
-from .conversations import END_OF_TURN
 from .tokens import IGNORED, Tokens
 
 FILE = "before_after.json"

@@ -18,7 +18,6 @@ from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json, write_json
 
 from .base import write_base
-from .conversations import END_OF_TURN
 
 STATE = "trainer_state"
 STATES_KEPT = 2  # checkpoints that can be resumed from: the newest, and one in case that is damaged
@@ -52,9 +51,8 @@ def save(run: RunFolder, trainer: Any, tokenizer: PreTrainedTokenizerBase) -> Pa
     """Write the checkpoint of the trainer's step."""
     model, state = trainer.model, trainer.state
     base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
-    kept = base.config.use_cache, base.generation_config.eos_token_id
+    kept = base.config.use_cache
     base.config.use_cache = True  # the Trainer switches it off, and would leave it so in config.json
-    base.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
     path = run.checkpoint_path(state.global_step)
     try:
         with write_checkpoint(path, model, tokenizer) as folder:
@@ -80,7 +78,7 @@ def save(run: RunFolder, trainer: Any, tokenizer: PreTrainedTokenizerBase) -> Pa
             plain = TrainerState(**{name: getattr(state, name) for name in counters + when})
             plain.save_to_json(str(inside / "trainer_state.json"))
     finally:
-        base.config.use_cache, base.generation_config.eos_token_id = kept
+        base.config.use_cache = kept
     return path
 
 

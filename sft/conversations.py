@@ -1,8 +1,9 @@
-"""Conversations in LIMA's schema, and the chat template that they are written with.
+"""Conversations in LIMA's schema.
 
-A row is {"conversations": [user, assistant, ...], "source": ...}, or {"messages": [{"role", "content"}, ...]}. `hub`
-is the real GAIR/lima (its 1,000 single-turn rows, as in the Peri-LN paper; the 30 others on demand), `mini` our own
-small set, anything else the path of a .jsonl.
+A row is {"conversations": [user, assistant, ...], "source": ...}, or {"messages": [{"role", "content"}, ...]}; messages
+may begin with a system turn, and a content may be a list of text parts, which are joined. `hub` is the
+real GAIR/lima (its 1,000 single-turn rows, as in the Peri-LN paper; the 30 others on demand), `mini` our own small
+set, anything else the path of a .jsonl.
 """
 
 import hashlib
@@ -11,27 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runkit.control_tokens import END_OF_TURN as END_OF_TURN
 from runkit.errors import UsageError, UserError
 from runkit.folder import write_if_free
 from runkit.hub import hub_reason, quiet_hub
 from runkit.texts import described_problem
 
+from .chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
+from .chat_template import REFUSED
+
 MINI_FILE = Path(__file__).parent / "data" / "mini_conversations.jsonl"
 LIMA = "GAIR/lima"
 
-# `generation` marks what the loss is taken on: the assistant's words and the token that ends its turn.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "<|assistant|>{% generation %}{{ message['content'] }}<|end_of_turn|>{% endgeneration %}"
-    "{%- else -%}"
-    "<|user|>{{ message['content'] }}<|end_of_turn|>"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
-)
-END_OF_TURN = "<|end_of_turn|>"
-ROLES = ("user", "assistant")
+ROLE_NAMES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -72,33 +65,60 @@ def to_messages(conversation: list[str], where: str) -> list[dict[str, str]]:
         raise UserError(f"{where}: a conversation with {len(conversation)} turn(s) has no assistant's answer")
     if len(conversation) % 2:
         raise UserError(f"{where}: {len(conversation)} turns: the last one is a user's without an answer")
-    for turn, text in enumerate(conversation):
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: turn {turn + 1} is empty")
-        if problem := described_problem(text):
-            raise UserError(f"{where}: turn {turn + 1} cannot be trained on: it {problem}")
-    return [{"role": ROLES[i % 2], "content": text} for i, text in enumerate(conversation)]
+    return [
+        {"role": ROLE_NAMES[1 + i % 2], "content": _checked(text, f"{where}: turn {i + 1}")}
+        for i, text in enumerate(conversation)
+    ]
+
+
+def _checked(text: Any, turn: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{turn} is empty")
+    if problem := described_problem(text):
+        raise UserError(f"{turn} cannot be trained on: it {problem}")
+    return text
+
+
+def _joined(content: Any, turn: str) -> Any:
+    """The text of a content that is a list of text parts; any other content as it is."""
+    if not isinstance(content, list):
+        return content
+    for number, part in enumerate(content, start=1):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise UserError(f"{turn}: content part {number} is of type {kind!r}; only text is known")
+    return "".join(part["text"] for part in content)
 
 
 def check_messages(messages: Any, where: str) -> list[dict[str, str]]:
-    """Chat messages, if user and assistant take turns in them.
+    """Chat messages, text parts joined, if user and assistant take turns in them; the first may be a system turn.
 
     Raises:
-        UserError: an unknown role, no assistant turn, two turns of one role in a row; names the row.
+        UserError: an unknown role, no assistant turn, two turns of one role in a row, tool calls or reasoning, a
+            content that is not text; names the row.
     """
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise UserError(f"{where}: `messages` must be a list of role and content")
     roles = [m.get("role") for m in messages]
-    for turn, role in enumerate(roles):
-        if role not in ROLES:
-            raise UserError(f"{where}: turn {turn + 1} has the role {role!r}; only user and assistant are known")
+    for turn, (role, message) in enumerate(zip(roles, messages, strict=True)):
+        if role not in ROLE_NAMES:
+            known = "only system, user and assistant are known"
+            raise UserError(f"{where}: turn {turn + 1} has the role {role!r}; {known}")
+        if role == "system" and turn:
+            raise UserError(f"{where}: turn {turn + 1} has the role 'system', which only the first may have")
         if turn and role == roles[turn - 1]:
             raise UserError(f"{where}: turns {turn} and {turn + 1} are both the {role}'s")
+        if refused := [name for name in REFUSED if message.get(name)]:
+            raise UserError(f"{where}: turn {turn + 1} ({role}) has {refused[0]}; only content is known")
     if "assistant" not in roles:
         raise UserError(f"{where}: a conversation with {len(roles)} turn(s) has no assistant's answer")
-    if roles[0] != "user":
+    first = 1 if roles[0] == "system" else 0
+    if roles[first] != "user":
         raise UserError(f"{where}: the first turn is the assistant's, not a user's")
-    return to_messages([m.get("content") for m in messages], where)
+    turns = [f"{where}: turn {number}" for number in range(1, len(messages) + 1)]
+    contents = [_joined(m.get("content"), turn) for m, turn in zip(messages, turns, strict=True)]
+    system = [{"role": "system", "content": _checked(contents[0], turns[0])}] if first else []
+    return system + to_messages(contents[first:], where)
 
 
 def _file_rows(path: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,10 @@ class Lora:
     alpha: int = 32
     dropout: float = 0.05
     target_modules: list[str] | None = None  # null: PEFT's own for the model's type (q_proj and v_proj for ours)
+    modules_to_save: list[str] | None = None  # trained whole, and saved with the adapter
+    # Rows that are trained, by the name of their module (a list: of the embedding alone, as in PEFT). `auto`: those of
+    # the turn tokens, in embedding and head, where the checkpoint has seen no conversation yet; null: none.
+    trainable_token_indices: Literal["auto"] | list[int] | dict[str, list[int]] | None = setting("auto", before=None)
 
     def check(self) -> None:
         """Raise UsageError for a value that cannot be; names field and value."""
@@ -24,6 +28,14 @@ class Lora:
             raise UsageError(f"peft.dropout must be at least 0 and below 1, not {self.dropout}")
         if self.target_modules is not None and not self.target_modules:
             raise UsageError("peft.target_modules is empty: name modules, or leave it out")
+        if self.modules_to_save is not None and not self.modules_to_save:
+            raise UsageError("peft.modules_to_save is empty: name modules, or leave it out")
+        rows = self.trainable_token_indices
+        for ids in [] if rows in (None, "auto") else rows.values() if isinstance(rows, dict) else [rows]:
+            if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+                raise UsageError(f"peft.trainable_token_indices must be auto, or lists of ids, not {rows!r}")
+            if len(set(ids)) != len(ids):
+                raise UsageError(f"peft.trainable_token_indices names an id twice: {ids}")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers.utils.import_utils import is_serve_available
 
 from modeling_periln import PeriLlamaForCausalLM
+from runkit.control_tokens import END_OF_TURN
 from runkit.errors import UsageError, run_command
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -34,8 +35,22 @@ def check(words: list[str]) -> None:
         raise UsageError("serving needs more packages: pip install 'transformers[serving]'")
 
 
+def warn_of_old_template(words: list[str]) -> None:
+    """Say on stderr that a chat template of ours is one that parses contents, and knows no system turn."""
+    file = Path(words[0]) / "chat_template.jinja" if words else Path()
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if END_OF_TURN in text and "raise_exception" not in text:
+        print(
+            f"{file} was written by an earlier version: a message that spells a control token becomes that token, and "
+            "a system message is taken for a user's. Fine-tune again, or replace it by the template of "
+            "sft.chat_template",
+            file=sys.stderr,
+        )
+
+
 def main(args: argparse.Namespace) -> None:
     check(args.words)
+    warn_of_old_template(args.words)
     from transformers.cli.serving import model_manager
     from transformers.cli.transformers import main as transformers_command
 

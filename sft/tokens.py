@@ -5,22 +5,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from runkit.control_tokens import END_OF_TURN, check_control_tokens, control_tokens, ignore_joiners, ignores_joiners
 from runkit.encoding import added_around
 from runkit.errors import UsageError, UserError
 
-from .conversations import CHAT_TEMPLATE, END_OF_TURN, Conversations
+from .chat_template import chat_template
+from .conversations import Conversations
 
 IGNORED = -100
-ROLE_TOKENS = ("<|user|>", "<|assistant|>", END_OF_TURN)
 
 
 def chat_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     """A checkpoint's tokenizer with our chat template in place of its own, if it has one.
 
     Raises:
-        UserError: no tokenizer, or one that lacks the tokens of the template; names the checkpoint.
+        UserError: no tokenizer, or one that lacks the tokens of the template or could take content for a control
+            token; names the checkpoint.
     """
     if not (checkpoint / "tokenizer_config.json").exists():
         raise UsageError(f"{checkpoint} has no tokenizer (tokenizer_config.json)")
@@ -30,13 +32,20 @@ def chat_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"the tokenizer of {checkpoint} cannot be read ({' '.join(str(error).split())[:200]})"
         ) from error
-    missing = [token for token in ROLE_TOKENS if token not in tokenizer.get_vocab()]
-    if missing:
-        raise UserError(f"the tokenizer of {checkpoint} has no token {', '.join(missing)} for conversations")
+    check_control_tokens(tokenizer, checkpoint)
+    # One that Transformers builds anew from its vocabulary, whatever tokenizer.json says, would forget it again.
+    if type(tokenizer) is PreTrainedTokenizerFast and not ignores_joiners(tokenizer):
+        ignore_joiners(tokenizer.backend_tokenizer, control_tokens(tokenizer))
     begin = "".join(tokenizer.convert_ids_to_tokens(added_around(tokenizer)[0]))
     # Libraries add no special token to what a template has rendered: so the template writes what begins a document.
-    tokenizer.chat_template = (f"{{{{- {json.dumps(begin)} -}}}}" if begin else "") + CHAT_TEMPLATE
+    tokenizer.chat_template = (f"{{{{- {json.dumps(begin)} -}}}}" if begin else "") + chat_template(tokenizer)
     return tokenizer
+
+
+def knows_turns(checkpoint: Path) -> bool:
+    """Whether a checkpoint has been trained on conversations with our tokens: its own chat template writes them."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return END_OF_TURN in json.dumps(tokenizer.chat_template or "")
 
 
 @dataclass

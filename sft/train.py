@@ -36,7 +36,7 @@ from .before_after import record_before_after
 from .checkpointing import latest_resumable
 from .conversations import Conversations, load_conversations
 from .recipe import Lora, Recipe
-from .tokens import Tokens, chat_tokenizer, marked, tokenize
+from .tokens import Tokens, chat_tokenizer, knows_turns, marked, tokenize
 from .trainer import ExactTrainer, Recorder, arguments
 
 
@@ -188,7 +188,9 @@ def plan(recipe: Recipe, path: Path, conversations: Conversations, name: str) ->
     if recipe.max_length > positions:
         raise UsageError(f"max_length {recipe.max_length} exceeds the {positions} positions of {checkpoint}")
     if recipe.peft is not None:
-        lora.check_adapters(config, recipe.peft)
+        peft = lora.resolved(recipe.peft, config, tokenizer, knows_turns(checkpoint))
+        lora.check_adapters(config, peft)
+        recipe = dataclasses.replace(recipe, peft=peft)
     mine = dataclasses.replace(
         recipe,
         model=weights_hash(checkpoint),
@@ -220,6 +222,11 @@ def _run_job(job: Job, bar: tqdm, stop: StopRequest) -> None:
         return
     bar.set_postfix_str(run.path.resolve().parent.name)
     job.recipe = run.claim(job.recipe, tqdm.write)
+    if job.recipe.peft is not None and not lora.stops_at_turns(job.checkpoint, job.tokenizer):
+        tqdm.write(
+            f"{job.checkpoint}: its generation_config.json does not end an answer with the turn, and an adapter has "
+            "none of its own: merge the adapter (--merge), or give generate() both ends"
+        )
     run.set_status("running")
     try:
         with room_for(run.path):

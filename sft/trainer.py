@@ -5,10 +5,15 @@ import math
 import os
 import resource
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -21,6 +26,7 @@ from runkit.process import StopRequest
 
 from . import checkpointing
 from .recipe import Recipe
+from .tokens import IGNORED
 
 
 def arguments(recipe: Recipe, scratch: str) -> SFTConfig:
@@ -171,11 +177,41 @@ class Flow(TrainerCallback):
             control.should_save = True
 
 
+@contextmanager
+def head_through_logits(model: torch.nn.Module) -> Iterator[Callable | None]:
+    """The loss to give TRL for a model with an adapter on its head, or None.
+
+    TRL multiplies by the head's own weight, which leaves such an adapter out, and so refuses it; given a loss, it
+    takes the model's logits. Within the context it is shown the head under the adapter.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, BaseTunerLayer):
+        yield None
+        return
+    base = model.get_base_model()
+    base.get_output_embeddings = head.get_base_layer
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*compute_loss_func", FutureWarning)
+            yield loss_of_logits
+    finally:
+        del base.get_output_embeddings
+
+
+def loss_of_logits(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+    """Mean cross entropy in FP32 over the whole batch's assistant's tokens, from logits (batch, tokens, vocabulary)."""
+    logits, targets = outputs.logits[:, :-1].float(), labels[:, 1:]
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / torch.as_tensor(items, device=total.device).clamp(min=1)
+
+
 class ExactTrainer(SFTTrainer):
     """SFTTrainer whose checkpoints are ours: see `checkpointing`. Resume with `train_from`."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, recorder: Recorder, stop: StopRequest, **kwargs: Any):
-        super().__init__(callbacks=[recorder, Flow(recipe, stop)], **kwargs)
+        with head_through_logits(kwargs["model"]) as loss:
+            super().__init__(callbacks=[recorder, Flow(recipe, stop)], compute_loss_func=loss, **kwargs)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.run, self.recipe, self.recorder = run, recipe, recorder

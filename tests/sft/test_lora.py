@@ -27,7 +27,8 @@ def test_an_adapter_is_trained_alone_loaded_with_peft_and_merged(tmp_path):
     assert tune(file, run, "--peft", "--merge") == 0
     tuned = RunFolder(run.path / "sft-lora")
     summary = tuned.summary
-    assert summary["parameters_trained"] == 2 * 2 * 2 * 4 * 32  # layers, modules, A and B, rank, width
+    # Layers, modules, A and B, rank, width; and the turn tokens' rows of embedding and head.
+    assert summary["parameters_trained"] == 2 * 2 * 2 * 4 * 32 + 2 * 3 * 32
     checkpoint = tuned.checkpoints()[-1]
     assert {p.suffix for p in checkpoint.rglob("*") if p.is_file()} == {".safetensors", ".json", ".jinja"}
     adapted = AutoPeftModelForCausalLM.from_pretrained(checkpoint).eval()

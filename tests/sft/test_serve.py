@@ -46,3 +46,14 @@ def test_what_cannot_be_served_is_said(checkpoint, monkeypatch, capsys):
     (checkpoint / "chat_template.jinja").unlink()
     assert "has no chat template" in said(checkpoint)
     assert "is no checkpoint (config.json)" in said(checkpoint.parent)
+
+
+def test_a_chat_template_that_parses_contents_is_said(checkpoint, capsys):
+    serve.warn_of_old_template([str(checkpoint)])
+    assert capsys.readouterr().err == ""
+    old = "{% for m in messages %}<|user|>{{ m['content'] }}<|end_of_turn|>{% endfor %}"
+    (checkpoint / "chat_template.jinja").write_text(old)
+    serve.warn_of_old_template([str(checkpoint), "--port", "8000"])
+    assert "chat_template.jinja was written by an earlier version" in capsys.readouterr().err
+    serve.warn_of_old_template(["--help"])
+    assert capsys.readouterr().err == ""

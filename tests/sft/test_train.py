@@ -5,12 +5,14 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from small import make_run, timeless, tune, write_conversations, write_recipe
+from small import ROOT, make_run, timeless, tune, words, write_conversations, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
@@ -249,6 +251,25 @@ def test_labels_can_be_printed_and_the_conversations_exported(tmp_path, capsys):
     assert f"<|user|>how many eggs?{END_OF_TURN}<|assistant|>>>>eggs{END_OF_TURN}<<<" in capsys.readouterr().out
     assert len(out.read_text().splitlines()) == 14
     assert not (run.path / "sft").exists()
+
+
+def test_labels_are_printed_on_a_terminal_without_their_characters(tmp_path):
+    run, recipe = make_run(tmp_path), write_recipe(tmp_path)
+    row = {
+        "messages": [{"role": "user", "content": "how many œufs?"}, {"role": "assistant", "content": "été <|user|>"}]
+    }
+    (tmp_path / "talk.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "sft.train", *words(recipe, run, "--show-labels", "1")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # The joiner is dropped by the tokenizer: the content is what was written.
+    assert rb"<|assistant|>>>>\xe9t\xe9 <|user|><|end_of_turn|><<<" in done.stdout
+    assert rb"how many \u0153ufs?" in done.stdout
 
 
 def test_one_gpu_is_used_of_many():
