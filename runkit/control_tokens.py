@@ -1,8 +1,8 @@
 """Control tokens: the added tokens of a tokenizer, which a text can spell and must never become.
 
 Whoever encodes a text by itself tells the tokenizer so (`encoding.text_ids`). A chat template cannot: what it renders
-is one string of control tokens and content, encoded by whoever asked for it. So it writes a WORD JOINER behind the first
-character of every control token that a content spells, and the tokenizers that we make (`ignore_joiners`) read
+is one string of control tokens and content, encoded by whoever asked for it. So it writes a WORD JOINER behind the
+first character of every control token that a content spells, and the tokenizers that we make (`ignore_joiners`) read
 that as if the joiner were not there: a content has the same ids in a conversation as it has as a text. Any other
 tokenizer reads the joiner, a character without width, as its bytes.
 """
