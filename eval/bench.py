@@ -16,15 +16,15 @@ import pandas as pd
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from eval.scoring.harness import Benchmarks
 from runkit.errors import UsageError, UserError, make_parser, run_command
 from runkit.folder import write_text
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
-from .benchmarks import add_settings, settings_of, task_names
-from .checkpoints import Target, find_model
-from .harness import Benchmarks
-from .render import Table, to_terminal
+from .options import add_settings, settings_of, task_names
+from .targets import Target, find_model
+from .text_table import Table, to_terminal
 
 OURS, THEIRS = "documents/s", "HFLM's"
 

@@ -19,17 +19,17 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from eval.scoring.likelihood import fitting_batch_size
+from eval.texts.documents import KNOWN, METHOD, Sample, draw, named, read_sample, write_sample
+from eval.texts.windows import Sums, make_windows, sum_losses, summarized
 from runkit.errors import UsageError, UserError, make_parser, run_command
 from runkit.folder import read_json, write_json
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
-from .benchmarks import add_model_options, batch_size, device_of
-from .checkpoints import Target, find_model
-from .documents import KNOWN, METHOD, Sample, draw, named, read_sample, write_sample
-from .heldout import Sums, make_windows, sum_losses, summarized
-from .likelihood import fitting_batch_size
-from .render import Table, to_terminal, values
+from .options import add_model_options, batch_size, device_of
+from .targets import Target, find_model
+from .text_table import Table, to_terminal, values
 
 CONTEXT = 2048  # tokens a window, where the model has as many positions
 SAVE_EVERY = 50  # batches

@@ -9,7 +9,7 @@ import pandas as pd
 
 from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json
-from runkit.headroom import FP16_MAX, headroom
+from runkit.number_format import FP16_MAX, headroom
 from runkit.public import public
 from runkit.recipes import differing_fields
 

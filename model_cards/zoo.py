@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from runkit.errors import UsageError, UserError, make_parser, run_command
 from runkit.folder import RunFolder, write_text
-from runkit.placement_names import placement_name
+from runkit.placements import placement_name
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 

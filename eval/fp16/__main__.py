@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging as transformers_logging
 
-from eval.stability.data import find_samples, read_data
 from eval.stability.targets import Checkpoint, Model, find_model, hash_of
+from eval.texts.samples import find_samples, read_data
 from runkit.environment import describe_environment
 from runkit.errors import UsageError, make_parser, run_command
 from runkit.folder import write_folder, write_json, write_text

@@ -13,19 +13,19 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.render import Table, to_terminal
+from eval.bounds.certificate import certify
+from eval.records.explain import explain
+from eval.records.words import number
+from eval.text_table import Table, to_terminal
+from eval.texts.samples import TOKENS, Samples, find_samples, read_data
 from runkit.environment import describe_environment
 from runkit.errors import UsageError, make_parser
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
-from .certificate import certify
-from .data import TOKENS, Samples, find_samples, read_data
-from .explain import explain
+from .files import Records, wide_table
 from .measure import Measured, Options, measure, units
-from .records import Records, wide_table
 from .targets import Checkpoint, Model, find_model, hash_of
-from .verdict import number
 
 DTYPES = ("float32", "bfloat16", "float16")
 

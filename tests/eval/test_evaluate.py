@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from eval import evaluate
-from eval.checkpoints import find_target
-from eval.harness import Benchmarks
-from eval.heldout import heldout_loss, read_texts
-from eval.samples import generate_samples
+from eval.scoring.generation import generate_samples
+from eval.scoring.harness import Benchmarks
+from eval.targets import find_target
+from eval.texts.windows import heldout_loss, read_texts
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from runkit.checkpoints import write_checkpoint
 from runkit.errors import UsageError, UserError, run_command

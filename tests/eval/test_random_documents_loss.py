@@ -9,9 +9,11 @@ import pytest
 import torch
 from small_models import make_model, make_run, make_tokenizer, serving
 
-from eval import documents, loss, tables
-from eval.documents import KNOWN, Source, choose
-from eval.heldout import NO_DOCUMENT, make_windows
+from eval import loss
+from eval.tables import command as tables
+from eval.texts import documents
+from eval.texts.documents import KNOWN, Source, choose
+from eval.texts.windows import NO_DOCUMENT, make_windows
 from runkit.errors import run_command
 
 DOCUMENTS = [f"document {i} about {'water and eggs ' * (i % 9 + 1)}" for i in range(60)]
