@@ -23,7 +23,7 @@ from runkit.progress import progress_bar
 
 from .options import add_settings, settings_of, task_names
 from .suites import SUITES
-from .targets import find_model
+from .targets import find_target
 from .text_table import Table, to_terminal, values
 
 
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     if one_file and len(args.targets) != 1:
         raise UsageError(f"--out {args.out} holds the results of one target, not of {len(args.targets)}")
     out = args.out.parent if one_file else args.out
-    found = [(name, find_model(name, args.revision, args.trust_remote_code, out)) for name in args.targets]
+    found = [(name, find_target(name, args.revision, args.trust_remote_code, out)) for name in args.targets]
     benchmarks = Benchmarks(names, settings)
     files = [args.out if one_file else target and result_file(target, settings) for _, target in found]
     scored = [(target, file) for (_, target), file in zip(found, files, strict=True) if target is not None]

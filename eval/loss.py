@@ -28,7 +28,7 @@ from runkit.process import start_stage
 from runkit.progress import progress_bar
 
 from .options import add_model_options, batch_size, device_of
-from .targets import Target, find_model
+from .targets import Target, find_target
 from .text_table import Table, to_terminal, values
 
 CONTEXT = 2048  # tokens a window, where the model has as many positions
@@ -154,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"--batch-size must be at least 1, or auto, not {size}")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    found = [(name, find_model(name, args.revision, args.trust_remote_code, args.out)) for name in args.targets]
+    found = [(name, find_target(name, args.revision, args.trust_remote_code, args.out)) for name in args.targets]
     for _, target in found:  # before the whole split is streamed
         if target is not None:
             context_of(target, args.context)

@@ -15,17 +15,24 @@ from transformers.utils.import_utils import is_serve_available
 
 from modeling_periln import PeriLlamaForCausalLM
 from runkit.errors import UsageError, UserError, run_command
+from runkit.models import check_loadable, find_model
 
 
 def check(words: list[str]) -> None:
-    """Raise UsageError without the server's packages, UserError for a folder without tokenizer or chat template."""
+    """Put the checkpoint that a run folder stands for into `words`.
+
+    Raises:
+        UsageError: without the server's packages.
+        UserError: a damaged checkpoint, or a folder without weights, tokenizer or chat template.
+    """
     if not is_serve_available():
         raise UsageError("serving needs more packages: pip install 'transformers[serving]'")
     folder = Path(words[0]) if words and not words[0].startswith("-") else None
     if folder is None or not folder.is_dir():
         return
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is no checkpoint (config.json): name one of those in its checkpoints/")
+    folder = find_model(folder).checkpoint()
+    check_loadable(folder)
+    words[0] = str(folder)  # the server knows no run folders
     if not (folder / "chat_template.jinja").exists():
         raise UserError(f"{folder} has no chat template (chat_template.jinja): serve a fine-tuned checkpoint")
 

@@ -12,8 +12,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from eval.records.words import number
-from eval.stability.targets import find_model, hash_of
 from eval.structure.anatomy import find_anatomy
+from eval.targets import find_measured
 from eval.text_table import Table, to_markdown, to_terminal
 from eval.texts.samples import find_samples, read_data
 from runkit.environment import describe_environment
@@ -106,8 +106,8 @@ def main(args: argparse.Namespace) -> None:
     _check(args)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    model = find_model(args.model, args.revision, args.trust_remote_code)
-    checkpoint = model.checkpoints[-1]
+    model = find_measured(args.model, args.revision)
+    checkpoint = model.chosen
     network = checkpoint.load(torch.float32, args.device, args.trust_remote_code)
     tokenizer = None if args.data == "random" else model.tokenizer(args.tokenizer, args.trust_remote_code)
     samples = find_samples(network.config, tokenizer, args.data, args.samples, args.tokens, args.seed)
@@ -123,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
     record = {
         "model": model.asked,
         "step": checkpoint.step,
-        "weights_sha256": hash_of(checkpoint),
+        "weights_sha256": checkpoint.weights_sha256,
         "data": samples.described,
         "slack": SLACK,
         "sublayers": table.numbers.to_dict("records"),
