@@ -20,9 +20,9 @@ from eval.scoring.harness import Benchmarks, result_file
 from runkit.errors import UsageError, UserError, make_parser, run_command
 from runkit.process import start_stage
 from runkit.progress import progress_bar
+from runkit.tasks import SUITES
 
 from .options import add_settings, settings_of, task_names
-from .suites import SUITES
 from .targets import find_target
 from .text_table import Table, to_terminal, values
 

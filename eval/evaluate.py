@@ -22,8 +22,8 @@ from runkit.errors import UsageError, did_you_mean, make_parser, run_command
 from runkit.folder import read_json, weights_hash, write_json
 from runkit.process import start_stage
 from runkit.progress import progress_bar
+from runkit.tasks import SUITES
 
-from .suites import SUITES
 from .targets import Target, find_target
 
 PROMPTS = ("The function returns", "import os\n")

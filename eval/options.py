@@ -7,8 +7,8 @@ import torch
 
 from eval.scoring.harness import Settings
 from runkit.errors import UsageError
+from runkit.tasks import SUITES
 
-from .suites import SUITES
 from .targets import DTYPES
 
 

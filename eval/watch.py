@@ -29,9 +29,9 @@ from runkit.figure_style import STYLE
 from runkit.folder import RunFolder, write_bytes, write_text
 from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
+from runkit.tasks import SUITES
 
 from .options import add_settings, settings_of, task_names
-from .suites import SUITES
 from .targets import Target
 
 POLL_SECONDS = 0.1

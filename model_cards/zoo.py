@@ -35,7 +35,17 @@ from .facts import (
 )
 from .subject import IN_A_RUN, Subject, listed_checkpoint
 
-HEAD = ("model", "placement", "parameters", "tokens", "status", "loss", "scores", "FP16 headroom", "checkpoint")
+HEAD = (
+    "model",
+    "placement",
+    "parameters (with embeddings)",
+    "tokens",
+    "status",
+    "loss",
+    "scores",
+    "FP16 headroom",
+    "checkpoint",
+)
 SKIPPED = ("trainer_state", "eval", "layers", "figures", "selection", "flight")  # folders in which no model stands
 
 
@@ -90,7 +100,7 @@ def row_of(subject: Subject, root: Path) -> dict[str, str]:
     return {
         "model": _below(name, root),
         "placement": placement_name(config, "not recorded") if ours else _architecture(config),
-        "parameters": number(subject.parameters),
+        "parameters (with embeddings)": number(subject.parameters),
         "tokens": number(tokens_seen(subject)),
         "status": text(subject.summary.get("status")) if subject.run is not None else "no run beside it",
         "loss": loss_of(subject),

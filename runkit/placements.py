@@ -3,39 +3,61 @@
 Colours: Okabe and Ito's palette, safe for colour-blind eyes.
 """
 
+import importlib.util
+import sys
 from itertools import groupby
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-# Their order everywhere: modeling_periln's PLACEMENT_NAMES (a test compares them), without loading torch for it.
-PLACEMENTS = ("post", "pre", "peri", "output", "pre_post", "deepnorm", "lns", "mix")
+TABLE_NAME = "modeling_periln.placements"
+
+
+def _table() -> ModuleType:
+    """modeling_periln/placements.py, which needs the standard library alone, without the package that imports torch."""
+    if TABLE_NAME in sys.modules:
+        return sys.modules[TABLE_NAME]
+    package = importlib.util.find_spec("modeling_periln")
+    file = Path(next(iter(package.submodule_search_locations))) / "placements.py"
+    spec = importlib.util.spec_from_file_location("_placement_table", file)
+    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    return module
+
+
+_ROWS = _table().PLACEMENTS
+PLACEMENTS: tuple[str, ...] = tuple(_table().PLACEMENT_NAMES)  # their order everywhere
+# One a row of the table, in its order; a placement beyond them gets OTHER_COLOUR and OTHER_MARKER.
+_PALETTE = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+_PALETTE += ("#8C7A00",)  # the palette's yellow, darkened: on white it cannot be read
+_SHAPES = ("o", "s", "^", "D", "v", "P", "*", "h")
+OTHER_COLOUR, OTHER_MARKER = "#6E6E6E", "d"
+COLOURS = dict(zip(PLACEMENTS, _PALETTE, strict=False))
+MARKERS = dict(zip(PLACEMENTS, _SHAPES, strict=False))
+
+
+def has_embedding_norm(model: dict[str, Any], placement: str | None = None) -> bool:
+    """Whether a configuration, or a recipe's model section, has a norm on the embedding.
+
+    Its own field decides, else the row of its placement; a mixture (`mix`, `layer_placements`) has the row `pre`.
+    """
+    if model.get("embedding_norm") is not None:
+        return bool(model["embedding_norm"])
+    return default_embedding_norm(model, placement)
+
+
+def default_embedding_norm(model: dict[str, Any], placement: str | None = None) -> bool:
+    """The same as the placement alone has it, whatever the field `embedding_norm` says."""
+    own = model.get("norm_placement", placement)
+    if isinstance(own, dict):
+        return bool(own.get("embedding_norm"))
+    row = None if model.get("layer_placements") else _ROWS.get(own)
+    return (row or _ROWS["pre"]).embedding_norm
 
 
 def placement_order(placement: str) -> tuple[int, str]:
     """A sort key: the known placements in their order, then the user's own by name."""
     return (PLACEMENTS.index(placement) if placement in PLACEMENTS else len(PLACEMENTS), placement)
-
-
-COLOURS = {
-    "post": "#D55E00",
-    "pre": "#0072B2",
-    "peri": "#009E73",
-    "output": "#E69F00",
-    "pre_post": "#CC79A7",
-    "deepnorm": "#56B4E9",
-    "lns": "#000000",
-    "mix": "#8C7A00",  # the palette's yellow, darkened: on white it cannot be read
-}
-MARKERS = {
-    "post": "o",
-    "pre": "s",
-    "peri": "^",
-    "output": "D",
-    "pre_post": "v",
-    "deepnorm": "P",
-    "lns": "*",
-    "mix": "h",
-}
-OTHER_COLOUR, OTHER_MARKER = "#6E6E6E", "d"
 
 
 def colour_of(placement: str) -> str:

@@ -3,8 +3,9 @@
 import math
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean
+from typing import Any
 
 LEAST = 16  # norms that a window needs before anything counts as a spike
 
@@ -59,6 +60,19 @@ class SpikeCounter:
     def within(self, share: float, steps: int) -> int:
         """Spikes in the first `share` of a run of `steps` steps."""
         return sum(step < share * steps for step in self.steps)
+
+
+def rules_of(recipe: dict[str, Any]) -> Spikes:
+    """The rules that a run's recipe states; the defaults for what it leaves out."""
+    stated = recipe.get("spikes") or {}
+    known = {f.name: stated[f.name] for f in fields(Spikes) if f.name in stated}
+    return Spikes(**known)
+
+
+def spike_steps(steps: Iterable[int], norms: Iterable[float | None], rules: Spikes | None = None) -> list[int]:
+    """The steps, by their recorded numbers, whose gradient norms are spikes."""
+    counter = SpikeCounter(rules)
+    return [int(step) for step, norm in zip(steps, norms, strict=True) if counter.record(norm)]
 
 
 def count_spikes(grad_norms: Iterable[float | None], steps: int, rules: Spikes | None = None) -> tuple[int, int]:

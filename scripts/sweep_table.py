@@ -12,6 +12,7 @@ from runkit.figure_style import STYLE
 from runkit.folder import write_bytes, write_text
 from runkit.placements import colour_of, marker_of
 from runkit.spikes import count_spikes
+from runkit.steps import final_loss
 
 from .sweep_cells import PLACEMENT, RATE, SEED, Cell, Sweep, label
 
@@ -30,12 +31,6 @@ NOTES = (
 )
 
 
-def final_loss(losses: list[float | None]) -> float:
-    """Mean of the finite losses in the last tenth of the recorded steps; NaN where there is none."""
-    last = [x for x in losses[-max(1, math.ceil(len(losses) / 10)) :] if x is not None]
-    return sum(last) / len(last) if last else math.nan
-
-
 def _row(cell: Cell) -> dict[str, Any]:
     recipe, records, state = cell.recipe, cell.run.metrics(), cell.state
     spikes, early = count_spikes((r.get("grad_norm") for r in records), recipe.steps, recipe.spikes)
@@ -48,7 +43,7 @@ def _row(cell: Cell) -> dict[str, Any]:
         "seed": recipe.seed,
         **{f: label(v) for f, v in cell.values.items() if f not in (PLACEMENT, RATE, SEED, "optimizer.warmup")},
         "recorded_steps": len(records),
-        "final_loss": final_loss([r["loss"] for r in records]),
+        "final_loss": final_loss(r["loss"] for r in records),
         "spikes": spikes,
         "spikes_first_tenth": early,
         "skipped_steps": records[-1]["skips_total"] if records else 0,

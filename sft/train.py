@@ -31,6 +31,8 @@ from runkit.models import check_loadable, find_model, load_causal_lm
 from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
 from runkit.recipes import apply_overrides, from_mapping, read_yaml, to_mapping
+from runkit.steps import final_loss
+from runkit.steps import finite as finite_or_none
 
 from . import lora
 from .before_after import record_before_after
@@ -121,7 +123,8 @@ def fine_tune(job: Job, bar: tqdm, stop: StopRequest) -> None:
         "completed" if finite else "diverged",
         **known,
         reason=None if finite else "every step was skipped, or the last loss or a weight is not finite",
-        final_loss=records[-1]["loss"] if records else None,
+        final_loss=finite_or_none(final_loss(r["loss"] for r in records)),
+        last_loss=records[-1]["loss"] if records else None,
         skipped_steps=recorder.skips,
         **job.tokens.counts(),
         parameters=sum(p.numel() for p in model.parameters()),

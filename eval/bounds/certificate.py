@@ -29,9 +29,9 @@ from torch import nn
 from eval.structure.anatomy import Anatomy, find_anatomy
 from eval.structure.inside import Attention, Gated, Inside, Unknown, look_inside
 from eval.structure.sublayers import Sublayer
-from runkit.number_format import FP16_MAX
+from runkit.number_format import FP16
 
-from .reach import SUMMED, UNIT, Reach, linear_rows, norm_reach, product_rows, rows_reach, spectral_norm
+from .reach import SUMMED, Reach, linear_rows, norm_reach, product_rows, rows_reach, spectral_norm
 
 Key = tuple[int, str, str]
 
@@ -51,7 +51,12 @@ class _Rows:
                 (value, channel), length, roundings = reach.largest, reach.length, reach.roundings
             else:
                 (value, channel), length = (reach.max().item(), int(reach.argmax())), None
-            row |= {"bound": value, "channel": channel, "length": length, "fp16_factor": (1 + UNIT) ** roundings}
+            row |= {
+                "bound": value,
+                "channel": channel,
+                "length": length,
+                "fp16_factor": (1 + FP16.unit_roundoff) ** roundings,
+            }
         self.rows.append(row | {"why": why, "measured": self.measured.get(key)})
 
 
@@ -150,7 +155,7 @@ def _attention(s: Sublayer, m: Attention, given: Reach, reads: str, rows: _Rows)
     shift = m.gives_on_one_token(given.centre) @ m.output.T
     shift = shift if m.output_bias is None else shift + m.output_bias
     # Rounded: probabilities, what the heads give (a sum over positions), W_o's product; and what cancels in the centre.
-    cancelled = roundings * UNIT * m.gives_on_one_token_at_most(given.centre) @ m.output.abs().T
+    cancelled = roundings * FP16.unit_roundoff * m.gives_on_one_token_at_most(given.centre) @ m.output.abs().T
     box, length = box + shift.abs() + cancelled, length + shift.norm().item() + cancelled.norm().item()
     reach = Reach.of_box(box, length, roundings + 3 + 1 + m.output.shape[1] / SUMMED)
     rows.add((s.layer, s.kind, "branch"), reach, f"rows of W_o W_v in {heads} heads on {reads}")
@@ -168,7 +173,7 @@ def _mlp(s: Sublayer, m: Gated, given: Reach, reads: str, rows: _Rows) -> Reach:
     roundings = once + 3 if m.up is None else 2 * once + 4
     gate = linear_rows(given, m.gate, m.gate_bias)
     radius, shift = given.radius, (m.gate @ given.centre).norm().item()
-    shift += once * UNIT * (m.gate.abs() @ given.centre.abs()).norm().item()
+    shift += once * FP16.unit_roundoff * (m.gate.abs() @ given.centre.abs()).norm().item()
     length = (
         radius * spectral_norm(m.gate * given.gain)
         + shift
@@ -221,10 +226,10 @@ def _ends(anatomy: Anatomy, stream: Reach | None, rows: _Rows) -> None:
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     bounded = [r for r in rows if r["bound"] is not None]
-    above = [r for r in bounded if r["bound"] * r["fp16_factor"] > FP16_MAX]
+    above = [r for r in bounded if r["bound"] * r["fp16_factor"] > FP16.largest]
     unbounded = [{k: r[k] for k in ("layer", "sublayer", "tensor", "why")} for r in rows if r["bound"] is None]
     return {
-        "limit": int(FP16_MAX),
+        "limit": int(FP16.largest),
         "rows": rows,
         "largest_bound": max((r["bound"] for r in bounded), default=None),
         "unbounded": unbounded,

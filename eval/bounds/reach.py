@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 
 from eval.structure.norms import NormFacts
+from runkit.number_format import FP16
 
-UNIT = 2.0**-11  # the largest relative error of a rounding to FP16
 SUMMED = 8000.0  # terms whose sum in FP32 is off by less than one rounding to FP16
 EXACT_SPECTRUM = 1024  # largest side whose spectral norm is taken from eigenvalues
 
@@ -105,7 +105,7 @@ def norm_reach(norm: NormFacts, size: int, given: Reach | None) -> Reach:
     elif given is None:
         unit, radius = torch.full_like(gain, math.sqrt(size)), math.sqrt(size)
     else:
-        rounded = (1 + UNIT) ** given.roundings  # what the norm reads in FP16 may be so much larger
+        rounded = (1 + FP16.unit_roundoff) ** given.roundings  # what the norm reads in FP16 may be so much larger
         box, length = given.box * rounded, given.length * rounded
         unit = box / (box.square() / size + norm.eps).sqrt().clamp(min=1e-300)
         radius = length / math.sqrt(max(length**2 / size + norm.eps, 1e-300))
@@ -119,7 +119,7 @@ def linear_rows(given: Reach, weight: torch.Tensor, bias: torch.Tensor | None) -
     weight = weight.detach().double().cpu()
     shift = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.detach().double().cpu()
     ellipsoid = given.radius * (weight * given.gain).norm(dim=1) + (weight @ given.centre + shift).abs()
-    ellipsoid += given.roundings_of(weight.shape[1]) * UNIT * (weight.abs() @ given.centre.abs())
+    ellipsoid += given.roundings_of(weight.shape[1]) * FP16.unit_roundoff * (weight.abs() @ given.centre.abs())
     box = weight.abs() @ given.box + shift.abs()
     return torch.minimum(ellipsoid, torch.minimum(box, weight.norm(dim=1) * given.length + shift.abs()))
 

@@ -15,9 +15,9 @@ import pandas as pd
 
 from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json
-from runkit.number_format import FP16_MAX
+from runkit.number_format import FP16
+from runkit.spikes import rules_of, spike_steps
 
-from .derived import spikes
 from .frames import read_layers
 
 TENSORS = {  # in the order in which a sublayer makes them
@@ -117,8 +117,12 @@ def against_limit(value: float) -> str:
         return "infinite"
     if value <= 0:
         return "0"
-    bits = math.log2(FP16_MAX / value)
-    return f"{number(value)} ({bits:.1f} bits below 65504)" if bits >= 0 else f"{number(value)} (above 65504)"
+    bits = FP16.headroom(value)
+    return (
+        f"{number(value)} ({bits:.1f} bits below {FP16.limit})"
+        if bits >= 0
+        else f"{number(value)} (above {FP16.limit})"
+    )
 
 
 def steps_text(steps: Sequence[int]) -> str:
@@ -139,9 +143,8 @@ def happenings(records: Records) -> list[dict[str, Any]]:
     """Events of the recorder, and what metrics.jsonl tells that no event does, by step."""
     found = list(records.events)
     known = {(event["step"], event.get("kind")) for event in found}
-    spiked = {record["step"] for record in records.metrics if record.get("spike")}
-    if not any("spike" in record for record in records.metrics):  # written before spikes were
-        spiked = set(_spikes(records.metrics))
+    norms = [record.get("grad_norm") for record in records.metrics]
+    spiked = set(spike_steps([record["step"] for record in records.metrics], norms, rules_of(records.recipe)))
     for record in records.metrics:
         step, skipped = record["step"], record.get("skip_kind")
         if skipped and (step, "skip") not in known:
@@ -156,11 +159,6 @@ def happenings(records: Records) -> list[dict[str, Any]]:
         last = records.metrics[-1]["step"] if records.metrics else records.summary.get("step") or 0
         found.append({"step": last, "kind": "diverged", "reason": records.summary.get("reason")})
     return sorted(found, key=lambda event: event["step"])
-
-
-def _spikes(metrics: list[dict[str, Any]]) -> list[int]:
-    frame = pd.DataFrame([{key: record.get(key) for key in ("step", "grad_norm")} for record in metrics])
-    return spikes(frame.astype(float)) if len(frame) else []
 
 
 def is_probe(event: dict[str, Any]) -> bool:

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
+import runkit.steps
 from runkit.recipes import flatten
+from runkit.spikes import Spikes, spike_steps
 
 from .frames import Frames
 
@@ -20,27 +21,14 @@ def differing(frames: Frames) -> list[str]:
     return [key for key in other if len({repr(recipe.get(key)) for recipe in flat}) > 1]
 
 
-def spikes(metrics: pd.DataFrame, window: int = 128, least: int = 16, deviations: float = 6.0) -> list[int]:
-    """Steps of one run at which the gradient norm spiked.
-
-    A spike exceeds the mean of the `window` steps before it by `deviations` (population) standard deviations
-    of theirs. Steps without a finite norm are no spikes and enter no window; a window needs `least` norms.
-    """
-    norms, steps = metrics.grad_norm.to_numpy(float), metrics.step.to_numpy(float)
-    found = []
-    for i in range(least, len(norms)):
-        before = norms[max(0, i - window) : i]
-        before = before[np.isfinite(before)]
-        if len(before) >= least and norms[i] > before.mean() + deviations * before.std():
-            found.append(int(steps[i]))
-    return found
+def spikes(metrics: pd.DataFrame, rules: Spikes | None = None) -> list[int]:
+    """Steps of one run at which the gradient norm spiked, by the rules of its recipe: see `runkit.spikes`."""
+    return spike_steps(metrics.step, metrics.grad_norm, rules)
 
 
 def final_loss(metrics: pd.DataFrame) -> float:
     """Mean of the finite losses in the last tenth of a run's steps; NaN where there is none."""
-    losses = metrics.loss.to_numpy(float)[-max(1, math.ceil(len(metrics) / 10)) :]
-    losses = losses[np.isfinite(losses)]
-    return float(losses.mean()) if len(losses) else math.nan
+    return runkit.steps.final_loss(metrics.loss.to_numpy(float))
 
 
 def largest(layers: pd.DataFrame, tensors: Sequence[str]) -> pd.Series | None:

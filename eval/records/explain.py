@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from runkit.number_format import FP16_MAX
+from runkit.number_format import FP16
 from runkit.placements import placement_name
 
 from .course import (
@@ -115,8 +115,8 @@ def _history(same: pd.DataFrame, step: int) -> list[str]:
         return ["Before: no finite value of that place was recorded at an earlier step; how fast it grew is unknown."]
     a, b = before.iloc[0], before.iloc[-1]
     words = f"Before: the largest |x| there was {against_limit(b.value)} at step {int(b.step)}"
-    if b.step == step - 1 and 0 < b.value <= FP16_MAX:
-        words += f", so that it passed 65504, {FP16_MAX / b.value:.3g} times as much, within one step"
+    if b.step == step - 1 and 0 < b.value <= FP16.largest:
+        words += f", so that it passed {FP16.limit}, {FP16.largest / b.value:.3g} times as much, within one step"
     elif b.step < step - 1:
         words += f" (the last recorded step before; the {step - 1 - int(b.step)} steps between are not recorded)"
     if len(before) > 1 and a.value > 0 and b.value > 0:

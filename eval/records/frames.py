@@ -16,6 +16,7 @@ import pandas as pd
 from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json, sha256_of
 from runkit.placements import placement_name, placement_order
+from runkit.scores import that_count
 from runkit.text import printable
 
 _RUNS = [
@@ -199,27 +200,16 @@ def _step_of(path: str | None) -> float:
 
 
 def _one_of_each(scores: pd.DataFrame) -> pd.DataFrame:
-    """One score for each run, task and metric: see `load` for which."""
-    order = pd.DataFrame(
-        {
-            "chosen": scores.chosen.eq(True),
-            "step": scores.at_step.astype(float).fillna(-1),
-            "examples": -scores.num_fewshot.astype(float).fillna(0),
-            "items": scores.limit.astype(float).fillna(math.inf),
-            "file": scores.file,
-        }
-    ).sort_values(["chosen", "step", "examples", "items", "file"], kind="stable")
-    kept = scores.loc[order.index].drop_duplicates(["run", "task", "metric"], keep="last")
-    return kept.sort_index()
+    """One score for each run, task and metric: see `runkit.scores` for which."""
+    kept = that_count(scores.to_dict("records"), ("run", "task", "metric"))
+    return scores.iloc[kept]
 
 
 def load(root: str | Path, measurements: bool = True) -> Frames:
     """Read every pretraining run under `root` and the fine-tuning runs inside them.
 
     Runs that are unfinished, or lack files, are read as far as they go. Where several files of a run's eval folder
-    give the same task and metric, that of the checkpoint chosen in best.json counts, else that of the latest one; of
-    those, that with the fewest examples before an item, then the largest limit (none is the largest), then that whose
-    name sorts last.
+    give the same task and metric, `runkit.scores` says which counts.
     Without `measurements`, `metrics` and `layers` are left empty: scores do not need them.
 
     Raises:

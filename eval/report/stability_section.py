@@ -12,7 +12,7 @@ from eval.records.explain import explain
 from eval.records.frames import Frames
 from eval.records.words import rate_text
 from runkit.folder import read_json
-from runkit.number_format import FP16_MAX
+from runkit.number_format import FP16
 from runkit.text import printable
 
 
@@ -41,7 +41,7 @@ def certificate_words(certificate: dict[str, Any], of: str = "") -> list[str]:
     rows = [row for row in certificate.get("rows") or [] if isinstance(row, dict)]
     if not rows:
         return []
-    limit = certificate.get("limit") or FP16_MAX
+    limit = certificate.get("limit") or FP16.largest
     bounded = [row for row in rows if isinstance(row.get("bound"), (int, float))]
     above = [row for row in bounded if row["bound"] > limit]
     said = (

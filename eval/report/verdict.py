@@ -8,10 +8,10 @@ import pandas as pd
 from eval.records.derived import at_edge, by_depth
 from eval.records.frames import Frames
 from eval.records.words import rate_text
-from eval.suites import CHANCE, SUITES
 from eval.tables.report_tables import cell_numbers, plural, suites
 from eval.tables.run_stability import status_text
 from runkit.public import public
+from runkit.tasks import CHANCE, SUITES
 
 
 def run_text(run: pd.Series) -> str:

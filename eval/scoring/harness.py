@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.suites import SUITES
 from eval.targets import Target
 from runkit.errors import UsageError, UserError, did_you_mean
 from runkit.folder import read_json, weights_hash, write_json
 from runkit.hub import hub_reason, quiet_hub
+from runkit.tasks import SUITES, TASKS
 
 MINI_FOLDER = Path(__file__).parents[1] / "tasks"
 # Where the harness keeps the tasks that this project names: to list all of its 15,000 takes it ten seconds.
 FOLDERS = {
-    **{"arc_easy": "arc", "hellaswag": "hellaswag", "piqa": "piqa", "social_iqa": "siqa", "winogrande": "winogrande"},
+    **{task.name: task.folder for task in TASKS},
     **{"openbookqa": "openbookqa", "commonsense_qa": "commonsense_qa", "rte": "glue", "mnli": "glue"},
 }
 SEED = 1234  # the harness's own default, for the examples before an item too

@@ -21,6 +21,7 @@ from eval.text_table import Table, to_terminal
 from eval.texts.samples import TOKENS, Samples, find_samples, read_data
 from runkit.environment import describe_environment
 from runkit.errors import UsageError, make_parser
+from runkit.number_format import FP16
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
@@ -176,12 +177,12 @@ def _peaks(rows: pd.DataFrame) -> dict[tuple[int, str, str], float]:
 def _certified(certificate: dict[str, Any]) -> str:
     if certificate["certified"]:
         return (
-            "By its weights alone, no input can take any tensor of the certificate beyond FP16's 65504 (largest bound "
-            f"{number(certificate['largest_bound'])})."
+            "By its weights alone, no input can take any tensor of the certificate beyond FP16's "
+            f"{FP16.limit} (largest bound {number(certificate['largest_bound'])})."
         )
     free, above, rows = (len(certificate[key]) for key in ("unbounded", "above_limit", "rows"))
     said = "By its weights alone FP16 is not certified"
-    return f"{said}: of {rows} tensors, {free} have no bound and {above} have one above 65504."
+    return f"{said}: of {rows} tensors, {free} have no bound and {above} have one above {FP16.limit}."
 
 
 def _said(verdict: list[str]) -> str:
@@ -201,7 +202,7 @@ def _table(title: str, measured: Measured) -> Table:
     text["layer"] = wide["layer"].astype(str)
     text.insert(0, "model", title)
     notes = (
-        "bits: log2(65504 / max |x|). share: |branch| / |stream|. gradient: norm over parameters.",
+        f"bits: log2({FP16.limit} / max |x|). share: |branch| / |stream|. gradient: norm over parameters.",
         "skip loss: rise of the loss without the whole layer.",
     )
     return Table("What flows through the layers", text, wide, notes, keys=2)

@@ -17,6 +17,7 @@ from torch import nn
 from eval.structure.anatomy import Anatomy, Point, first_tensor, input_tensor
 from eval.texts.windows import token_loss
 from runkit.fp16 import HalfMatmul
+from runkit.number_format import FP16
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class FirstBackward(_Watch):
 
 def half_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """The model in FP16, and the names of the weights that FP16 cannot hold."""
-    half = copy.deepcopy(model).half().eval()
+    half = copy.deepcopy(model).to(getattr(torch, FP16.dtype)).eval()
     return half, [name for name, p in half.named_parameters() if not _finite(p)]
 
 

@@ -20,8 +20,9 @@ from torch import nn
 
 from eval.structure.anatomy import Anatomy, Point, first_tensor, input_tensor
 from eval.texts.windows import token_loss
+from runkit.number_format import FP16
 
-from .moments import Moments, headroom_bits
+from .moments import Moments
 from .redundancy import Angles
 
 
@@ -144,5 +145,5 @@ class Probe:
             found.append((step, layer, sublayer, "branch_output", "branch_share", total / count))
         for (layer, sublayer, tensor), largest in self.peaks.items():
             found.append((step, layer, sublayer, tensor, "max_abs", largest))
-            found.append((step, layer, sublayer, tensor, "headroom_bits", headroom_bits(largest)))
+            found.append((step, layer, sublayer, tensor, "headroom_bits", FP16.headroom(largest)))
         return found

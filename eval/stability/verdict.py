@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from eval.records.words import number
-from runkit.number_format import FP16_MAX
+from runkit.number_format import FP16
 
 CLOSE = 3.0  # bits of headroom below which the next doublings are near
 POOR = 0.7  # R² below which a fit is not called a description
@@ -71,12 +71,12 @@ def _headroom(rows: pd.DataFrame) -> str:
     value = row["value"]
     if not math.isfinite(value):
         return f"Even in the precision of the measurement, {place_of(row)} is not finite."
-    bits = math.log2(FP16_MAX / value) if value > 0 else math.inf
+    bits = FP16.headroom(value)
     said = f"The largest value of all tensors is {number(value)}, in {place_of(row)}"
     if bits < 0:
-        return f"{said}: beyond FP16's 65504 by {-bits:.1f} bits."
+        return f"{said}: beyond FP16's {FP16.limit} by {-bits:.1f} bits."
     near = ", which is close" if bits < CLOSE else ""
-    return f"{said}: {bits:.1f} bits below FP16's 65504{near}."
+    return f"{said}: {bits:.1f} bits below FP16's {FP16.limit}{near}."
 
 
 def _fp16(fp16: dict[str, Any] | None) -> list[str]:
@@ -176,7 +176,7 @@ def _attention(rows: pd.DataFrame) -> list[str]:
 def overall(record: dict[str, Any], rows: pd.DataFrame) -> str:
     """The one sentence that comes first: does it survive FP16?"""
     fp16, value = record.get("fp16"), tightest(rows)["value"]
-    bits = math.log2(FP16_MAX / value) if math.isfinite(value) and value > 0 else -math.inf
+    bits = FP16.headroom(value)
     if bits < 0 or (fp16 is not None and fp16["forward"] is not None):
         return "This model overflows FP16 in the forward pass."
     if fp16 is not None and fp16["backward"] is not None:

@@ -18,10 +18,10 @@ from pathlib import Path
 import pandas as pd
 
 from eval.records.frames import load_all
-from eval.suites import METRICS, SUITES
 from eval.text_table import Table, to_csv, to_latex, to_markdown, to_terminal
 from runkit.errors import UsageError, UserError, make_parser
 from runkit.folder import write_text
+from runkit.tasks import METRICS, SUITES
 
 from .beside_paper import compare
 from .footnotes import limit_words, notes

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from runkit.scores import RULE
+from runkit.tasks import COUNT
+
 from .scores import PROVENANCE, Scores, seeds_text
 
 METHOD = (
     "Tasks: accuracy ({metric}) in percent, mean ± sample standard deviation (n-1) over the seeds that completed; n=1: "
-    "one such seed, no deviation. Avg. is the plain mean of the five task means. Losses in nats a token."
+    "one such seed, no deviation. {protocol}Avg. is the plain mean of the {count} task means. Losses in nats a token."
 )
 WORDS = {
     "harness": "Mixed harness versions",
@@ -132,7 +135,16 @@ def notes(scores: Scores, more: Sequence[str] = ()) -> tuple[str, ...]:
     scored = scores.rows[(scores.rows.status == "completed")]
     said = _seeds(scores, sized) + _fine_tuned(scores, sized) + _stale(scores, sized)
     found = [*scores.remarks, *more, *_differences(scores, scored, sized), *said]
-    return (METHOD.format(metric=scores.metric), *found)
+    return (METHOD.format(metric=scores.metric, count=COUNT, protocol=_protocol(scored)), *found)
+
+
+def _protocol(rows: pd.DataFrame) -> str:
+    """How the models were scored, where all were scored alike; where not, `_differences` says so."""
+    shots, limits = rows.num_fewshot.dropna().unique(), rows.limit.dropna().unique()
+    if len(shots) != 1 or len(limits) != 1:
+        return ""
+    items = "all items" if limits[0] == "none" else f"limit {limits[0]} items a task"
+    return f"Scored with {shots[0]} examples before an item, {items}. {RULE} "
 
 
 def limit_words(scores: Scores) -> str:

@@ -5,8 +5,8 @@ import pandas as pd
 
 from eval.records.derived import differing
 from eval.records.frames import Frames
-from eval.suites import CHANCE, SUITES
 from eval.text_table import Table
+from runkit.tasks import CHANCE, SUITES
 
 from .footnotes import limit_words, notes
 from .paper_tables import means_table, summarize

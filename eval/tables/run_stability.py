@@ -2,27 +2,29 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import pandas as pd
 
 from eval.records.derived import final_loss, largest, spikes
 from eval.records.frames import Frames
 from eval.text_table import Table
-from runkit.number_format import headroom
+from runkit.number_format import FP16
+from runkit.spikes import LEAST, Spikes, rules_of
 
 from .report_tables import MISSING
 
 SPIKES_NOTE = (
     "Final loss: mean of the finite training losses in the last tenth of the recorded steps. Gradient spike: a step "
-    "whose gradient norm, before clipping, exceeds the mean of the 128 steps before it (all there are, at least 16) "
-    "by 6 of their standard deviations."
+    "whose gradient norm, before clipping, exceeds the mean of the {window} steps before it (all there are, at least "
+    "{least}) by {sigmas:g} of their standard deviations"
 )
 SKIPS_NOTE = (
     "Skipped steps, by kind: forward: the loss itself was not finite; probe: the gradient overflowed at a loss "
     "scale not yet proven; backward: it overflowed at a scale that had worked before."
 )
 HEADROOM_NOTE = (
-    "Headroom: log2(65504 / max |x|) over stream, residual sums and module outputs at the steps at which layer "
+    f"Headroom: log2({FP16.limit} / max |x|) over stream, residual sums and module outputs at the steps at which layer "
     "statistics were recorded; other steps were not looked at."
 )
 STREAM, MODULES = ("stream",), ("residual_add", "branch")
@@ -56,13 +58,26 @@ def run_numbers(frames: Frames, run: pd.Series) -> dict:
         "status": run.status,
         "measured_steps": len(metrics),
         "final_loss": final_loss(metrics),
-        "spikes": spikes(metrics),
+        "spikes": spikes(metrics, rules_of(frames.recipes[run.run])),
         "skips": _skips(metrics),
         "max_abs_stream": math.nan if stream is None else float(stream.value),
         "stream_recorded": stream is not None,
-        "headroom_bits": math.nan if overall is None else headroom(float(overall.value)),
+        "headroom_bits": math.nan if overall is None else FP16.headroom(float(overall.value)),
         "headroom_at": None if overall is None else _place(overall),
     }
+
+
+def spikes_note(frames: Frames) -> str:
+    """What a final loss and a gradient spike are, by the rules of the runs' own recipes."""
+    by_rule: dict[tuple, list[str]] = {}
+    for run in frames.pretrained.run:
+        by_rule.setdefault(astuple(rules_of(frames.recipes[run])), []).append(run)
+    first = Spikes(*next(iter(by_rule), astuple(Spikes())))
+    note = SPIKES_NOTE.format(sigmas=first.sigmas, window=first.window, least=max(1, min(LEAST, first.window)))
+    others = [
+        f"{sigmas:g} of {window} steps in {', '.join(runs)}" for (sigmas, window), runs in list(by_rule.items())[1:]
+    ]
+    return note + (f"; by their recipes {'; '.join(others)}." if others else ".")
 
 
 def _first(steps: Sequence[int], shown: int = 3) -> str:
@@ -95,4 +110,4 @@ def stability(frames: Frames) -> Table:
     runs = [run for _, run in frames.pretrained.iterrows()]
     numbers = [run_numbers(frames, run) for run in runs]
     text = pd.DataFrame([_stability_row(run, n) for run, n in zip(runs, numbers, strict=True)])
-    return Table("Stability", text, pd.DataFrame(numbers), (SPIKES_NOTE, SKIPS_NOTE, HEADROOM_NOTE), keys=2)
+    return Table("Stability", text, pd.DataFrame(numbers), (spikes_note(frames), SKIPS_NOTE, HEADROOM_NOTE), keys=2)

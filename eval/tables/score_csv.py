@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from eval.suites import SUITES
 from runkit.errors import UserError, did_you_mean
 from runkit.folder import STATUSES
+from runkit.tasks import COUNT, SUITES
 
 from .scores import KEYS, LOSSES, PROVENANCE, Scores, in_order
 
@@ -94,7 +94,7 @@ def _remarks(rows: pd.DataFrame, tasks: tuple[str, ...], extra: list[str], absen
     if extra:
         said.append(f"Columns of the file that no table uses: {', '.join(extra)}.")
     if absent:
-        said.append(f"The file has no column {', '.join(absent)}: no Avg. of the five tasks can be given.")
+        said.append(f"The file has no column {', '.join(absent)}: no Avg. of the {COUNT} tasks can be given.")
     scored = rows[(rows.status != "completed") & rows[list(tasks)].notna().any(axis=1)]
     for _, row in scored.iterrows():
         said.append(

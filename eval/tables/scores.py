@@ -10,11 +10,10 @@ from itertools import pairwise
 import pandas as pd
 
 from eval.records.frames import Frames
-from eval.suites import SUITES
 from runkit.placements import placement_order
+from runkit.sizes import size_name, size_value
+from runkit.tasks import SUITES
 
-PAPER_SIZES = {"400M": 400e6, "1.5B": 1.5e9, "3.2B": 3.2e9}  # parameters outside the embeddings
-SIZE_TOLERANCE = 0.05  # the paper's names are rounded, and it does not say how wide its FFN is
 LOSSES = {
     "c4_loss": ("c4", "loss"),
     "c4_bits_per_byte": ("c4", "bits_per_byte"),
@@ -32,7 +31,6 @@ PROVENANCE = (
     "c4_measured_on",
     "heldout_measured_on",
 )
-UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
@@ -63,28 +61,6 @@ class Scores:
 
 
 # --- sizes ---------------------------------------------------------------------------------------------------
-
-
-def size_value(name: str) -> float:
-    """`1.5B` as a number, infinity for a name that is none."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([KMBT]?)\s*(?:\(.*\))?", str(name), re.IGNORECASE)
-    return float(found[1]) * UNITS.get(found[2].upper(), 1.0) if found else float("inf")
-
-
-def paper_size(parameters: float) -> str | None:
-    """The paper's name for this many parameters outside the embeddings, within 5 %; None where it has none."""
-    near = [name for name, n in PAPER_SIZES.items() if abs(parameters / n - 1) <= SIZE_TOLERANCE]
-    return near[0] if near else None
-
-
-def size_name(parameters: float) -> str:
-    """The paper's name, else three digits: `888K`, `60.1M`."""
-    if name := paper_size(parameters):
-        return name
-    for unit, scale in reversed(UNITS.items()):
-        if parameters >= 0.9995 * scale:
-            return f"{parameters / scale:.3g}{unit}"
-    return f"{parameters:g}"
 
 
 def _sizes(runs: pd.DataFrame) -> pd.Series:

@@ -16,9 +16,9 @@ from eval import benchmarks
 from eval.scoring import harness
 from eval.scoring.harness import Benchmarks, Settings
 from eval.scoring.likelihood import ContinuationLM
-from eval.suites import SUITES
 from eval.targets import find_target
 from runkit.errors import UsageError, UserError, run_command
+from runkit.tasks import SUITES
 
 FIVE = SUITES["hub"]
 PLACEMENTS = ("post", "pre", "peri")

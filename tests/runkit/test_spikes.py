@@ -1,12 +1,20 @@
 """Gradient spikes: what counts as one, and where."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
-from runkit.spikes import SpikeCounter, Spikes, count_spikes
+from eval.records.course import happenings, read
+from eval.records.frames import load
+from eval.tables.run_stability import spikes_note, stability
+from model_cards.facts import outcome
+from model_cards.subject import Subject
+from runkit.folder import RunFolder, write_text
+from runkit.spikes import SpikeCounter, Spikes, count_spikes, spike_steps
 
 
 def norms(count: int) -> list[float]:
@@ -58,3 +66,31 @@ def test_the_report_counts_the_same_spikes():
     for value in frame.grad_norm:
         counter.record(value)
     assert counter.steps == records.spikes(frame) and len(counter.steps) >= 3
+
+
+def test_a_run_is_judged_by_its_own_rule_wherever_it_is_read(tmp_path):
+    """Norms with five spikes at 3 sigma and none at 6: table, course, card and counter say five."""
+    values, level = [0.9, 1.1] * 100, 1.4  # 1 ± 0.1: four standard deviations
+    for step in (40, 80, 110, 150, 190):
+        values[step] = level
+    run = RunFolder(tmp_path / "run")
+    rules = {"sigmas": 3.0, "window": 64}
+    run.claim({"stage": "pretrain", "model": {}, "optimizer": {"learning_rate": 1e-3}, "seed": 1, "spikes": rules})
+    lines = [{"step": step, "loss": 1.0, "grad_norm": value} for step, value in enumerate(values)]
+    write_text(run.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
+    run.set_status("completed", step=200)
+    expected = spike_steps(range(200), values, Spikes(**rules))
+    assert set(expected) >= {40, 80, 110, 150, 190} and not spike_steps(range(200), values)
+    table = stability(load(tmp_path))
+    assert table.numbers.spikes.iloc[0] == expected
+    assert "exceeds the mean of the 64 steps before it (all there are, at least 16) by 3 of" in table.notes[0]
+    assert [e["step"] for e in happenings(read(run.path)) if e["kind"] == "spike"] == expected
+    assert ("gradient spikes", str(len(expected))) in outcome(Subject(None, run))
+    assert count_spikes(values, 200, Spikes(**rules))[0] == len(expected)
+
+
+def test_the_table_says_which_rule_is_whose():
+    frames = SimpleNamespace(
+        pretrained=pd.DataFrame({"run": ["a", "b"]}), recipes={"a": {}, "b": {"spikes": {"sigmas": 3.0}}}
+    )
+    assert spikes_note(frames).endswith("by 6 of their standard deviations; by their recipes 3 of 128 steps in b.")

@@ -8,12 +8,12 @@ from stability_families import FAMILIES, PLACEMENTS, build, perturb
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval.bounds.certificate import certify
-from eval.bounds.reach import UNIT, Reach, linear_rows, norm_reach
+from eval.bounds.reach import Reach, linear_rows, norm_reach
 from eval.structure.anatomy import find_anatomy
 from eval.structure.norms import NormFacts
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from runkit.fp16 import HalfMatmul
-from runkit.number_format import FP16_MAX
+from runkit.number_format import FP16
 
 SIZES = {
     "vocab_size": 61,
@@ -182,14 +182,14 @@ def test_what_cancels_in_exact_arithmetic_has_room_for_its_rounding():
     left = (row @ centre.half().double()).abs()
     exact = 1e-6 * row.norm() + (row @ centre).abs()
     assert left > 100 * exact
-    assert left <= linear_rows(given, row[None], None)[0] * (1 + UNIT) ** given.roundings_of(64)
+    assert left <= linear_rows(given, row[None], None)[0] * (1 + FP16.unit_roundoff) ** given.roundings_of(64)
 
 
 def test_a_norm_s_closer_bound_knows_that_its_input_is_rounded():
     """Where the epsilon decides, a norm's output grows with its input."""
     size, facts = 4, NormFacts("rms", 1.0, None, None, 0.0)
     exact, rounded = (norm_reach(facts, size, Reach.of_box(torch.full((size,), 0.1).double(), 0.1, n)) for n in (0, 50))
-    assert rounded.box[0] == pytest.approx(exact.box[0].item() * (1 + UNIT) ** 50, rel=1e-3)
+    assert rounded.box[0] == pytest.approx(exact.box[0].item() * (1 + FP16.unit_roundoff) ** 50, rel=1e-3)
 
 
 @torch.no_grad()
@@ -245,7 +245,7 @@ def test_measured_values_stand_beside_the_bounds_and_the_record_is_json():
     certificate = certify(periln("peri"), measured={(1, "attn", "branch"): 3.5})
     row = next(r for r in certificate["rows"] if (r["layer"], r["sublayer"], r["tensor"]) == (1, "attn", "branch"))
     assert row["measured"] == 3.5 and row["bound"] > 0
-    assert {"limit", "rows", "largest_bound", "unbounded"} <= set(certificate) and certificate["limit"] == FP16_MAX
+    assert {"limit", "rows", "largest_bound", "unbounded"} <= set(certificate) and certificate["limit"] == FP16.largest
     assert json.loads(json.dumps(certificate, allow_nan=False)) == certificate
 
 

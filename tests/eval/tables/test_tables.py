@@ -10,12 +10,12 @@ from synthetic_runs import write_demo, write_layers, write_run, write_scores, wr
 
 from eval.records.derived import final_loss, largest, spikes
 from eval.records.frames import Frames, load
-from eval.suites import SUITES
 from eval.tables.report_tables import build, cell_numbers, suites
 from eval.tables.run_stability import stability
 from eval.text_table import to_html, to_markdown, to_terminal
-from runkit.number_format import headroom
+from runkit.number_format import FP16
 from runkit.placements import PLACEMENTS, placement_name
+from runkit.tasks import SUITES
 
 TASKS = list(SUITES["mini"])
 
@@ -199,9 +199,9 @@ def test_final_loss_is_the_mean_of_finite_losses_in_the_last_tenth():
 
 
 def test_headroom_in_bits():
-    assert headroom(65504) == 0
-    assert headroom(65504 / 1024) == pytest.approx(10)
-    assert headroom(math.inf) == headroom(math.nan) == -math.inf
+    assert FP16.headroom(65504) == 0
+    assert FP16.headroom(65504 / 1024) == pytest.approx(10)
+    assert FP16.headroom(math.inf) == FP16.headroom(math.nan) == -math.inf
 
 
 def test_largest_takes_what_is_not_finite_for_the_largest():
