@@ -16,15 +16,15 @@ import pandas as pd
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from eval.scoring.harness import Benchmarks
 from runkit.errors import UsageError, UserError, make_parser, run_command
 from runkit.folder import write_text
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
-from .benchmarks import add_settings, settings_of, task_names
-from .checkpoints import Target, find_model
-from .harness import Benchmarks
-from .render import Table, to_terminal
+from .options import add_settings, settings_of, task_names
+from .targets import Target, find_target
+from .text_table import Table, to_terminal
 
 OURS, THEIRS = "documents/s", "HFLM's"
 
@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
     settings, names = settings_of(args), task_names(args.tasks)
     if settings.batch_size == "auto" or (settings.limit or 1) < 1:
         raise UsageError("the bench wants a --batch-size and a --limit in whole numbers")
-    target = find_model(args.target, args.revision, args.trust_remote_code, args.out)
+    target = find_target(args.target, args.revision, args.trust_remote_code, args.out)
     if target is None:
         raise UserError(f"{args.target} has diverged: there is nothing to measure with")
     benchmarks = Benchmarks(names, settings, args.include_path)

@@ -9,77 +9,23 @@ others are asked for beside it.
 """
 
 import argparse
-import hashlib
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from eval.scoring.harness import Benchmarks, result_file
 from runkit.errors import UsageError, UserError, make_parser, run_command
-from runkit.folder import called, weights_hash
+from runkit.folder import called
 from runkit.process import start_stage
 from runkit.progress import progress_bar
+from runkit.tasks import SUITES
 
-from .checkpoints import DTYPES, Target, find_model
-from .harness import Benchmarks, Settings
-from .render import Table, to_terminal, values
-from .suites import SUITES
-
-
-def task_names(text: str) -> list[str]:
-    """`A,B,...` as a list; the name of a suite stands for its tasks."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise UsageError("--tasks names no task")
-    return [task for name in names for task in SUITES.get(name, (name,))]
-
-
-def batch_size(text: str) -> int | str:
-    """A number, or `auto`."""
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"--batch-size must be a number or auto, not {text!r}") from None
-
-
-def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings that the flags ask for, checked."""
-    size, device = batch_size(args.batch_size), device_of(args.device)
-    settings = Settings(args.num_fewshot, args.limit, size, args.dtype, device)
-    settings.check()
-    return settings
-
-
-def device_of(name: str) -> str:
-    """The device of that name, or for `auto` a GPU where torch sees one.
-
-    Raises:
-        UsageError: a device that is not there.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise UsageError(f"--device {name} is no device: use cpu, cuda or cuda:1") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name} was asked for, but torch sees no CUDA device")
-    return name
-
-
-def result_file(target: Target, settings: Settings) -> Path:
-    """Where the results go: a file for these weights and settings, so that no result replaces another's."""
-    asked = {"weights": weights_hash(target.checkpoint)} | settings.recorded()
-    short = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
-    limit = "" if settings.limit is None else f"-limit{settings.limit:g}"
-    return target.results / f"benchmarks-{target.checkpoint.name}-{settings.num_fewshot}shot{limit}-{short}.json"
+from .options import add_settings, settings_of, task_names
+from .targets import find_target
+from .text_table import Table, to_terminal, values
 
 
 def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
@@ -111,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     if one_file and len(args.targets) != 1:
         raise UsageError(f"--out {args.out} holds the results of one target, not of {len(args.targets)}")
     out = args.out.parent if one_file else args.out
-    found = [(name, find_model(name, args.revision, args.trust_remote_code, out)) for name in args.targets]
+    found = [(name, find_target(name, args.revision, args.trust_remote_code, out)) for name in args.targets]
     benchmarks = Benchmarks(names, settings, args.include_path)
     files = [args.out if one_file else target and result_file(target, settings) for _, target in found]
     scored = [(target, file) for (_, target), file in zip(found, files, strict=True) if target is not None]
@@ -133,34 +79,6 @@ def main(args: argparse.Namespace) -> None:
             records.append((f"{target.name}, {record['evaluated']['path']} -> {file}", record))
     if records:
         print(to_terminal(table(records), 100))
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The flags of `settings_of`, and of the models."""
-    parser.add_argument(
-        *("--include-path", "--include_path"),
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="tasks of your own, as .yaml files for lm-eval, of which the code is run; may be given several times",
-    )
-    parser.add_argument("--num-fewshot", type=int, default=0, help="examples before each item")
-    parser.add_argument("--limit", type=float, help="items a task, or a share of them below 1; all when left out")
-    parser.add_argument("--batch-size", default="16", help="requests a batch, or auto: as many as the memory holds")
-    add_model_options(parser)
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """How models are found and loaded."""
-    parser.add_argument("--revision", help="branch, tag or commit, for models of the Hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that a model brings along")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as saved")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU where torch sees one")
-    parser.add_argument(
-        "--out", type=Path, metavar="PATH", help="folder for results, or a .json for one target's; else the run's eval/"
-    )
-    parser.add_argument("--again", action="store_true", help="compute what is there already once more")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -19,17 +19,17 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from eval.scoring.likelihood import fitting_batch_size
+from eval.texts.documents import KNOWN, METHOD, Sample, draw, named, read_sample, write_sample
+from eval.texts.windows import Sums, make_windows, sum_losses, summarized
 from runkit.errors import UsageError, UserError, make_parser, run_command
 from runkit.folder import called, read_json, write_json
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
-from .benchmarks import add_model_options, batch_size, device_of
-from .checkpoints import Target, find_model
-from .documents import KNOWN, METHOD, Sample, draw, named, read_sample, write_sample
-from .heldout import Sums, make_windows, sum_losses, summarized
-from .likelihood import fitting_batch_size
-from .render import Table, to_terminal, values
+from .options import add_model_options, batch_size, device_of
+from .targets import Target, find_target
+from .text_table import Table, to_terminal, values
 
 CONTEXT = 2048  # tokens a window, where the model has as many positions
 SAVE_EVERY = 50  # batches
@@ -154,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"--batch-size must be at least 1, or auto, not {size}")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    found = [(name, find_model(name, args.revision, args.trust_remote_code, args.out)) for name in args.targets]
+    found = [(name, find_target(name, args.revision, args.trust_remote_code, args.out)) for name in args.targets]
     for _, target in found:  # before the whole split is streamed
         if target is not None:
             context_of(target, args.context)

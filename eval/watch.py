@@ -24,16 +24,16 @@ import pandas as pd
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from eval.scoring.harness import Benchmarks, Settings, result_file
 from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
+from runkit.figure_style import STYLE
 from runkit.folder import RunFolder, write_bytes, write_text
-from runkit.looks import STYLE
 from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
+from runkit.tasks import SUITES
 
-from .benchmarks import add_settings, result_file, settings_of, task_names
-from .checkpoints import Target
-from .harness import Benchmarks, Settings
-from .suites import SUITES
+from .options import add_settings, settings_of, task_names
+from .targets import Target
 
 POLL_SECONDS = 0.1
 

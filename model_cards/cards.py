@@ -8,10 +8,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from runkit.placement_names import placement_name
+from runkit.placements import placement_name
 from runkit.public import public
+from runkit.tasks import TASKS
 
-from .benchmarks import BENCHMARKS, METRIC_NAMES
 from .facts import (
     MISSING,
     best_results,
@@ -47,23 +47,26 @@ class CardOptions:
     revision: str | None = None  # the branch that the card will be on; None: main
 
 
+METRIC_NAMES = {"acc": "accuracy", "acc_norm": "accuracy, normalized by length"}
+
+
 def eval_results(subject: Subject) -> list[EvalResult]:
     """The five benchmarks' scores as the Hub's model index has them: fractions, acc and acc_norm.
 
-    Of several records of one task that with the most items counts. The mini sets are no benchmarks, and do not enter.
+    Which of several records counts, `runkit.scores` says. The mini sets are not benchmarks and do not enter.
     """
     best, found = best_results(subject), []
-    for task, (dataset, config, split, name) in BENCHMARKS.items():
+    for task in TASKS:
         for metric, words in METRIC_NAMES.items():
-            if (r := best.get((task, metric))) is not None:
+            if (r := best.get((task.name, metric))) is not None:
                 found.append(
                     EvalResult(
                         task_type=PIPELINE,
                         task_name="Text generation",
-                        dataset_type=dataset,
-                        dataset_name=name,
-                        dataset_config=config,
-                        dataset_split=split,
+                        dataset_type=task.dataset,
+                        dataset_name=task.title,
+                        dataset_config=task.config,
+                        dataset_split=task.split,
                         dataset_args={"num_few_shot": r.get("num_fewshot"), "items": r.get("n")},
                         metric_type=metric,
                         metric_name=words,
@@ -105,7 +108,7 @@ def _sizes(subject: Subject) -> list[tuple[str, str]]:
     c, s = subject.config, subject.summary
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     names += ("vocab_size", "max_position_embeddings", "norm_type", "qk_norm", "residual_scale", "tie_word_embeddings")
-    rows = [("parameters", number(subject.parameters))]
+    rows = [("parameters (with embeddings)", number(subject.parameters))]
     rows.append(("parameters without embeddings", number(s.get("parameters_non_embedding"))))
     return rows + [(name.replace("_", " "), str(public(c[name]))) for name in names if c.get(name) is not None]
 

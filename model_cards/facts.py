@@ -7,14 +7,17 @@ from typing import Any
 
 import pandas as pd
 
+from runkit import steps
 from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json
-from runkit.headroom import FP16_MAX, headroom
+from runkit.number_format import FP16
 from runkit.public import public
 from runkit.recipes import differing_fields
+from runkit.scores import protocol, that_count
+from runkit.spikes import rules_of, spike_steps
+from runkit.tasks import COUNT, SUITES, TASKS
 
-from .benchmarks import BENCHMARKS
-from .subject import Subject, chosen_checkpoint
+from .subject import Subject, listed_checkpoint
 
 MISSING = "not measured"
 FP16_TENSORS = ("stream", "residual_add", "branch")  # what is held in the residual stream's dtype
@@ -113,10 +116,9 @@ def final_loss(subject: Subject) -> float | None:
 
     Infinite where it was finite at none of them; None without a record.
     """
-    records = [r for r in subject.metrics if "loss" in r]
-    last = [r["loss"] for r in records[-max(1, math.ceil(len(records) / 10)) :]]
-    finite = [x for x in last if isinstance(x, (int, float)) and math.isfinite(x)]
-    return statistics.fmean(finite) if finite else math.inf if last else None
+    losses = [r["loss"] for r in subject.metrics if "loss" in r]
+    loss = steps.final_loss(losses)
+    return None if not losses else math.inf if math.isnan(loss) else loss
 
 
 def loss_in_words(loss: float | None) -> str:
@@ -130,7 +132,9 @@ def outcome(subject: Subject) -> list[Row]:
     recorded = bool(subject.metrics)
     kinds = {kind: sum(r["skip_kind"] == kind for r in skips) for kind in sorted({r["skip_kind"] for r in skips})}
     skipped = f"{len(skips)} of {len(subject.metrics):,}" if recorded else MISSING
-    spikes = sum(bool(r.get("spike")) for r in subject.metrics) if recorded and "spike" in subject.metrics[-1] else None
+    norms = [r.get("grad_norm") for r in subject.metrics]
+    pretrained = subject.recipe.get("stage") == "pretrain"  # only there a recipe says what a spike is
+    spikes = len(spike_steps(range(len(norms)), norms, rules_of(subject.recipe))) if recorded and pretrained else None
     return [
         ("status of the run", text(s.get("status")) + (f": {text(s['reason'])}" if s.get("reason") else "")),
         ("steps of this checkpoint", number(subject.step if subject.step is not None else s.get("step"))),
@@ -159,13 +163,9 @@ def results(subject: Subject) -> list[dict[str, Any]]:
 
 
 def best_results(subject: Subject) -> dict[tuple[str, str], dict[str, Any]]:
-    """By task and metric the result that was measured on the most items; of as many, the last record's."""
-    best: dict[tuple[str, str], dict[str, Any]] = {}
-    for r in results(subject):
-        key = (r["task"], r.get("metric"))
-        if (r.get("n") or 0) >= (best.get(key, {}).get("n") or 0):
-            best[key] = r
-    return best
+    """By task and metric the result that counts: see `runkit.scores`."""
+    found = results(subject)
+    return {(r["task"], r.get("metric")): r for r in (found[at] for at in that_count(found))}
 
 
 def mean_accuracy(subject: Subject) -> tuple[float, str, dict[str, float]] | None:
@@ -173,11 +173,13 @@ def mean_accuracy(subject: Subject) -> tuple[float, str, dict[str, float]] | Non
 
     None where neither five are complete.
     """
-    scores = {task: 100 * r["value"] for (task, metric), r in best_results(subject).items() if metric == "acc"}
-    for prefix, name in (("", "mean of five"), ("mini_", "mean of five mini sets")):
-        five = {task: scores[prefix + task] for task in BENCHMARKS if prefix + task in scores}
-        if len(five) == len(BENCHMARKS):
-            return statistics.fmean(five.values()), name, five
+    scores = {task: r for (task, metric), r in best_results(subject).items() if metric == "acc"}
+    for suite, name in (("hub", f"mean of {COUNT}"), ("mini", f"mean of {COUNT} mini sets")):
+        names = zip(TASKS, SUITES[suite], strict=True)
+        rows = {task.name: scores[name_of] for task, name_of in names if name_of in scores}
+        if len(rows) == len(TASKS):
+            five = {task: 100 * row["value"] for task, row in rows.items()}
+            return statistics.fmean(five.values()), f"{name}, {protocol(rows.values())}", five
     return None
 
 
@@ -220,7 +222,7 @@ def seed_table(subject: Subject) -> str:
     """What became of every seed of this recipe that lies beside it."""
     rows = []
     for other in siblings(subject):
-        s, scores = other.summary, mean_accuracy(Subject(chosen_checkpoint(other.run), other.run))
+        s, scores = other.summary, mean_accuracy(Subject(listed_checkpoint(other.run), other.run))
         mean = f"{scores[0]:.2f} % ({scores[1]})" if scores else MISSING
         status = text(s.get("status")) + (f": {text(s['reason'])}" if s.get("reason") else "")
         rows.append(
@@ -246,7 +248,7 @@ class Headroom:
     def __str__(self) -> str:
         if not math.isfinite(self.value):
             return f"none, it overflowed ({self.where})"
-        return f"{headroom(self.value):.1f} bits (largest value {self.value:,.4g}: {self.where})"
+        return f"{FP16.headroom(self.value):.1f} bits (largest value {self.value:,.4g}: {self.where})"
 
 
 def _read_statistics(files: list) -> pd.DataFrame | None:
@@ -303,7 +305,7 @@ def certificate(subject: Subject) -> str:
         return MISSING
     record = read_json(file)
     rows, open_ = record.get("rows") or [], record.get("unbounded") or []
-    limit, largest = record.get("limit", FP16_MAX), number(record.get("largest_bound"))
+    limit, largest = record.get("limit", FP16.largest), number(record.get("largest_bound"))
     bounded = [r for r in rows if isinstance(r.get("bound"), (int, float))]
     within = sum(r["bound"] * r.get("fp16_factor", 1.0) <= limit for r in bounded)  # the factor: FP16's own rounding
     said = f"{len(bounded)} of {len(rows)} tensors are bounded by the weights alone, {within} of them within "

@@ -18,8 +18,8 @@ from runkit.errors import UsageError, make_parser, run_command
 from runkit.folder import write_text
 from runkit.process import start_stage
 from runkit.recipes import flatten, read_yaml
+from runkit.tasks import TASKS
 
-from .benchmarks import BENCHMARKS
 from .cards import LIBRARY, PAPER, PIPELINE, TEMPLATES, normalized
 from .facts import markdown, text
 from .placement import EQUATION, diagram, norms_in_words, plan_of
@@ -42,7 +42,7 @@ def table_2(size: str, placement: str) -> str:
     """The model's row of the paper's Table 2."""
     rows = pd.read_csv(TABLES / "table_02.csv", comment="#")
     row = rows[(rows["size"] == size) & (rows.placement == placement)].iloc[0]
-    lines = [(BENCHMARKS[task][3], _number(row[task], row[f"{task}_std"])) for task in BENCHMARKS]
+    lines = [(task.title, _number(row[task.name], row[f"{task.name}_std"])) for task in TASKS]
     lines += [("average of the five", _number(row.avg)), ("loss on C4, nats a token", _number(row.c4_loss))]
     return markdown(
         [*lines, ("average after fine-tuning on LIMA", _number(row.sft_avg))], ("the paper's", "accuracy in %")
@@ -55,11 +55,11 @@ def by_seed(size: str, placement: str) -> tuple[str, int, int]:
     rows = rows[(rows["size"] == size) & (rows.placement == placement)].sort_values(["stage", "seed"], kind="stable")
     lines = []
     for _, row in rows.iterrows():
-        scores = [_number(100 * row[task]) if row.status == "completed" else "-" for task in BENCHMARKS]
+        scores = [_number(100 * row[task.name]) if row.status == "completed" else "-" for task in TASKS]
         status = "none: the pretraining diverged" if (row.stage, row.status) == ("sft", "diverged") else row.status
         lines.append((COLUMNS[row.stage], str(row.seed), status, *scores))
     first = rows[rows.stage == "pretrain"]
-    head = ("the paper's", "seed", "status", *(name for *_, name in BENCHMARKS.values()))
+    head = ("the paper's", "seed", "status", *(task.title for task in TASKS))
     return markdown(lines, head), int((first.status == "diverged").sum()), len(first)
 
 

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from runkit.errors import UsageError, make_parser, run_command
 from runkit.folder import RunFolder, write_text
-from runkit.placement_names import placement_name
+from runkit.placements import placement_name
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
@@ -33,9 +33,19 @@ from .facts import (
     tokens_seen,
     training_headroom,
 )
-from .subject import IN_A_RUN, Subject, chosen_checkpoint
+from .subject import IN_A_RUN, Subject, listed_checkpoint
 
-HEAD = ("model", "placement", "parameters", "tokens", "status", "loss", "scores", "FP16 headroom", "checkpoint")
+HEAD = (
+    "model",
+    "placement",
+    "parameters (with embeddings)",
+    "tokens",
+    "status",
+    "loss",
+    "scores",
+    "FP16 headroom",
+    "checkpoint",
+)
 SKIPPED = ("trainer_state", "eval", "layers", "figures", "selection", "flight")  # folders in which no model stands
 
 
@@ -52,7 +62,7 @@ def found_under(root: Path) -> Iterator[Subject]:
             if run.recipe.get("stage") in ("pretrain", "sft"):
                 folders[:] = [f for f in folders if f != "checkpoints"]
                 # Its weights are not read, so that a large zoo is indexed in no time.
-                yield Subject(chosen_checkpoint(run), run)
+                yield Subject(listed_checkpoint(run), run)
         elif "config.json" in files and any(f.endswith(".safetensors") for f in files):
             folders.clear()
             owner = path.resolve().parent
@@ -90,7 +100,7 @@ def row_of(subject: Subject, root: Path) -> dict[str, str]:
     return {
         "model": _below(name, root),
         "placement": placement_name(config, "not recorded") if ours else _architecture(config),
-        "parameters": number(subject.parameters),
+        "parameters (with embeddings)": number(subject.parameters),
         "tokens": number(tokens_seen(subject)),
         "status": text(subject.summary.get("status")) if subject.run is not None else "no run beside it",
         "loss": loss_of(subject),

@@ -8,10 +8,12 @@ from typing import Any
 import pandas as pd
 
 from runkit.errors import UsageError, UserError
+from runkit.figure_style import STYLE
 from runkit.folder import write_bytes, write_text
-from runkit.looks import STYLE, colour_of, marker_of
+from runkit.placements import colour_of, marker_of
+from runkit.spikes import count_spikes
+from runkit.steps import final_loss
 
-from .spikes import count_spikes
 from .sweep_cells import PLACEMENT, RATE, SEED, Cell, Sweep, label
 
 MEASURES = ("final_loss", "spikes", "spikes_first_tenth", "skipped_steps")
@@ -24,15 +26,9 @@ TITLES = {
 NOTES = (
     "Final loss: mean of the finite training losses in the last tenth of the recorded steps; `±` is the sample "
     "standard deviation over the seeds. Gradient spike: a step whose gradient norm lies more than {sigmas:g} standard "
-    "deviations above the mean of the {window} steps before it (scripts/spikes.py). Means are over the completed runs; "
+    "deviations above the mean of the {window} steps before it (runkit/spikes.py). Means are over the completed runs; "
     "runs that diverged are counted, with the steps at which they ended, and enter no mean."
 )
-
-
-def final_loss(losses: list[float | None]) -> float:
-    """Mean of the finite losses in the last tenth of the recorded steps; NaN where there is none."""
-    last = [x for x in losses[-max(1, math.ceil(len(losses) / 10)) :] if x is not None]
-    return sum(last) / len(last) if last else math.nan
 
 
 def _row(cell: Cell) -> dict[str, Any]:
@@ -47,7 +43,7 @@ def _row(cell: Cell) -> dict[str, Any]:
         "seed": recipe.seed,
         **{f: label(v) for f, v in cell.values.items() if f not in (PLACEMENT, RATE, SEED, "optimizer.warmup")},
         "recorded_steps": len(records),
-        "final_loss": final_loss([r["loss"] for r in records]),
+        "final_loss": final_loss(r["loss"] for r in records),
         "spikes": spikes,
         "spikes_first_tenth": early,
         "skipped_steps": records[-1]["skips_total"] if records else 0,

@@ -24,6 +24,8 @@ from runkit.environment import DtypeWitness, describe_environment
 from runkit.errors import StoppedBySignal, UserError
 from runkit.folder import RunFolder, write_json
 from runkit.process import StopRequest
+from runkit.spikes import count_spikes
+from runkit.steps import StepRecord, final_loss, finite
 
 from .checkpoint import BEST, load_trainer_state, save_checkpoint
 from .costs import GPUS, flops_per_token
@@ -35,15 +37,10 @@ from .layer_stats import LayerStats, drop_rows, write_rows
 from .memory_meter import peak_rss
 from .overflow import FirstNonFinite
 from .recipe import Recipe
-from .spikes import count_spikes
 from .steps import StepBook, learning_rate, make_optimizer
 from .tracking import Tracking
 
 DUMPED_STEPS = 64  # records in divergence.json
-
-
-def _finite(x: float) -> float | None:
-    return x if math.isfinite(x) else None
 
 
 def resolved_config(recipe: Recipe, data: TokenData, tokenizer: PreTrainedTokenizerBase) -> PeriLlamaConfig:
@@ -151,29 +148,29 @@ class Trainer:
         kind, spike = self.book.record(loss, found_inf, scale), self.book.spike(norm)
         module = self._first_nonfinite(batches) if kind == "forward" else None
         tokens, seconds = recipe.batch_size * recipe.sequence_length, time.perf_counter() - start
-        record = {
-            "step": step,
-            "loss": _finite(loss),
-            "learning_rate": rate,
-            "grad_norm": _finite(norm),
-            "loss_scale": scale,
-            "found_inf": found_inf,
-            "skip_kind": kind,
-            "skip_module": module,
-            "skips_consecutive": self.book.consecutive,
-            "skips_total": self.book.total,
-            "spike": spike,
-            "tokens": (step + 1) * tokens,
-            "tokens_per_second": tokens / seconds,
-            "step_seconds": seconds,
-            "data_wait": waited / seconds,
-            "mfu": self._mfu(tokens / seconds),
-            "peak_memory_bytes": self._peak_memory(),
-        }
+        record = StepRecord(
+            step=step,
+            loss=finite(loss),
+            learning_rate=rate,
+            grad_norm=finite(norm),
+            loss_scale=scale,
+            found_inf=found_inf,
+            skip_kind=kind,
+            skip_module=module,
+            skips_consecutive=self.book.consecutive,
+            skips_total=self.book.total,
+            spike=spike,
+            tokens=(step + 1) * tokens,
+            tokens_per_second=tokens / seconds,
+            step_seconds=seconds,
+            data_wait=waited / seconds,
+            mfu=self._mfu(tokens / seconds),
+            peak_memory_bytes=self._peak_memory(),
+        ).as_json()
         if self.recorder:
             self.recorder.note(record)
         if self.heldout is not None and (step + 1) % recipe.heldout_every == 0:
-            record["heldout_loss"] = _finite(heldout_loss(engine, *self.heldout, self.micro))
+            record["heldout_loss"] = finite(heldout_loss(engine, *self.heldout, self.micro))
         return record
 
     def _watched(self, observe: bool) -> AbstractContextManager:
@@ -362,7 +359,8 @@ class Trainer:
             "diverged" if reason else "completed",
             step=self.step,
             reason=reason,
-            final_loss=records[-1]["loss"],
+            final_loss=finite(final_loss(r["loss"] for r in records)),
+            last_loss=records[-1]["loss"],
             tokens=records[-1]["tokens"],
             skipped_steps=self.book.total,
             spikes=spikes,

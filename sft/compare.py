@@ -13,6 +13,7 @@ from typing import Any
 
 from runkit.errors import UserError, make_parser, run_command
 from runkit.folder import RunFolder, read_json, weights_hash, write_if_free
+from runkit.scores import protocol, that_count
 
 from .before_after import FILE
 from .select import BEST, find_run
@@ -22,15 +23,15 @@ METRIC = "acc"
 
 
 def scores_of(run: RunFolder, weights: str) -> dict[str, dict[str, Any]]:
-    """task -> its row of `acc` for these weights; of several the one with the most items."""
-    found: dict[str, dict[str, Any]] = {}
-    for record in run.evaluations():
-        if (record.get("evaluated") or {}).get("weights_sha256") != weights or not record.get("harness"):
-            continue
-        for row in record.get("results") or []:
-            if row["metric"] == METRIC and row["n"] >= found.get(row["task"], {"n": 0})["n"]:
-                found[row["task"]] = row
-    return found
+    """task -> its row of `acc` for these weights; of several the one that counts by `runkit.scores`."""
+    rows = [
+        {key: record.get(key) for key in ("num_fewshot", "limit", "file")} | row
+        for record in run.evaluations()
+        if (record.get("evaluated") or {}).get("weights_sha256") == weights and record.get("harness")
+        for row in record.get("results") or []
+        if row["metric"] == METRIC
+    ]
+    return {rows[at]["task"]: rows[at] for at in that_count(rows)}
 
 
 def _before(run: RunFolder, weights: str) -> dict[str, dict[str, Any]]:
@@ -43,7 +44,11 @@ def _before(run: RunFolder, weights: str) -> dict[str, dict[str, Any]]:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return MISSING
-    return f"{row['value']:.4f}" + ("" if row["stderr"] is None else f" ± {row['stderr']:.4f}") + f" (n={row['n']})"
+    return (
+        f"{row['value']:.4f}"
+        + ("" if row["stderr"] is None else f" ± {row['stderr']:.4f}")
+        + f" ({protocol([row])}, n={row['n']})"
+    )
 
 
 def _quoted(text: str) -> str:

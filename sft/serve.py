@@ -8,7 +8,6 @@ in Transformers alone and does not find one that is registered or brought along 
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -17,20 +16,27 @@ from transformers.utils.import_utils import is_serve_available
 from modeling_periln import PeriLlamaForCausalLM
 from runkit.control_tokens import END_OF_TURN
 from runkit.errors import UsageError, run_command
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+from runkit.models import check_loadable, find_model, is_local
 
 
 def check(words: list[str]) -> None:
-    """Raise UsageError for a folder that is missing or without chat template, and without the server's packages."""
+    """Put the checkpoint that a run folder stands for into `words`.
+
+    Raises:
+        UsageError: without the server's packages.
+        UserError: a damaged checkpoint, or a folder without weights, tokenizer or chat template.
+    """
     named = words[0] if words and not words[0].startswith("-") else None
     if named is not None and Path(named).is_dir():
-        if not (Path(named) / "config.json").exists():
-            raise UsageError(f"{named} is no checkpoint (config.json): name one of those in its checkpoints/")
-        if not (Path(named) / "chat_template.jinja").exists():
-            raise UsageError(f"{named} has no chat template (chat_template.jinja): serve a fine-tuned checkpoint")
-    elif named is not None and not _HUB_ID.fullmatch(named.partition("@")[0]):
-        raise UsageError(f"{named} does not exist, and is no id of the Hub")
+        folder = find_model(named).checkpoint()
+        check_loadable(folder)
+        words[0] = str(folder)  # the server knows no run folders
+        if not (folder / "chat_template.jinja").exists():
+            raise UsageError(f"{folder} has no chat template (chat_template.jinja): serve a fine-tuned checkpoint")
+    elif named is not None and not is_local(named.partition("@")[0]):
+        pass  # an id of the Hub, which the server looks for
+    elif named is not None:
+        raise UsageError(f"{named} does not exist, and is not an id of the Hub")
     if not is_serve_available():
         raise UsageError("serving needs more packages: pip install 'transformers[serving]'")
 

@@ -23,6 +23,7 @@ from runkit.environment import DtypeWitness, describe_environment
 from runkit.errors import UserError
 from runkit.folder import RunFolder, write_json
 from runkit.process import StopRequest
+from runkit.steps import StepRecord, finite
 
 from . import checkpointing
 from .recipe import Recipe
@@ -132,24 +133,24 @@ class Recorder(TrainerCallback):
         loss, norm, seconds = logs["loss"], logs.get("grad_norm", math.nan), time.perf_counter() - self._start
         tokens, before = int(logs.get("num_tokens", 0)), self._tokens
         self._tokens = tokens
-        record = {
-            "step": state.global_step - 1,
-            "loss": loss if math.isfinite(loss) else None,
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": float(norm) if math.isfinite(norm) else None,
-            "loss_scale": self._scale,
-            "found_inf": self._found_inf,
-            "skip_kind": None if not self._found_inf else "backward" if math.isfinite(loss) else "forward",
-            "skips_consecutive": self.consecutive,
-            "skips_total": self.skips,
-            "tokens": tokens,
-            "tokens_per_second": (tokens - before) / seconds,
-            "step_seconds": seconds,
-            "data_wait": None,
-            "mfu": None,
-            "peak_memory_bytes": self._peak_memory(),
-        }
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        record = StepRecord(
+            step=state.global_step - 1,
+            loss=finite(loss),
+            learning_rate=logs["learning_rate"],
+            grad_norm=finite(norm),
+            loss_scale=self._scale,
+            found_inf=self._found_inf,
+            skip_kind=None if not self._found_inf else "backward" if math.isfinite(loss) else "forward",
+            skips_consecutive=self.consecutive,
+            skips_total=self.skips,
+            tokens=tokens,
+            tokens_per_second=(tokens - before) / seconds,
+            step_seconds=seconds,
+            data_wait=None,
+            mfu=None,
+            peak_memory_bytes=self._peak_memory(),
+        )
+        self._file.write(json.dumps(record.as_json(), allow_nan=False) + "\n")
         self._file.flush()
 
     def _peak_memory(self) -> int:

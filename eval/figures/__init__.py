@@ -1,15 +1,15 @@
 """The paper's figures, redrawn from run folders: `python -m eval.figures FIG RUN...`.
 
-Every placement has one colour and one marker everywhere (`runkit/looks.py`). The same records give the same bytes:
+Every placement has one colour and one marker everywhere (`runkit/placements.py`). The same records give the same bytes:
 nothing is read from the user's Matplotlib settings, and the files carry no dates.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from runkit.looks import colour_of, marker_of
+from eval.records.frames import Frames
+from runkit.placements import colour_of, marker_of
 
-from ..records import Frames
 from .catalogue import CATALOGUE, Entry
 from .pieces import NotRecorded, image_bytes, settings
 from .selection import View, of_size, plain_placements, sizes, view_of

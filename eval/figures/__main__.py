@@ -9,7 +9,7 @@ from runkit.folder import write_bytes, write_text
 from runkit.progress import progress_bar
 
 from . import CATALOGUE, Drawing, draw, drawings
-from .models import load_measured
+from .measured_models import load_measured
 from .selection import view_of
 
 KINDS = ("png", "svg")

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from runkit.number_format import FP16
+
 from . import depth, headroom, redundancy, sweeps, training
 from .pieces import Drawn
 from .selection import View
@@ -215,14 +217,15 @@ CATALOGUE: dict[str, Entry] = {
     "headroom": Entry(
         "FP16 headroom by layer and step",
         "The paper has no such figure; it names numeric overflow as a risk of growing hidden states.",
-        "Heat maps, a panel a placement and learning rate: bits left below 65504 by layer and step, overflow marked.",
+        f"Heat maps, a panel a placement and learning rate: bits left below {FP16.limit} by layer and step, overflow "
+        "marked.",
         headroom.headroom_map,
     ),
     "peaks": Entry(
         "Largest values over depth against FP16's range",
         "The paper has no such figure.",
         "Line plots of the largest absolute value by layer in stream, residual sum and module output, on a log axis, "
-        "with a dashed line at 65504.",
+        f"with a dashed line at {FP16.limit}.",
         headroom.peaks_by_layer,
     ),
     "events": Entry(

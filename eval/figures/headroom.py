@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from runkit.headroom import FP16_MAX
+from eval.records.words import recorded_steps
+from runkit.number_format import FP16
 
-from ..records import recorded_steps
 from .depth import STREAM, panels
+from .layer_rows import by_depth, layer_rows, source_words
 from .pieces import DEPTH, Drawn, NotRecorded, curves, grid, hide_empty, legend, plain, whole_numbers, wrapped
-from .probes import by_depth, layer_rows, source_words
 from .selection import View, at_best_rate, rate_names, rates_words, seeds_words, sizes
 
 TENSORS = {"stream": "stream", "residual_add": "residual sum", "branch": "module output"}
@@ -45,18 +45,18 @@ def peaks_by_layer(view: View) -> Drawn:
     for row, (title, of) in zip(axes, below, strict=True):
         for ax, (tensor, name) in zip(row, TENSORS.items(), strict=True):
             data = by_depth(rows[rows.tensor == tensor], "max_abs")
-            data.y = data.y.where(np.isfinite(data.y), 2 * FP16_MAX)
+            data.y = data.y.where(np.isfinite(data.y), 2 * FP16.largest)
             data = data.groupby(["run", "x"], as_index=False).y.max()
             curves(ax, data[data.run.isin(of.runs.run)], view, of.runs, markers=True, average="max")
-            ax.axhline(FP16_MAX, color="black", linewidth=1.4, linestyle="--")
+            ax.axhline(FP16.largest, color="black", linewidth=1.4, linestyle="--")
             ax.set_yscale("log", base=2)
             ax.set_title(name)
             whole_numbers(ax)
         row[0].set_ylabel(f"{title}\nlargest |x|")
         _bits_axis(row[2])
     axes[-1, 1].set_xlabel(DEPTH)
-    axes[0, 0].set_ylim(top=4 * FP16_MAX)
-    line = plain("65504", color="black", linewidth=1.4, linestyle="--")
+    axes[0, 0].set_ylim(top=4 * FP16.largest)
+    line = plain(FP16.limit, color="black", linewidth=1.4, linestyle="--")
     legend(figure, used, more=[line], average="largest of the seeds")
     beyond = " A value that was not finite stands above the line, at 131008." if np.isinf(rows.value).any() else ""
     return Drawn(
@@ -72,9 +72,9 @@ def _bits_axis(ax: Axes) -> None:
     bits = ax.secondary_yaxis("right", functions=(lambda y: y, lambda y: y))
     bits.set_yscale("log", base=2)
     left = np.arange(0, 40, 4)
-    bits.yaxis.set_major_locator(FixedLocator(list(FP16_MAX / 2.0**left)))
+    bits.yaxis.set_major_locator(FixedLocator(list(FP16.largest / 2.0**left)))
     bits.yaxis.set_minor_locator(FixedLocator([]))
-    bits.yaxis.set_major_formatter(lambda y, _: f"{np.log2(FP16_MAX / y):.0f}" if y > 0 else "")
+    bits.yaxis.set_major_formatter(lambda y, _: f"{np.log2(FP16.largest / y):.0f}" if y > 0 else "")
     bits.set_ylabel("bits left")
 
 
@@ -119,14 +119,14 @@ def headroom_map(view: View) -> Drawn:
         ax.set_ylabel("layer")
     figure.supxlabel("step", fontsize=9.5)
     bar = figure.colorbar(cm.ScalarMappable(norm, palette), ax=axes, extend="max", aspect=30)
-    bar.set_label("bits left below 65504")
-    patches = [Patch(color=OVERFLOW, label="overflow: not finite, or above 65504")] * overflow
+    bar.set_label(f"bits left below {FP16.limit}")
+    patches = [Patch(color=OVERFLOW, label=f"overflow: not finite, or above {FP16.limit}")] * overflow
     patches += [Patch(color=NOT_MEASURED, label="not recorded")] * gap
     if patches:
         figure.legend(handles=patches, loc="outside upper center", ncols=2, frameon=False)
     return Drawn(
         figure,
-        "FP16 headroom, log2(65504 / max |x|): the least over stream, residual sum and module output, and "
+        f"FP16 headroom, log2({FP16.limit} / max |x|): the least over stream, residual sum and module output, and "
         f"over seeds, at the recorded steps ({recorded_steps(rows)}); attention stands at the half, the MLP at the "
         f"whole number, 0 is what enters layer 1. The darker, the less is left. {source_words(used, rows)}{words} "
         f"{seeds_words(used, rows.run)}{used.names}",
@@ -138,7 +138,7 @@ def _map(ax: Axes, rows: pd.DataFrame, palette: mcolors.Colormap, norm: mcolors.
     depth = rows.layer.astype(float) - 0.5 * (rows.sublayer == "attn")
     field = rows.assign(depth=depth).pivot_table(index="depth", columns="step", values="value", aggfunc="max")
     with np.errstate(divide="ignore"):  # infinity: minus infinitely many bits
-        bits = np.log2(FP16_MAX / field.clip(lower=1e-30).to_numpy(float))
+        bits = np.log2(FP16.largest / field.clip(lower=1e-30).to_numpy(float))
     over = bits < 0
     x, y = _edges(list(field.columns)), _edges(list(field.index))
     ax.set_facecolor(NOT_MEASURED)

@@ -13,13 +13,14 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 
-from runkit.looks import OTHER_COLOUR, colour_of, marker_of
+from eval.records.derived import final_loss
+from eval.records.frames import Frames
+from eval.records.words import rate_text
+from runkit.placements import OTHER_COLOUR, colour_of, default_embedding_norm, has_embedding_norm, marker_of
+from runkit.sizes import PAPER_SIZES, count_text, paper_size
 
-from ..records import Frames, final_loss, rate_text
-from .models import NO_RATE, STAGE
+from .measured_models import NO_RATE, STAGE
 
-# Non-embedding parameters of the paper's models (its names; the widths of their FFN are not in the paper).
-PAPER_SIZES = {"400M": 4.0e8, "1.5B": 1.5e9, "3.2B": 3.2e9}
 LONGEST_LABEL = 44
 MODELS = "measured models"  # in the place of a learning rate
 _OWN_COLOURS = (OTHER_COLOUR, "#222222", "#9C6B4E", "#5B4FA2")
@@ -70,10 +71,13 @@ class View:
 
 def _changes(model: dict[str, Any], placement: str) -> list[str]:
     """What a model section changes about its placement, in words."""
-    peri = placement == "peri"
     said = []
     norm = model.get("embedding_norm")
-    if norm is not None and bool(norm) != peri and isinstance(model.get("norm_placement", ""), str):
+    if (
+        norm is not None
+        and bool(norm) != default_embedding_norm(model, placement)
+        and isinstance(model.get("norm_placement", ""), str)
+    ):
         said.append("embedding norm" if norm else "no embedding norm")
     if model.get("output_norm_learnable") is False:
         said.append("gamma frozen")
@@ -86,24 +90,6 @@ def _changes(model: dict[str, Any], placement: str) -> list[str]:
     if model.get("residual_scale") not in (None, 1, 1.0):
         said.append(f"residual scale {model['residual_scale']}")
     return said
-
-
-def has_embedding_norm(model: dict[str, Any], placement: str) -> bool:
-    own = model.get("norm_placement")
-    default = bool(own.get("embedding_norm")) if isinstance(own, dict) else placement == "peri"
-    return default if model.get("embedding_norm") is None else bool(model["embedding_norm"])
-
-
-def _count(n: float) -> str:
-    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if n >= limit:
-            return f"{n / limit:.3g}{letter}"
-    return f"{n:.0f}"
-
-
-def count_text(n: float) -> str:
-    """`8.39M`, `400M`, `30.2B`."""
-    return "?" if n is None or math.isnan(n) else _count(n)
 
 
 def sizes_of(runs: pd.DataFrame) -> pd.Series:
@@ -121,8 +107,9 @@ def sizes_of(runs: pd.DataFrame) -> pd.Series:
         count = counts[same.index].max()
         first = same.iloc[0]
         if pd.notna(count):
-            near = [name for name, size in PAPER_SIZES.items() if abs(count / size - 1) < 0.1]
-            names[shape] = near[0] if near else f"{_count(count)} parameters"
+            embedded = " with embeddings" if first.isna().parameters_non_embedding else ""
+            name = f"{count_text(count)} parameters{embedded}"
+            names[shape] = name if embedded else paper_size(count) or name
         elif pd.notna(first.num_layers) and pd.notna(first.hidden_size):
             names[shape] = f"{first.num_layers:g} layers x {first.hidden_size:g}"
         else:
@@ -136,7 +123,7 @@ def sizes_of(runs: pd.DataFrame) -> pd.Series:
 
 def _model_sizes(models: pd.DataFrame) -> pd.Series:
     """One size for all measured models, so that they stand in one panel."""
-    counts = [_count(n) for n in models.parameters.dropna().sort_values()]
+    counts = [count_text(n) for n in models.parameters.dropna().sort_values()]
     ends = " to ".join(dict.fromkeys([*counts[:1], *counts[-1:]]))
     return pd.Series(f"{ends} parameters" if ends else "size not recorded", index=models.index, dtype=object)
 

@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from runkit.sizes import count_text
+
 from .pieces import Drawn, NotRecorded, grid, hide_empty, legend, plain, rate_axis, wrapped
-from .selection import View, common_protocol, count_text, seeds_words, sizes
+from .selection import View, common_protocol, seeds_words, sizes
 from .training import metrics_of
 
 FINAL = (

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from eval.stability.anatomy import find_anatomy
 from eval.stability.overflow import first_non_finite, half_copy
+from eval.structure.anatomy import find_anatomy
 from runkit.errors import UserError
 from runkit.fp16 import HalfMatmul
-from runkit.headroom import FP16_MAX
+from runkit.number_format import FP16
 
 from .exponents import NoExactRewrite, Plan, choose
 from .layout import Layout, find_layout
@@ -177,7 +177,7 @@ def _peak_row(peak: Peak, exponents: dict[str, int], loss_scale: float) -> dict[
     exponent = exponents[peak.group] - (exponents[peak.reads] if peak.reads else 0)
 
     def bits(value: float) -> float | None:
-        return math.log2(FP16_MAX / value) if value > 0 else None
+        return FP16.headroom(value) if value > 0 else None
 
     forward, gradient = peak.forward * 2.0**exponent, loss_scale * peak.gradient * 2.0**-exponent
     finite = math.isfinite(gradient)

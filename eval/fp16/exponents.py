@@ -8,12 +8,13 @@ import math
 from dataclasses import dataclass, field
 
 from runkit.errors import UserError
-from runkit.headroom import FP16_MAX
+from runkit.number_format import FP16
 
 from .layout import FIXED, SLOTS, Layout
 from .peaks import Peak
 
-FAR = 4  # a weight of 0.02 times 2^-4 is still well above FP16's smallest normal number, 6e-5
+TYPICAL_WEIGHT = 0.02  # the usual standard deviation of a fresh matrix
+FAR = math.floor(FP16.bits_above_smallest(TYPICAL_WEIGHT)) - 4  # such a weight stays well above FP16's smallest normal
 
 
 class NoExactRewrite(UserError):
@@ -171,7 +172,7 @@ def _for_weights(
                 exponents[other] = its * to
         return sign * (to - at)
 
-    limit = math.log2(FP16_MAX) - margin
+    limit = math.log2(FP16.largest) - margin
     for _ in range(len(classes)):  # a move can undo another; groups are few
         moved = False
         for peak in weights:
@@ -188,13 +189,13 @@ def _for_weights(
 
 def _room(largest: float) -> float:
     """Powers of two between a matrix's largest weight and FP16's largest number."""
-    return math.log2(FP16_MAX / largest) if largest > 0 else 120.0
+    return FP16.headroom(largest) if largest > 0 else 120.0
 
 
 def _ranges(
     classes: dict[str, tuple[str, int]], peaks: list[Peak], margin: float, loss_scale: float
 ) -> dict[str, _Range]:
-    limit = math.log2(FP16_MAX) - margin
+    limit = math.log2(FP16.largest) - margin
     ranges = {name: _Range() for name, _ in classes.values()}
     for peak in peaks:
         if peak.reads:

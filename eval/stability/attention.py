@@ -13,8 +13,8 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .anatomy import Anatomy
-from .moments import headroom_bits
+from eval.structure.anatomy import Anatomy
+from runkit.number_format import FP16
 
 NAME = "periln_stability_probe"
 
@@ -87,6 +87,6 @@ class AttentionProbe:
         found = []
         for layer, sums in sorted(self.sums.items()):
             stats = {"max": sums["max"], "entropy": sums["entropy"] / sums["count"], "max_abs": sums["max_abs"]}
-            stats["headroom_bits"] = headroom_bits(sums["max_abs"])
+            stats["headroom_bits"] = FP16.headroom(sums["max_abs"])
             found += [(step, layer, "attn", "attention_logits", stat, value) for stat, value in stats.items()]
         return found

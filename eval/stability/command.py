@@ -13,19 +13,20 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.render import Table, to_terminal
+from eval.bounds.certificate import certify
+from eval.records.explain import explain
+from eval.records.words import number
+from eval.targets import Checkpoint, Model, find_measured
+from eval.text_table import Table, to_terminal
+from eval.texts.samples import TOKENS, Samples, find_samples, read_data
 from runkit.environment import describe_environment
 from runkit.errors import UsageError, make_parser
+from runkit.number_format import FP16
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
-from .certificate import certify
-from .data import TOKENS, Samples, find_samples, read_data
-from .explain import explain
+from .files import Records, wide_table
 from .measure import Measured, Options, measure, units
-from .records import Records, wide_table
-from .targets import Checkpoint, Model, find_model, hash_of
-from .verdict import number
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -176,12 +177,12 @@ def _peaks(rows: pd.DataFrame) -> dict[tuple[int, str, str], float]:
 def _certified(certificate: dict[str, Any]) -> str:
     if certificate["certified"]:
         return (
-            "By its weights alone, no input can take any tensor of the certificate beyond FP16's 65504 (largest bound "
-            f"{number(certificate['largest_bound'])})."
+            "By its weights alone, no input can take any tensor of the certificate beyond FP16's "
+            f"{FP16.limit} (largest bound {number(certificate['largest_bound'])})."
         )
     free, above, rows = (len(certificate[key]) for key in ("unbounded", "above_limit", "rows"))
     said = "By its weights alone FP16 is not certified"
-    return f"{said}: of {rows} tensors, {free} have no bound and {above} have one above 65504."
+    return f"{said}: of {rows} tensors, {free} have no bound and {above} have one above {FP16.limit}."
 
 
 def _said(verdict: list[str]) -> str:
@@ -201,7 +202,7 @@ def _table(title: str, measured: Measured) -> Table:
     text["layer"] = wide["layer"].astype(str)
     text.insert(0, "model", title)
     notes = (
-        "bits: log2(65504 / max |x|). share: |branch| / |stream|. gradient: norm over parameters.",
+        f"bits: log2({FP16.limit} / max |x|). share: |branch| / |stream|. gradient: norm over parameters.",
         "skip loss: rise of the loss without the whole layer.",
     )
     return Table("What flows through the layers", text, wide, notes, keys=2)
@@ -216,7 +217,7 @@ def _records_of(args: argparse.Namespace, model: Model) -> Records:
 def _measure_model(bench: _Bench, model: Model, records: Records) -> None:
     args, folder = bench.args, records.folder
     for checkpoint in model.checkpoints:
-        weights = hash_of(checkpoint)
+        weights = checkpoint.weights_sha256
         if not args.again and records.has(checkpoint.step, bench.asked, weights):
             tqdm.write(f"{model.name} step {checkpoint.step}: measured already ({records.table(checkpoint.step)})")
             tqdm.write(_said(records.entry(checkpoint.step)["verdict"]))
@@ -237,7 +238,7 @@ def main(args: argparse.Namespace) -> None:
         return
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    models = [find_model(asked, args.revision, args.trust_remote_code) for asked in args.models]
+    models = [find_measured(asked, args.revision) for asked in args.models]
     names = [m.name for m in models if m.run is None or args.out is not None]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from runkit.headroom import FP16_MAX
+from runkit.number_format import FP16
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Moments:
 
     `stats()` gives mean |x|; variance over all entries; the data-wise variance (of each channel over all tokens,
     averaged over channels); kurtosis m4 / m2^2 (3 for a normal distribution); max |x| and where it stands; and the bits
-    that are left between it and FP16's largest number, log2(65504 / max |x|).
+    that are left between it and FP16's largest number, `NumberFormat.headroom`.
     """
 
     count: int = 0
@@ -84,12 +84,5 @@ class Moments:
             "max_sample": float(self.peak.sample),
             "max_token": float(self.peak.token),
             "max_channel": float(self.peak.channel),
-            "headroom_bits": headroom_bits(self.peak.value),
+            "headroom_bits": FP16.headroom(self.peak.value),
         }
-
-
-def headroom_bits(largest: float) -> float:
-    """log2(65504 / largest): negative for what FP16 cannot hold, infinite for zeros, NaN for what is not finite."""
-    if not math.isfinite(largest):
-        return math.nan
-    return math.inf if largest == 0 else math.log2(FP16_MAX / largest)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from eval.structure.anatomy import Anatomy, Point, first_tensor, input_tensor
+from eval.texts.windows import token_loss
 from runkit.fp16 import HalfMatmul
-
-from .anatomy import Anatomy, Point, first_tensor, input_tensor
-from .probe import token_loss
+from runkit.number_format import FP16
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class FirstBackward(_Watch):
 
 def half_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """The model in FP16, and the names of the weights that FP16 cannot hold."""
-    half = copy.deepcopy(model).half().eval()
+    half = copy.deepcopy(model).to(getattr(torch, FP16.dtype)).eval()
     return half, [name for name, p in half.named_parameters() if not _finite(p)]
 
 

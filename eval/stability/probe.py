@@ -16,17 +16,14 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .anatomy import Anatomy, Point, first_tensor, input_tensor
-from .moments import Moments, headroom_bits
+from eval.structure.anatomy import Anatomy, Point, first_tensor, input_tensor
+from eval.texts.windows import token_loss
+from runkit.number_format import FP16
+
+from .moments import Moments
 from .redundancy import Angles
-
-
-def token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Sum of the next-token cross entropy (nats) over a batch; logits (B, S, V) in FP32."""
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
 
 class Probe:
@@ -148,5 +145,5 @@ class Probe:
             found.append((step, layer, sublayer, "branch_output", "branch_share", total / count))
         for (layer, sublayer, tensor), largest in self.peaks.items():
             found.append((step, layer, sublayer, tensor, "max_abs", largest))
-            found.append((step, layer, sublayer, tensor, "headroom_bits", headroom_bits(largest)))
+            found.append((step, layer, sublayer, tensor, "headroom_bits", FP16.headroom(largest)))
         return found

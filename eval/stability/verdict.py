@@ -5,18 +5,12 @@ from typing import Any
 
 import pandas as pd
 
-from runkit.headroom import FP16_MAX
+from eval.records.words import number
+from runkit.number_format import FP16
 
 CLOSE = 3.0  # bits of headroom below which the next doublings are near
 POOR = 0.7  # R² below which a fit is not called a description
 ONE_SIDED = 0.1  # |scale freedom| of this and more: the loss depends on the scale of the weights
-
-
-def number(x: float) -> str:
-    """Three digits, in the form that reads best."""
-    if not math.isfinite(x):
-        return "not finite"
-    return f"{x:.3g}" if abs(x) < 1e5 else f"{x:.2e}"
 
 
 def place_of(row: dict[str, Any]) -> str:
@@ -77,12 +71,12 @@ def _headroom(rows: pd.DataFrame) -> str:
     value = row["value"]
     if not math.isfinite(value):
         return f"Even in the precision of the measurement, {place_of(row)} is not finite."
-    bits = math.log2(FP16_MAX / value) if value > 0 else math.inf
+    bits = FP16.headroom(value)
     said = f"The largest value of all tensors is {number(value)}, in {place_of(row)}"
     if bits < 0:
-        return f"{said}: beyond FP16's 65504 by {-bits:.1f} bits."
+        return f"{said}: beyond FP16's {FP16.limit} by {-bits:.1f} bits."
     near = ", which is close" if bits < CLOSE else ""
-    return f"{said}: {bits:.1f} bits below FP16's 65504{near}."
+    return f"{said}: {bits:.1f} bits below FP16's {FP16.limit}{near}."
 
 
 def _fp16(fp16: dict[str, Any] | None) -> list[str]:
@@ -182,7 +176,7 @@ def _attention(rows: pd.DataFrame) -> list[str]:
 def overall(record: dict[str, Any], rows: pd.DataFrame) -> str:
     """The one sentence that comes first: does it survive FP16?"""
     fp16, value = record.get("fp16"), tightest(rows)["value"]
-    bits = math.log2(FP16_MAX / value) if math.isfinite(value) and value > 0 else -math.inf
+    bits = FP16.headroom(value)
     if bits < 0 or (fp16 is not None and fp16["forward"] is not None):
         return "This model overflows FP16 in the forward pass."
     if fp16 is not None and fp16["backward"] is not None:

@@ -7,11 +7,13 @@ from collections import Counter
 
 import pytest
 import torch
-from small_models import make_model, make_run, make_tokenizer, serving
+from small_models import make_model, make_run, make_tokenizer, serving, write_weights
 
-from eval import documents, loss, tables
-from eval.documents import KNOWN, Source, choose
-from eval.heldout import NO_DOCUMENT, make_windows
+from eval import loss
+from eval.tables import command as tables
+from eval.texts import documents
+from eval.texts.documents import KNOWN, Source, choose
+from eval.texts.windows import NO_DOCUMENT, make_windows
 from runkit.errors import run_command
 
 DOCUMENTS = [f"document {i} about {'water and eggs ' * (i % 9 + 1)}" for i in range(60)]
@@ -146,7 +148,7 @@ def test_a_loss_that_is_no_number_is_said_at_the_first_batch_and_leaves_nothing(
     run, sample = make_run(tmp_path / "run"), tmp_path / "sample.jsonl"
     model = make_model(make_tokenizer())
     model.model.layers[0].mlp.down_proj.weight.data[3, 3] = torch.nan
-    model.save_pretrained(run.checkpoints()[-1])
+    write_weights(run, model)
     source = documents.named("no/where", None, None, None, None)
     documents.write_sample(sample, documents.Sample(source, 0, DOCUMENTS[:4], 60), 4)
     monkeypatch.setattr(loss, "SAVE_EVERY", 1)

@@ -175,7 +175,7 @@ def test_the_mean_of_a_seed_is_that_of_its_last_checkpoint(tmp_path):
     (run / "eval" / "benchmarks-limited.json").write_text(json.dumps(record | {"limit": 10}))
     record["evaluated"]["path"] = "checkpoints/step_00000004"
     (run / "eval" / "benchmarks-before.json").write_text(json.dumps(record))
-    assert "| 40.00 % (mean of five) |" in section(ModelCard(render_card(find_subject(run))), "Seeds")
+    assert "| 40.00 % (mean of five, 0-shot) |" in section(ModelCard(render_card(find_subject(run))), "Seeds")
 
 
 def test_a_card_of_a_revision_loads_that_revision():
@@ -250,7 +250,9 @@ def test_without_any_record_every_number_is_missing(tmp_path):
     weights.save_pretrained(model)
     text = render_card(find_subject(model))
     assert text.count("not measured") > 15
-    assert f"| parameters | {weights.num_parameters():,} |" in text  # counted from the header of the weights' file
+    assert (
+        f"| parameters (with embeddings) | {weights.num_parameters():,} |" in text
+    )  # counted from the header of the weights' file
 
 
 def test_a_damaged_record_is_named(runs, tmp_path):

@@ -70,7 +70,12 @@ def test_runs_fine_tunings_and_exports_have_a_row_each(rows):
 
 def test_a_row_says_placement_size_tokens_loss_scores_and_headroom(rows):
     row = rows["models/runs/peri_seed1"]
-    assert (row["placement"], row["parameters"], row["tokens"], row["status"]) == ("peri", "14,304", "512", "completed")
+    assert (row["placement"], row["parameters (with embeddings)"], row["tokens"], row["status"]) == (
+        "peri",
+        "14,304",
+        "512",
+        "completed",
+    )
     assert row["loss"] == "2.2500 (held-out)"
     assert row["scores"].startswith("40.00 % (mean of five: arc_easy 30.0,")
     assert row["FP16 headroom"].startswith("13.0 bits")  # the stability bench's

@@ -11,11 +11,11 @@ from tiny import train
 from tokenizers import processors
 from transformers import AutoConfig, AutoTokenizer
 
-from eval.checkpoints import find_target
-from eval.harness import Benchmarks, Settings
-from eval.heldout import NO_DOCUMENT, make_windows
-from eval.samples import generate_samples
-from eval.stability.data import text_samples
+from eval.scoring.generation import generate_samples
+from eval.scoring.harness import Benchmarks, Settings
+from eval.targets import find_target
+from eval.texts.samples import text_samples
+from eval.texts.windows import NO_DOCUMENT, make_windows
 from scripts.data import TokenData
 from scripts.heldout import heldout_sequences
 from scripts.prepare_data import prepare

@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from eval.heldout import make_windows
-from eval.stability.data import _token_ids
+from eval.texts.samples import _token_ids
+from eval.texts.windows import make_windows
 from runkit.control_tokens import JOINER, ROLES, check_control_tokens, control_tokens, ignores_joiners
 from runkit.encoding import text_ids
 from runkit.errors import UserError

@@ -42,15 +42,15 @@ def test_scores_are_taken_of_the_very_weights_and_what_is_missing_is_said(tuned,
     write_json(tuned.path.parent / "eval" / "benchmarks-3.json", scores("another", 0.75, n=99))
     assert run_command(compare.main, compare.parse([str(tuned.path.parent)])) == 0
     said = capsys.readouterr().out
-    assert "| piqa | 0.5000 ± 0.1250 (n=9) | not evaluated |" in said
+    assert "| piqa | 0.5000 ± 0.1250 (0-shot, n=9) | not evaluated |" in said
     assert "| loss, the conversations | 2.5000 | not finite |" in said
     assert "| question 4? | old 4 \\| so | new 4 \\| so |" in said
     write_json(tuned.path / "eval" / "benchmarks-1.json", scores("b", 0.75))
     write_json(tuned.path / "eval" / "benchmarks-2.json", scores("chosen", 1.0))
-    assert "| 0.7500 ± 0.1250 (n=9) |" in compare.report(tuned)
+    assert "| 0.7500 ± 0.1250 (0-shot, n=9) |" in compare.report(tuned)
     best = {"weights_sha256": "chosen", "checkpoint": "checkpoints/step_00000002", "rule": "the rule"}
     write_json(tuned.path / "best.json", best)
-    assert "| 1.0000 ± 0.1250 (n=9) |" in compare.report(tuned)
+    assert "| 1.0000 ± 0.1250 (0-shot, n=9) |" in compare.report(tuned)
     assert "Scores after: checkpoints/step_00000002, chosen by the rule." in compare.report(tuned)
 
 
@@ -60,14 +60,16 @@ def test_an_adapter_has_the_scores_of_its_merged_model(tuned):
     (merged / "model.safetensors").write_bytes(b"weights")
     write_json(tuned.path / "eval" / "benchmarks-1.json", scores("b", 0.25))
     write_json(tuned.path / "eval" / "benchmarks-2.json", scores(weights_hash(merged), 0.75))
-    assert "| piqa | not evaluated | 0.7500 ± 0.1250 (n=9) |" in compare.report(tuned)
+    assert "| piqa | not evaluated | 0.7500 ± 0.1250 (0-shot, n=9) |" in compare.report(tuned)
 
 
 def test_a_checkpoint_outside_of_a_run_has_its_scores_in_its_own_folder(tuned, tmp_path):
     write_json(tmp_path / "one" / "model" / "eval" / "benchmarks-1.json", scores("a", 0.5))
     for name in ("model-sft", "model-sft-lora"):
         shutil.copytree(tuned.path, tmp_path / "one" / name)
-        assert "| piqa | 0.5000 ± 0.1250 (n=9) | not evaluated |" in compare.report(RunFolder(tmp_path / "one" / name))
+        assert "| piqa | 0.5000 ± 0.1250 (0-shot, n=9) | not evaluated |" in compare.report(
+            RunFolder(tmp_path / "one" / name)
+        )
 
 
 def test_a_report_is_not_written_over_something_else(tuned, tmp_path, capsys):

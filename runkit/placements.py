@@ -1,0 +1,80 @@
+"""A placement's name, order, colour and marker, the same in tables, figures and cards.
+
+Colours: Okabe and Ito's palette, safe for colour-blind eyes.
+"""
+
+import importlib.util
+import sys
+from itertools import groupby
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+TABLE_NAME = "modeling_periln.placements"
+
+
+def _table() -> ModuleType:
+    """modeling_periln/placements.py, which needs the standard library alone, without the package that imports torch."""
+    if TABLE_NAME in sys.modules:
+        return sys.modules[TABLE_NAME]
+    package = importlib.util.find_spec("modeling_periln")
+    file = Path(next(iter(package.submodule_search_locations))) / "placements.py"
+    spec = importlib.util.spec_from_file_location("_placement_table", file)
+    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    return module
+
+
+_ROWS = _table().PLACEMENTS
+PLACEMENTS: tuple[str, ...] = tuple(_table().PLACEMENT_NAMES)  # their order everywhere
+# One a row of the table, in its order; a placement beyond them gets OTHER_COLOUR and OTHER_MARKER.
+_PALETTE = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+_PALETTE += ("#8C7A00",)  # the palette's yellow, darkened: on white it cannot be read
+_SHAPES = ("o", "s", "^", "D", "v", "P", "*", "h")
+OTHER_COLOUR, OTHER_MARKER = "#6E6E6E", "d"
+COLOURS = dict(zip(PLACEMENTS, _PALETTE, strict=False))
+MARKERS = dict(zip(PLACEMENTS, _SHAPES, strict=False))
+
+
+def has_embedding_norm(model: dict[str, Any], placement: str | None = None) -> bool:
+    """Whether a configuration, or a recipe's model section, has a norm on the embedding.
+
+    Its own field decides, else the row of its placement; a mixture (`mix`, `layer_placements`) has the row `pre`.
+    """
+    if model.get("embedding_norm") is not None:
+        return bool(model["embedding_norm"])
+    return default_embedding_norm(model, placement)
+
+
+def default_embedding_norm(model: dict[str, Any], placement: str | None = None) -> bool:
+    """The same as the placement alone has it, whatever the field `embedding_norm` says."""
+    own = model.get("norm_placement", placement)
+    if isinstance(own, dict):
+        return bool(own.get("embedding_norm"))
+    row = None if model.get("layer_placements") else _ROWS.get(own)
+    return (row or _ROWS["pre"]).embedding_norm
+
+
+def placement_order(placement: str) -> tuple[int, str]:
+    """A sort key: the known placements in their order, then the user's own by name."""
+    return (PLACEMENTS.index(placement) if placement in PLACEMENTS else len(PLACEMENTS), placement)
+
+
+def colour_of(placement: str) -> str:
+    return COLOURS.get(placement, OTHER_COLOUR)
+
+
+def marker_of(placement: str) -> str:
+    return MARKERS.get(placement, OTHER_MARKER)
+
+
+def placement_name(config: dict[str, Any], missing: str = "placement not recorded") -> str:
+    """The placement of a configuration, or of a recipe's model section; for a list of layers or a row of the user's
+    own, what it holds; `missing` where there is none.
+    """
+    if names := config.get("layer_placements"):
+        return " + ".join(f"{len(list(same))} {name}" for name, same in groupby(names))
+    placement = config.get("norm_placement")
+    if isinstance(placement, dict):
+        return "own: " + ", ".join(key if value is True else f"{key}={value}" for key, value in placement.items())
+    return str(placement) if placement else missing
