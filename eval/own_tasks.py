@@ -15,8 +15,7 @@ from typing import Any
 
 from runkit.errors import UsageError
 from runkit.folder import sha256_of
-
-from .suites import SUITES
+from runkit.tasks import SUITES
 
 _YAML = (".yaml", ".yml")
 

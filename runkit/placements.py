@@ -6,7 +6,6 @@ Colours: Okabe and Ito's palette, safe for colour-blind eyes.
 import importlib.util
 import sys
 from itertools import groupby
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,23 +13,23 @@ TABLE_NAME = "modeling_periln.placements"
 
 
 def _table() -> ModuleType:
-    """modeling_periln/placements.py, which needs the standard library alone, without the package that imports torch."""
+    """modeling_periln/placements.py, which needs the standard library alone; its package would import torch."""
     if TABLE_NAME in sys.modules:
         return sys.modules[TABLE_NAME]
-    package = importlib.util.find_spec("modeling_periln")
-    file = Path(next(iter(package.submodule_search_locations))) / "placements.py"
-    spec = importlib.util.spec_from_file_location("_placement_table", file)
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(module)
-    return module
+    found = importlib.util.find_spec("modeling_periln")
+    package = ModuleType("_placement_table")
+    package.__path__ = list(found.submodule_search_locations)
+    sys.modules.setdefault(package.__name__, package)
+    return importlib.import_module(f"{package.__name__}.placements")
 
 
 _ROWS = _table().PLACEMENTS
 PLACEMENTS: tuple[str, ...] = tuple(_table().PLACEMENT_NAMES)  # their order everywhere
 # One a row of the table, in its order; a placement beyond them gets OTHER_COLOUR and OTHER_MARKER.
 _PALETTE = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
-_PALETTE += ("#8C7A00",)  # the palette's yellow, darkened: on white it cannot be read
-_SHAPES = ("o", "s", "^", "D", "v", "P", "*", "h")
+# Beyond it Tol's muted palette, and the first one's yellow, darkened: on white it cannot be read.
+_PALETTE += ("#332288", "#117733", "#882255", "#AA4499", "#44AA99", "#661100", "#6699CC", "#8C7A00", "#999933")
+_SHAPES = ("o", "s", "^", "D", "v", "P", "*", "<", ">", "p", "X", "H", "8", "1", "h", "2")
 OTHER_COLOUR, OTHER_MARKER = "#6E6E6E", "d"
 COLOURS = dict(zip(PLACEMENTS, _PALETTE, strict=False))
 MARKERS = dict(zip(PLACEMENTS, _SHAPES, strict=False))
@@ -52,7 +51,7 @@ def default_embedding_norm(model: dict[str, Any], placement: str | None = None) 
     if isinstance(own, dict):
         return bool(own.get("embedding_norm"))
     row = None if model.get("layer_placements") else _ROWS.get(own)
-    return (row or _ROWS["pre"]).embedding_norm
+    return bool((row or _ROWS["pre"]).embedding_norm)
 
 
 def placement_order(placement: str) -> tuple[int, str]:
