@@ -79,7 +79,8 @@ def linear_maps(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _act(module: nn.Module) -> nn.Module:
-    acts = [c for c in module.children() if not any(True for _ in c.parameters()) and not isinstance(c, nn.Dropout)]
+    empty = (nn.Dropout, nn.Identity)  # an Identity is an empty slot of a norm
+    acts = [c for c in module.children() if not any(True for _ in c.parameters()) and not isinstance(c, empty)]
     acts = acts or [a for n in ("act_fn", "act") if callable(a := getattr(module, n, None))]
     name = type(acts[0]).__name__.lower().removesuffix("activation") if len(acts) == 1 else ""
     if name not in _BELOW_IDENTITY:

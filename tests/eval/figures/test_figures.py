@@ -403,7 +403,7 @@ def test_mistakes_are_one_sentence(paper, tmp_path, capsys):
     assert "did you mean 'headroom'?" in capsys.readouterr().err
     assert command("5", paper, "--learning-rate", 0.3, "--out", tmp_path / "x") == 2
     assert "--learning-rate 0.3 is none of the runs': 0.002" in capsys.readouterr().err
-    assert command("5", tmp_path / "nowhere") == 1
+    assert command("5", tmp_path / "nowhere") == 2
     (tmp_path / "file").touch()
     assert command("5", paper, "--out", tmp_path / "file") == 2
     assert not (tmp_path / "x").exists()
