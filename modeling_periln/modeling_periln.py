@@ -414,9 +414,10 @@ def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | tor
 
 @dataclass
 class PeriLlamaCausalLMOutput(CausalLMOutputWithPast):
-    """As every causal LM's, and `z_loss`: the part of `loss` that is the z term, where one was asked for."""
+    """As every causal LM's; where a z term was asked for, `loss` is the sum of `cross_entropy` and `z_loss`."""
 
     z_loss: torch.FloatTensor | None = None
+    cross_entropy: torch.FloatTensor | None = None
 
 
 class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
@@ -472,7 +473,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
 
-        logits, loss, z_term = None, None, None
+        logits, loss, z_term, cross_entropy = None, None, None, None
         if z_loss and not skip_logits:
             raise ValueError(f"z_loss={z_loss} is part of the chunked loss: give skip_logits=True as well")
         if loss_scale is not None and not skip_logits:
@@ -486,7 +487,8 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
             items = kwargs.get("num_items_in_batch")
             more = {"z_loss": z_loss, "loss_scale": loss_scale, "softmax": self.loss_softmax}
             loss, z_term = chunked_losses(hidden_states, self.lm_head, targets, items, ignore_index=ignored, **more)
-            loss = loss if z_term is None else loss + z_term
+            if z_term is not None:
+                cross_entropy, loss = loss, loss + z_term
         else:
             logits = self.lm_head(_slice_logits_to_keep(hidden_states, logits_to_keep))
             if labels is not None or kwargs.get("shift_labels") is not None:
@@ -494,6 +496,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         return PeriLlamaCausalLMOutput(
             loss=loss,
             z_loss=z_term,
+            cross_entropy=cross_entropy,
             logits=logits,
             **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,

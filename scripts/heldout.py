@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from modeling_periln.loss import IGNORE_INDEX
 from runkit.errors import UserError
 
 from .encoders import Encoder
@@ -42,10 +43,12 @@ def heldout_sequences(
 def heldout_loss(engine: Engine, inputs: torch.Tensor, targets: torch.Tensor, micro_batch: int) -> float:
     """Mean cross entropy in nats a token; every rank does the same number of forward passes (sharded weights)."""
     own, share = slice(engine.rank, None, engine.processes), -(-len(inputs) // engine.processes)
+    micro_batch = min(micro_batch, share)
+    share += -share % micro_batch  # whole micro batches, of which compiled layers have one graph
     inputs, mine = inputs[own], targets[own]
-    if len(inputs) < share:  # a sequence that counts nothing
-        inputs = torch.cat([inputs, torch.zeros_like(targets[:1])])
-        mine = torch.cat([mine, torch.full_like(targets[:1], -100)])
+    lacking = (share - len(inputs), targets.shape[1])  # sequences that count nothing
+    inputs = torch.cat([inputs, inputs.new_zeros(lacking)])
+    mine = torch.cat([mine, mine.new_full(lacking, IGNORE_INDEX)])
     total = torch.zeros((), device=engine.device)
     engine.prepared.eval()
     try:

@@ -39,8 +39,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Toke
     pick_device(recipe.device)
     check_zero(recipe, process_count())
     check_trackers(recipe.trackers)
-    if recipe.compile and recipe.precision.mode == "fp16" and pick_device(recipe.device) == "cpu":
-        raise UsageError("compile with precision.mode fp16 on a CPU: the compiler's products are not a tensor core's")
     data = TokenData(recipe.data)
     FixedOrder(data, recipe.sequence_length, recipe.batch_size, recipe.seed)  # are there tokens for one sequence?
     if recipe.data_fingerprint not in (None, data.fingerprint):

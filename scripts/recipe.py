@@ -149,6 +149,9 @@ class Recipe:
     document_masking: bool = False  # True: no token attends to another document's
     compile: bool = False
     activation_checkpointing: bool = False
+    deterministic: bool = (
+        False  # True: algorithms that give the same bits each time, on a GPU too, where they are slower
+    )
     optimizer: Optimizer = field(default_factory=Optimizer)
     precision: Precision = field(default_factory=Precision)
     divergence: Divergence = field(default_factory=Divergence)

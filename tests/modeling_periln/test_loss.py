@@ -341,6 +341,8 @@ def test_the_model_adds_the_z_term_and_says_how_much_it_is():
     assert plain.z_loss is None
     assert with_z.z_loss > 0
     torch.testing.assert_close(with_z.loss - with_z.z_loss, plain.loss)
+    assert torch.equal(with_z.cross_entropy, plain.loss)
+    assert plain.cross_entropy is None
     with pytest.raises(ValueError, match="z_loss=0.01.*skip_logits"):
         model(ids, labels=ids, z_loss=0.01)
 
