@@ -19,8 +19,11 @@ class Optimizer:
     """AdamW, decoupled as Megatron's `adam` is. Paper: weight decay 0.033, cosine, 10 % warm-up."""
 
     learning_rate: float = 2e-3
-    final_learning_rate: float = 0.1  # a share of learning_rate; ours
+    final_learning_rate: float = 0.1  # a share of learning_rate, where the schedule decays; ours
     warmup: float = 0.1  # a share of the steps
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # after the warm-up (schedules.py)
+    decay: float = 0.2  # the last share of the steps, of wsd alone; ours
+    decay_shape: Literal["linear", "1-sqrt"] = "1-sqrt"  # of wsd alone; ours
     weight_decay: float = 0.033
     decay_norms_and_biases: bool = False
     beta1: float = 0.9  # ours
@@ -97,6 +100,7 @@ NUMBERS: dict[str, _Rule] = {
     "optimizer.learning_rate": _above_zero(),
     "optimizer.final_learning_rate": _share("learning_rate"),
     "optimizer.warmup": _share("the steps"),
+    "optimizer.decay": _share("the steps"),
     "optimizer.weight_decay": _at_least(0),
     "optimizer.beta1": _BETA,
     "optimizer.beta2": _BETA,
@@ -176,6 +180,7 @@ class Recipe:
         """
         check_run_name(self.name)
         self._check_numbers()
+        self._check_schedule()
         self._check_kept()
         micro = self.micro_batch_size or max(1, self.batch_size // processes)
         if self.batch_size % (micro * processes):
@@ -203,6 +208,15 @@ class Recipe:
             value = reduce(getattr, name.split("."), self)
             if value is not None and not holds(value):
                 raise UsageError(f"{name} {rule}, not {value}")
+
+    def _check_schedule(self) -> None:
+        """Whether the parts of the schedule fit into the run."""
+        rules = self.optimizer
+        if rules.schedule == "wsd" and rules.warmup + rules.decay > 1:
+            raise UsageError(
+                f"optimizer.warmup {rules.warmup} and optimizer.decay {rules.decay} exceed the run: they are shares of "
+                "its steps, together at most 1"
+            )
 
     def _check_kept(self) -> None:
         """Which checkpoints stay."""

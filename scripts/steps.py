@@ -8,20 +8,14 @@ import torch
 from torch import nn
 
 from .recipe import Divergence, Optimizer, Spikes
+from .schedules import rate
 from .spikes import SpikeCounter
 
 
 def learning_rate(step: int, steps: int, recipe: Optimizer) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, then cosine to `final_learning_rate`.
-
-    A function of the step alone, so that a skipped step delays nothing and every placement gets the same.
-    """
-    peak, warmup = recipe.learning_rate, round(recipe.warmup * steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    low = recipe.final_learning_rate * peak
-    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    """Learning rate of step `step` (from 0) by the recipe's schedule (`schedules`)."""
+    peak, final = recipe.learning_rate, recipe.final_learning_rate * recipe.learning_rate
+    return rate(step, steps, peak, final, recipe.schedule, recipe.warmup, recipe.decay, recipe.decay_shape)
 
 
 def make_optimizer(model: nn.Module, recipe: Optimizer) -> torch.optim.AdamW:
