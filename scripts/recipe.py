@@ -6,12 +6,27 @@ eps, clipping, final learning rate, divergence), the default is ours.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import reduce
 from typing import Any, Literal
 
 from modeling_periln import PeriLlamaConfig
 from runkit.errors import UsageError
+
+
+@dataclass
+class NormDecay:
+    """Weight decay of the norms by where they stand; null: as `decay_norms_and_biases` says.
+
+    2605.26895 finds that decay helps the gains of input norms and harms those of output norms.
+    """
+
+    input: float | None = None  # A, on a sublayer's input
+    output: float | None = None  # B, on its output
+    residual: float | None = None  # C, on the stream after the add
+    qk: float | None = None  # of queries and keys
+    embedding: float | None = None
+    final: float | None = None
 
 
 @dataclass
@@ -26,6 +41,7 @@ class Optimizer:
     decay_shape: Literal["linear", "1-sqrt"] = "1-sqrt"  # of wsd alone; ours
     weight_decay: float = 0.033
     decay_norms_and_biases: bool = False
+    norm_decay: NormDecay = field(default_factory=NormDecay)
     beta1: float = 0.9  # ours
     beta2: float = 0.95  # ours
     eps: float = 1e-8  # ours
@@ -102,6 +118,7 @@ NUMBERS: dict[str, _Rule] = {
     "optimizer.warmup": _share("the steps"),
     "optimizer.decay": _share("the steps"),
     "optimizer.weight_decay": _at_least(0),
+    **{f"optimizer.norm_decay.{slot.name}": _at_least(0, ", or null") for slot in fields(NormDecay)},
     "optimizer.beta1": _BETA,
     "optimizer.beta2": _BETA,
     "optimizer.eps": _above_zero(),

@@ -18,17 +18,41 @@ def learning_rate(step: int, steps: int, recipe: Optimizer) -> float:
     return rate(step, steps, peak, final, recipe.schedule, recipe.warmup, recipe.decay, recipe.decay_shape)
 
 
+# A norm's place by the end of its module's name; a field of `NormDecay` each.
+NORM_SLOTS = {
+    "input_norm": "input",
+    "output_norm": "output",
+    "residual_norm": "residual",
+    "q_norm": "qk",
+    "k_norm": "qk",
+    "embed_norm": "embedding",
+    "final_norm": "final",
+}
+
+
+def weight_decay(name: str, parameter: nn.Parameter, recipe: Optimizer) -> float:
+    """The decay of a parameter, by its name in the model: matrices have the recipe's, norms that of their slot, and
+    vectors of which nothing is said have none unless the recipe says otherwise.
+    """
+    if parameter.ndim >= 2:
+        return recipe.weight_decay
+    module = name.rpartition(".")[0]
+    slot = next((slot for ending, slot in NORM_SLOTS.items() if module.endswith(ending)), None)
+    asked = getattr(recipe.norm_decay, slot) if slot else None
+    if asked is not None:
+        return asked
+    return recipe.weight_decay if recipe.decay_norms_and_biases else 0.0
+
+
 def make_optimizer(model: nn.Module, recipe: Optimizer) -> torch.optim.AdamW:
-    """AdamW with decoupled decay; vectors (norms, biases) are exempt unless the recipe says otherwise."""
-    learnable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in learnable if p.ndim >= 2]
-    vectors = [p for p in learnable if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": recipe.weight_decay if recipe.decay_norms_and_biases else 0.0},
-    ]
+    """AdamW with decoupled decay; a group for the matrices, and one for each decay that the vectors have."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = parameter.ndim < 2, weight_decay(name, parameter, recipe)
+            groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
+        [{"params": groups[key], "weight_decay": key[1]} for key in sorted(groups)],
         lr=recipe.learning_rate,
         betas=(recipe.beta1, recipe.beta2),
         eps=recipe.eps,
