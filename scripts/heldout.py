@@ -9,15 +9,18 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_periln.loss import IGNORE_INDEX
 from runkit.errors import UserError
+from runkit.folder import sha256_of
 
 from .encoders import Encoder
 from .engine import Engine
 
 
 def heldout_sequences(
-    data: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int, count: int
+    data: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int, count: int, file: Path | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `count` (or fewer) sequences of the held-out documents, one after the other: inputs and targets (N, S).
+
+    The documents are the data's own, or those of another `file` of the same kind, encoded as the data are.
 
     Raises:
         UserError: there is not one whole sequence.
@@ -25,18 +28,42 @@ def heldout_sequences(
     # As the shards were encoded: a text that spells a special token is only text.
     encode = Encoder(data / "tokenizer" / "tokenizer.json", tokenizer.eos_token_id, np.dtype(np.int64))
     wanted, ids = count * sequence_length + 1, []
-    with open(data / "heldout.jsonl", encoding="utf-8") as file:
-        for line in file:
+    source = file or data / "heldout.jsonl"
+    with open(source, encoding="utf-8") as lines:
+        for line in lines:
             if len(ids) >= wanted:
                 break
             ids += encode([json.loads(line)["text"]])[0].tolist()
     n = min(count, (len(ids) - 1) // sequence_length)
     if n < 1:
         raise UserError(
-            f"heldout_every: {data} holds out {len(ids)} tokens, fewer than one sequence of {sequence_length} + 1"
+            f"heldout_every: {file or data} holds out {len(ids)} tokens, fewer than one sequence of "
+            f"{sequence_length} + 1"
         )
     flat = torch.tensor(ids[: n * sequence_length + 1])
     return flat[:-1].view(n, sequence_length), flat[1:].view(n, sequence_length)
+
+
+def check_heldout_sets(sets: dict[str, str], before: dict[str, str]) -> dict[str, str]:
+    """The hash of each set's file, by the set's name. `before`: those that the run began with.
+
+    Raises:
+        UserError: a file that cannot be read, that holds other than documents, or that has changed.
+    """
+    hashes = {}
+    for name, path in sets.items():
+        where = f"heldout_sets.{name}"
+        try:
+            with open(path, encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if not isinstance(json.loads(line).get("text"), str):
+                        raise ValueError(f"line {number} has no text")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f'{where}: {path} holds no documents, one {{"text": ...}} a line ({error})') from error
+        hashes[name] = sha256_of(Path(path))
+        if before.get(name, hashes[name]) != hashes[name]:
+            raise UserError(f"{where}: {path} has changed since the run began: its losses would be of two texts")
+    return hashes
 
 
 @torch.no_grad()

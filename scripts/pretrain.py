@@ -20,6 +20,7 @@ from runkit.recipes import apply_overrides, from_mapping, read_yaml, to_mapping
 
 from .data import FixedOrder, TokenData
 from .engine import LAUNCHED, Engine, pick_device, process_count, process_rank
+from .heldout import check_heldout_sets
 from .recipe import Recipe
 from .tracking import check_trackers
 from .trainer import Trainer
@@ -39,6 +40,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Toke
     pick_device(recipe.device)
     check_zero(recipe, process_count())
     check_trackers(recipe.trackers)
+    check_heldout_sets(recipe.heldout_sets, {})
     data = TokenData(recipe.data)
     FixedOrder(data, recipe.sequence_length, recipe.batch_size, recipe.seed)  # are there tokens for one sequence?
     if recipe.data_fingerprint not in (None, data.fingerprint):

@@ -186,6 +186,9 @@ class Recipe:
     keep_best: bool = False  # keeps the checkpoint of lowest held-out loss; needs heldout_every
     heldout_every: int | None = None  # steps between two measurements of the held-out loss
     heldout_sequences: int = 64
+    heldout_sets: dict[str, str] = field(
+        default_factory=dict
+    )  # more held-out texts: a name, and a file as heldout.jsonl
     trackers: list[str] | None = None  # Accelerate's: trackio, tensorboard, wandb; null: trackio, where it is installed
     data_fingerprint: str | None = None  # filled in from the data
 
@@ -241,6 +244,13 @@ class Recipe:
             raise UsageError(
                 f"keep_every {self.keep_every} is not a multiple of checkpoint_every {self.checkpoint_every}"
             )
+        for name in self.heldout_sets:
+            if not re.fullmatch(r"[\w.-]+", str(name)):
+                raise UsageError(f"heldout_sets: {name!r} is no name: use letters, digits, '.', '_' and '-'")
+            if not isinstance(self.heldout_sets[name], str):
+                raise UsageError(f"heldout_sets.{name} must be the path of a file, not {self.heldout_sets[name]!r}")
+        if self.heldout_sets and self.heldout_every is None:
+            raise UsageError("heldout_sets needs heldout_every: the steps between two measurements")
         if self.keep_best and (self.heldout_every is None or self.checkpoint_every % self.heldout_every):
             raise UsageError(
                 f"keep_best needs a heldout_every that divides checkpoint_every {self.checkpoint_every}, not "

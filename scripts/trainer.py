@@ -21,7 +21,7 @@ from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from runkit.checkpoints import latest_whole
 from runkit.environment import describe_environment
 from runkit.errors import StoppedBySignal, UserError
-from runkit.folder import RunFolder, write_json
+from runkit.folder import RunFolder, read_json, write_json
 from runkit.process import StopRequest
 
 from .batches import Batches
@@ -30,7 +30,7 @@ from .costs import GPUS, flops_per_token
 from .data import FixedOrder, TokenData
 from .engine import Engine
 from .flight import FlightRecorder
-from .heldout import heldout_loss, heldout_sequences
+from .heldout import check_heldout_sets, heldout_loss, heldout_sequences
 from .layer_stats import LayerStats, drop_rows, write_rows
 from .overflow import FirstNonFinite
 from .peak import PeakMemory
@@ -90,10 +90,14 @@ class Trainer:
             self.layer_stats.attach()
         if recipe.flight.steps:
             self.recorder = FlightRecorder(recipe, run, self.engine, self.layer_stats)
-        self.heldout = None
+        self.heldout, self.heldout_sets = None, {}
+        environment = run.path / "environment.json"
+        before = read_json(environment).get("heldout_sets", {}) if environment.exists() else {}
+        self.heldout_hashes = check_heldout_sets(recipe.heldout_sets, before)
         if recipe.heldout_every is not None:
-            asked = (recipe.sequence_length, recipe.heldout_sequences)
-            self.heldout = heldout_sequences(data.path, self.tokenizer, *asked)
+            asked = (data.path, self.tokenizer, recipe.sequence_length, recipe.heldout_sequences)
+            self.heldout = heldout_sequences(*asked)
+            self.heldout_sets = {n: heldout_sequences(*asked, Path(file)) for n, file in recipe.heldout_sets.items()}
         self.book = StepBook(recipe.divergence, recipe.spikes, scaled=self.engine.scaler is not None)
         self.flops_per_token = flops_per_token(self.model.config, recipe.sequence_length)
         self.peak_flops = peak_flops(self.device)
@@ -169,6 +173,8 @@ class Trainer:
             self.recorder.note(record)
         if self.heldout is not None and (step + 1) % recipe.heldout_every == 0:
             record["heldout_loss"] = _finite(heldout_loss(engine, *self.heldout, self.micro))
+            for name, texts in self.heldout_sets.items():
+                record[f"heldout_loss/{name}"] = _finite(heldout_loss(engine, *texts, self.micro))
         return record
 
     def _look(self, batch: dict[str, Any]) -> Witness:
@@ -212,6 +218,7 @@ class Trainer:
             "processes": self.engine.processes,
             "data": {"fingerprint": self.data.fingerprint, "tokens": len(self.data)} | self._data_options(),
             "parameter_class": type(next(self.model.parameters())).__name__,
+            "heldout_sets": self.heldout_hashes,
             "loss_scaler": self.engine.scaler is not None,
             "mfu": "6N + 12LHQT FLOPs a token (scripts/costs.py), of the data sheet's dense FP16 FLOP/s"
             if self.peak_flops
