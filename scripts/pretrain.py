@@ -18,6 +18,7 @@ from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
 from runkit.recipes import apply_overrides, from_mapping, read_yaml, to_mapping
 
+from .branch import check_branch
 from .data import FixedOrder, TokenData
 from .engine import LAUNCHED, Engine, pick_device, process_count, process_rank
 from .heldout import check_heldout_sets
@@ -70,6 +71,8 @@ def main(args: argparse.Namespace) -> None:
     for recipe, _, _ in planned if is_main else ():
         run = RunFolder(args.runs / recipe.name)
         run.check_claim(to_mapping(recipe))
+        if not run.checkpoints():  # once it has its own, it needs the other run no more
+            check_branch(recipe)
         check_resume(run, args.resume)
     total = sum(recipe.steps for recipe, _, _ in planned)
     with progress_bar(args, total, "pretraining", "step", shown=is_main) as bar:

@@ -189,6 +189,9 @@ class Recipe:
     heldout_sets: dict[str, str] = field(
         default_factory=dict
     )  # more held-out texts: a name, and a file as heldout.jsonl
+    branch_from: str | None = (
+        None  # a checkpoint of another run, RUN/checkpoints/step_XXXXXXXX, that this one goes on from
+    )
     trackers: list[str] | None = None  # Accelerate's: trackio, tensorboard, wandb; null: trackio, where it is installed
     data_fingerprint: str | None = None  # filled in from the data
 

@@ -25,6 +25,7 @@ from runkit.folder import RunFolder, read_json, write_json
 from runkit.process import StopRequest
 
 from .batches import Batches
+from .branch import begin_branch
 from .checkpoint import BEST, load_trainer_state, save_checkpoint
 from .costs import GPUS, flops_per_token
 from .data import FixedOrder, TokenData
@@ -236,6 +237,7 @@ class Trainer:
         """Go back to the newest whole checkpoint; later records are dropped."""
         path = None
         if self.is_main:
+            begin_branch(self.recipe, self.run)
             for left_over in self.run.checkpoints_path.glob(".step_*"):
                 shutil.rmtree(left_over)  # of a save or a removal that was killed
             path = latest_whole(self.run, tqdm.write)
