@@ -44,7 +44,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .arguments import CACHE, one_cache, refuse_unknown, update_cache
 from .configuration_periln import PeriLlamaConfig
-from .loss import IGNORE_INDEX, chunked_losses, shift_labels
+from .loss import IGNORE_INDEX, chunked_losses, shift_labels, softmax_part
 from .norms import make_norm
 from .placements import LayerPlan
 from .registration import refuse_megatron, register_names
@@ -392,6 +392,8 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
                     "cu_seq_lens_q packs documents into one row: it needs a batch of 1, use_cache=False and no "
                     "attention_mask, or position_ids of your own"
                 )
+        if mask_positions is None:
+            mask_positions = position_ids  # given: they may restart, and say so to the mask
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
@@ -411,7 +413,7 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds if module_dtype is not None else hidden_states,
             attention_mask=attention_mask,
-            position_ids=position_ids if mask_positions is None else mask_positions,
+            position_ids=mask_positions,
             **{CACHE: cache},
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
@@ -446,9 +448,10 @@ def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | tor
 
 @dataclass
 class PeriLlamaCausalLMOutput(CausalLMOutputWithPast):
-    """As every causal LM's, and `z_loss`: the part of `loss` that is the z term, where one was asked for."""
+    """As every causal LM's; where a z term was asked for, `loss` is the sum of `cross_entropy` and `z_loss`."""
 
     z_loss: torch.FloatTensor | None = None
+    cross_entropy: torch.FloatTensor | None = None
 
 
 class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
@@ -456,6 +459,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    loss_softmax = staticmethod(softmax_part)  # a trainer may put a compiled one in its place
 
     def __init__(self, config: PeriLlamaConfig):
         super().__init__(config)
@@ -477,6 +481,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
         z_loss: float = 0.0,
+        loss_scale: torch.Tensor | float | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PeriLlamaCausalLMOutput:
@@ -484,10 +489,11 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
 
         `skip_logits=True` computes the loss chunk by chunk and returns `logits=None`: no logits of the whole
         batch ever exist. `shift_labels` (already shifted) and `num_items_in_batch` travel in `kwargs`, as in
-        every Transformers model. `z_loss` is the coefficient of a term that is added to the loss (`loss.py`).
+        every Transformers model. `z_loss` is the coefficient of a term that is added to the loss, and `loss_scale`
+        what the caller multiplies the loss with before backward, so that its gradient can be made at once (`loss.py`).
 
         Raises:
-            ValueError: `skip_logits=True` without labels, or `z_loss` without `skip_logits`.
+            ValueError: `skip_logits=True` without labels, or `z_loss` or `loss_scale` without `skip_logits`.
         """
         cache = one_cache(cache, past_key_values, kwargs)
         outputs = self.model(
@@ -501,9 +507,11 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
 
-        logits, loss, z_term = None, None, None
+        logits, loss, z_term, cross_entropy = None, None, None, None
         if z_loss and not skip_logits:
             raise ValueError(f"z_loss={z_loss} is part of the chunked loss: give skip_logits=True as well")
+        if loss_scale is not None and not skip_logits:
+            raise ValueError(f"loss_scale={loss_scale} is for the chunked loss: give skip_logits=True as well")
         if skip_logits:
             targets = kwargs.get("shift_labels")
             if targets is None and labels is None:
@@ -511,10 +519,10 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
             ignored = kwargs.get("ignore_index", IGNORE_INDEX)
             targets = shift_labels(labels, ignored) if targets is None else targets
             items = kwargs.get("num_items_in_batch")
-            loss, z_term = chunked_losses(
-                hidden_states, self.lm_head, targets, items, ignore_index=ignored, z_loss=z_loss
-            )
-            loss = loss if z_term is None else loss + z_term
+            more = {"z_loss": z_loss, "loss_scale": loss_scale, "softmax": self.loss_softmax}
+            loss, z_term = chunked_losses(hidden_states, self.lm_head, targets, items, ignore_index=ignored, **more)
+            if z_term is not None:
+                cross_entropy, loss = loss, loss + z_term
         else:
             logits = self.lm_head(_slice_logits_to_keep(hidden_states, logits_to_keep))
             if labels is not None or kwargs.get("shift_labels") is not None:
@@ -522,6 +530,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         return PeriLlamaCausalLMOutput(
             loss=loss,
             z_loss=z_term,
+            cross_entropy=cross_entropy,
             logits=logits,
             **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,

@@ -259,7 +259,7 @@ def peak_memory(side: str, device: torch.device) -> int:
     torch.manual_seed(0)
     config = PeriLlamaConfig(**TALL_VOCABULARY, norm_placement="pre")
     if side == "ours":
-        model, extra = PeriLlamaForCausalLM(config).to(device), {"skip_logits": True}
+        model, extra = PeriLlamaForCausalLM(config).to(device), {"skip_logits": True, "loss_scale": 1.0}
     else:
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -289,9 +289,9 @@ def measure_memory(device: torch.device, args: argparse.Namespace) -> dict[str, 
             bar.update()
     ours, theirs = peaks["ours"], peaks["llama"]
     return {
-        "what": "peak memory, forward and backward, FP32, skip_logits",
+        "what": "peak memory, forward and backward, FP32, the trainer's loss",
         "against": "llama",
-        "at_most": 0.4,
+        "at_most": 0.3,
         "ratio": statistics.median(ours) / statistics.median(theirs),
         "interval": [min(ours) / max(theirs), max(ours) / min(theirs)],
         "median_bytes": [statistics.median(ours), statistics.median(theirs)],

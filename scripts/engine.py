@@ -11,8 +11,9 @@ about the result but rounding. What is mended:
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -32,6 +33,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from modeling_periln import PeriLlamaForCausalLM
+from modeling_periln.loss import softmax_part
 from runkit.errors import UsageError
 from runkit.fp16 import HalfMatmul, make_fp16_real
 
@@ -78,11 +80,23 @@ def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+@dataclass(frozen=True)
+class StepNumbers:
+    """What the host learns of a step; `flag` is the largest that a rank gave."""
+
+    loss: float
+    norm: float
+    loss_scale: float
+    found_inf: bool
+    flag: int
+
+
 class Engine:
     """Accelerate for one run: `prepare`, then a forward and backward inside `arithmetic()`, then `step`."""
 
     def __init__(self, recipe: Recipe):
         precision, device = recipe.precision, pick_device(recipe.device)
+        self._choose_algorithms(recipe.deterministic)
         scaler = {
             "init_scale": precision.initial_loss_scale,
             "growth_interval": precision.loss_scale_growth_interval,
@@ -117,6 +131,16 @@ class Engine:
             for state in (PartialState(), self.accelerator.state):  # the one is copied into the other now and then
                 state.distributed_type = DistributedType.FSDP
         self._autocast_dtype = DTYPES.get(precision.mode)
+        # Around what activation checkpointing computes once more; set by who must not see it twice.
+        self.recomputing: Callable[[], AbstractContextManager] = nullcontext
+
+    @staticmethod
+    def _choose_algorithms(deterministic: bool) -> None:
+        """Only algorithms that give the same bits each time, or any. Torch refuses an operator that has none such."""
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = False
 
     @staticmethod
     def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
@@ -169,11 +193,16 @@ class Engine:
         """Wrap model and optimizer. The model's own modules and names stay what they are."""
         if recipe.activation_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        self.layers = list(model.model.layers)
+            enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), self.recomputing())})
+        base = model.model
+        self._compiled = [base.embed_norm, *base.layers, base.final_norm] if recipe.compile else []
         if recipe.compile:
-            for layer in self.layers:
-                layer.compile(dynamic=False)
+            from runkit.compiled import compile_options  # takes seconds to import
+
+            options = compile_options(recipe.precision.mode, self.device.type)
+            for module in self._compiled:
+                module.compile(dynamic=False, options=options)
+            model.loss_softmax = torch.compile(softmax_part, dynamic=False, options=options)
         self.model = model
         if self.zero:
             self.prepared, self.optimizer = self.zero.prepare(self.accelerator, model, optimizer, self._autocast_dtype)
@@ -193,11 +222,11 @@ class Engine:
         return stack
 
     def uncompiled(self) -> AbstractContextManager:
-        """Layers as they were before `compile`, so that hooks inside them are called."""
+        """Modules as they were before `compile`, so that hooks inside them are called."""
         stack = ExitStack()
-        for layer in self.layers:
-            compiled, layer._compiled_call_impl = layer._compiled_call_impl, None
-            stack.callback(setattr, layer, "_compiled_call_impl", compiled)
+        for module in self._compiled:
+            compiled, module._compiled_call_impl = module._compiled_call_impl, None
+            stack.callback(setattr, module, "_compiled_call_impl", compiled)
         return stack
 
     def no_sync(self, last: bool) -> AbstractContextManager:
@@ -206,6 +235,20 @@ class Engine:
             self.zero.before_micro_batch(last, self.loss_scale)
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(self.prepared)
+
+    def unsynchronized(self) -> AbstractContextManager:
+        """Around a forward pass that no backward pass will follow."""
+        return nullcontext() if self.zero else self.accelerator.no_sync(self.prepared)
+
+    def told_scale(self) -> torch.Tensor | None:
+        """The loss scale on the device, for a loss that makes its gradient at once; None where it is not to do so.
+
+        DeepSpeed's hooks gather the head's weight when the head is called, and the loss would not call it.
+        """
+        if self.zero:
+            return None
+        one = torch.ones((), device=self.device)
+        return one if self.scaler is None else self.scaler.scale(one)
 
     def backward(self, loss: torch.Tensor) -> None:
         with torch.autocast(self.device.type, enabled=False):
@@ -219,13 +262,13 @@ class Engine:
         return self.model.named_parameters()
 
     # --- the update --------------------------------------------------------------------------------------
-    def gradient_norm(self, clip: float | None) -> float:
-        """Unscale the gradients; their 2-norm over the whole model, before they are clipped to `clip`.
+    def gradient_norm(self, clip: float | None) -> torch.Tensor:
+        """Unscale the gradients; their 2-norm over the whole model, before they are clipped to `clip`, on the device.
 
-        `gradient_norms` has that of every parameter afterwards, on the device.
+        `gradient_norms` has that of every parameter afterwards.
         """
         if self.zero:
-            return self._zero_step()
+            return torch.tensor(self._zero_step(), device=self.device)
         if self.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
             self._agree_on_overflow()
@@ -234,7 +277,7 @@ class Engine:
         norm = torch.linalg.vector_norm(norms)
         nn.utils.clip_grads_with_norm_(parameters, math.inf if clip is None else clip, norm)
         self.gradient_norms = whole(norms).detach()
-        return whole(norm).item()
+        return whole(norm).detach()
 
     def _zero_step(self) -> float:
         """DeepSpeed clips and updates in one: `step` has nothing left to do."""
@@ -264,37 +307,42 @@ class Engine:
                 local = found_inf.to_local() if isinstance(found_inf, DTensor) else found_inf
                 dist.all_reduce(local, dist.ReduceOp.MAX)
 
-    def step(self, finite: bool) -> bool:
-        """Update the weights, unless gradients overflowed; returns whether the step was skipped.
+    def read(self, loss: torch.Tensor, norm: torch.Tensor, flag: int = 0) -> "StepNumbers":
+        """A step's numbers on the host, in the one wait for the device that a step has.
 
-        With a scaler it decides, and its own `found_inf` tells: `step_was_skipped` misses fused AdamW, and a scale that
-        has come down to 0 falls no more. Without one `finite` does.
+        With a scaler its own `found_inf` says whether gradients overflowed: `step_was_skipped` misses fused AdamW, and
+        a scale that has come down to 0 falls no more.
         """
         if self.zero:
-            return self.zero.skipped
-        if self.scaler is not None:
+            scale, found = torch.tensor(self.loss_scale), torch.tensor(float(self.zero.skipped))
+        elif self.scaler is not None:
             states = self.scaler._per_optimizer_states.values()
-            skipped = any(whole(x).item() > 0 for state in states for x in state["found_inf_per_device"].values())
-            self.optimizer.step()
+            overflows = [whole(x) for state in states for x in state["found_inf_per_device"].values()]
+            scale, found = self.scaler.scale(torch.ones((), device=self.device)), torch.stack(overflows).amax()
         else:
-            skipped = not finite
-            if finite:
-                self.optimizer.step()
+            scale, found = torch.ones(()), ~(loss.isfinite() & norm.isfinite())
+        values = [loss, norm, scale, found, torch.tensor(flag)]
+        values = torch.stack([value.to(self.device, torch.float32, non_blocking=True) for value in values])
+        if self.processes > 1:
+            dist.all_reduce(values[4:], dist.ReduceOp.MAX)
+        loss, norm, scale, found, flag = values.tolist()
+        return StepNumbers(loss, norm, scale, found > 0, int(flag))
+
+    def step(self, skipped: bool) -> None:
+        """Update the weights unless the step is skipped; either way the scale, and no gradients are left."""
+        if self.zero:
+            return
+        # Not through the scaler nor Accelerate's wrapper: they would read `found_inf` once more.
+        if not skipped:
+            self.optimizer.optimizer.step()
+        if self.scaler is not None:
+            self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return skipped
 
     # --- between ranks -----------------------------------------------------------------------------------
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean over ranks."""
         return self.accelerator.reduce(value, "mean")
-
-    def largest(self, value: int) -> int:
-        """The largest of the ranks' values."""
-        if self.processes == 1:
-            return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return int(tensor.item())
 
     def gather(self, value: Any) -> list[Any]:
         """The small Python value of every rank, by rank."""

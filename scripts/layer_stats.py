@@ -11,8 +11,8 @@ Rows: (step, layer, sublayer, tensor, stat, value). Layer 0 is the embedding, la
 Statistics of activations are over batch, position and channel, in FP32: mean |x|, variance, max |x|. A value that is
 not finite in a tensor makes its statistics inf or NaN.
 
-A hook leaves four numbers on the device, and nothing waits for them: they are stacked once a step, and moved when they
-are written.
+A hook adds to a row of one buffer on the device, in place: nothing is allocated for a step, nothing waits, and
+torch.compile makes it part of the layer's kernels.
 """
 
 from collections.abc import Iterable, Iterator
@@ -72,15 +72,31 @@ class Activations:
     sums: torch.Tensor
 
 
+def _observe(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+    """The forward hook of every place. It finds its row through the module: as one function for all of them it is
+    compiled once for a class of layers, where a closure would be compiled for each layer.
+    """
+    found = (output[0] if isinstance(output, tuple) else output).detach()
+    x = found.float()
+    total, norm = x.sum(), torch.linalg.vector_norm(x)
+    size = x.abs() if found.dtype == torch.float32 else x.abs_()  # a copy of ours: no second one
+    module.stats_sums.add_(torch.stack([size.sum(), total, norm.square()]))
+    module.stats_peak.copy_(torch.maximum(module.stats_peak, size.amax()))
+
+
 class LayerStats:
     """Hooks at the embedding's norm, the residual adds, the norms after them and the modules' outputs.
 
     They collect while `attached`; `take` gives what was seen since `clear`. Hooks that stay attached from before the
     first forward pass are compiled with the layers; others see uncompiled layers only.
+
+    Args:
+        engine: the run's, prepared.
+        entries: entries of one tensor in one step, on this rank: its sequences x their length x hidden size.
     """
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, entries: int):
+        self.engine, self.entries = engine, entries
         self.places: list[tuple[int, str, str]] = []
         self._modules: list[nn.Module] = []  # that have a hook
         self._sources: list[int] = []  # of each place: which of them tells of it
@@ -93,8 +109,12 @@ class LayerStats:
             self._place(layer.mlp, l, "mlp", "branch")
             self._place(layer.mlp_residual, l, "mlp", "residual_add")
             self._place(layer.mlp_residual_norm, l, "mlp", "stream")
-        self._seen: list[list[tuple]] = [[] for _ in self._modules]
+        self._buffer = torch.zeros(len(self._modules), 4, device=engine.device)
+        for module, row in zip(self._modules, self._buffer, strict=True):
+            module.stats_sums, module.stats_peak = row[:3], row[3]
+        self._index = torch.tensor(self._sources, device=engine.device)
         self._handles: list = []
+        engine.recomputing = self._unchanged
 
     def _place(self, module: nn.Module, layer: int, sublayer: str, tensor: str) -> None:
         self.places.append((layer, sublayer, tensor))
@@ -105,8 +125,7 @@ class LayerStats:
 
     # --- collecting --------------------------------------------------------------------------------------
     def attach(self) -> None:
-        for module, seen in zip(self._modules, self._seen, strict=True):
-            self._handles.append(module.register_forward_hook(self._hook(seen)))
+        self._handles += [module.register_forward_hook(_observe) for module in self._modules]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -119,34 +138,21 @@ class LayerStats:
                 handle.remove()
             self._handles.clear()
 
-    @staticmethod
-    def _hook(seen: list[tuple]):
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-            found = (output[0] if isinstance(output, tuple) else output).detach()
-            x = found.float()
-            total, norm = x.sum(), torch.linalg.vector_norm(x)
-            size = x.abs() if found.dtype == torch.float32 else x.abs_()  # a copy of ours: no second one
-            seen.append((x.numel(), size.sum(), total, norm, size.amax()))
-
-        return hook
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Around a layer that is computed once more in the backward pass: it was seen in the forward pass."""
+        before = self._buffer.clone()
+        try:
+            yield
+        finally:
+            self._buffer.copy_(before)
 
     def clear(self) -> None:
-        for seen in self._seen:
-            seen.clear()
+        self._buffer.zero_()
 
-    @torch.no_grad()
     def take(self) -> Activations:
-        """The statistics of all forward passes since `clear`.
-
-        A layer that is computed once more in the backward pass (activation checkpointing) was seen twice for each
-        micro batch, the embedding's norm once: the second times are left out.
-        """
-        passes = len(self._seen[0])
-        first = [seen[:: len(seen) // passes] for seen in self._seen]
-        parts = torch.stack([value for seen in first for part in seen for value in part[1:]])
-        parts = parts.view(len(first), passes, 4)
-        sums = [parts[..., :2].sum(1), parts[..., 2:3].square().sum(1), parts[..., 3:].amax(1)]
-        return Activations(sum(part[0] for part in first[0]), torch.cat(sums, dim=1)[self._sources])
+        """The statistics of all forward passes since `clear`, which are those of one step."""
+        return Activations(self.entries, self._buffer.index_select(0, self._index))
 
     # --- rows --------------------------------------------------------------------------------------------
     def activation_rows(self, steps: list[int], seen: list[Activations]) -> Iterator[tuple]:

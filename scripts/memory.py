@@ -175,20 +175,19 @@ def moments(config: PeriLlamaConfig, s: Situation) -> list[Moment]:
             parts["activations of one layer, computed again"] = recomputed
         return Moment(name, parts | {k.replace("_", " "): v for k, v in work.items()})
 
+    # The loss makes its gradient in the forward pass: the head's in FP32, the last hidden state's as the modules'.
     chunk = min(s.tokens, CHUNK_TOKENS)
     logits, table = chunk * config.vocab_size, config.vocab_size * d
-    summed = s.module * table if s.tokens > chunk else 0  # the head's gradient over the chunks so far
-    loss = moment(
-        "backward of the loss, softmax", earlier, saved + begin + end, 0.0,
-        logits_of_a_chunk=(5 if s.z_loss else 3) * FP32 * logits,
-        head_gradient=summed,
-    )  # fmt: skip
-    product = (FP32 * (logits + chunk * d + table) if s.emulated else 0) + s.module * (logits + table)
-    head = moment(
-        "backward of the loss, LM head", earlier, saved + begin + end, 0.0,
-        logits_of_a_chunk=product,
-        head_gradient=summed,
-    )  # fmt: skip
+    kept = {"head_gradient": FP32 * table, "hidden_gradient": s.module * s.tokens * d}
+    half = s.module if s.module != FP32 else 0  # the logits beside their FP32 form, and d(logits) beside its own
+    softmax = (2 * FP32 + 2 * half) * logits
+    if s.z_loss:
+        softmax = max(softmax, (3 * FP32 + half) * logits)
+    loss = moment("the loss, softmax", earlier, saved + begin + end, 0.0, logits_of_a_chunk=softmax, **kept)
+    product = s.module * logits + (s.module * table if half else 0)
+    if s.emulated:
+        product += FP32 * (logits + chunk * d + table)
+    head = moment("the loss, LM head", earlier, saved + begin + end, 0.0, logits_of_a_chunk=product, **kept)
     # In a layer's backward pass, at SwiGLU's product: the gradients of its two factors beside its own, which has taken
     # the place of the product, the stream's, and that of down_proj. Emulated, down_proj's backward pass is larger.
     work = 2 * s.tokens * f * s.module + FP32 * d * f

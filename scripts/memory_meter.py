@@ -4,8 +4,6 @@ Not the resident set of the process, which also holds the interpreter, libraries
 storage counts from the operator that made it until Python and autograd have let it go.
 """
 
-import resource
-import sys
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from torch.utils._pytree import tree_iter
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 
 from .engine import Engine
+from .peak import peak_rss
 from .recipe import Recipe
 from .steps import make_optimizer
 
@@ -70,12 +69,6 @@ class Measured:
     rss_bytes: int
 
 
-def peak_rss() -> int:
-    """The largest resident set of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def measure_step(recipe: Recipe, config: PeriLlamaConfig, steps: int = 2) -> Measured:
     """Train `steps` steps on random tokens, as the trainer does, and count the last one's live tensors.
 
@@ -104,12 +97,13 @@ def measure_step(recipe: Recipe, config: PeriLlamaConfig, steps: int = 2) -> Mea
                     skip_logits=True,
                     use_cache=False,
                     z_loss=recipe.optimizer.z_loss,
+                    loss_scale=engine.told_scale(),
                     **masking,
                 ).loss
                 engine.backward(loss)
         del inputs, targets, loss
         engine.gradient_norm(recipe.optimizer.gradient_clip)
-        engine.step(True)
+        engine.step(skipped=False)
 
     for _ in range(steps - 1):
         step()

@@ -20,6 +20,7 @@ from runkit.recipes import apply_overrides, from_mapping, read_yaml
 
 from .data import FixedOrder, TokenData
 from .engine import LAUNCHED, Engine, pick_device, process_count, process_rank
+from .heldout import check_heldout_sets
 from .recipe import Recipe
 from .tracking import check_trackers
 from .trainer import Trainer
@@ -39,8 +40,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Toke
     pick_device(recipe.device)
     check_zero(recipe, process_count())
     check_trackers(recipe.trackers)
-    if recipe.compile and recipe.precision.mode == "fp16" and pick_device(recipe.device) == "cpu":
-        raise UsageError("compile with precision.mode fp16 on a CPU: the compiler's products are not a tensor core's")
+    check_heldout_sets(recipe.heldout_sets, {})
     return recipe, open_data(recipe, path)
 
 
@@ -107,6 +107,8 @@ def as_begun(recipe: Recipe, args: argparse.Namespace, is_main: bool) -> Recipe:
         recipe = run.check_claim(recipe).recipe
         check_resume(run, args.resume)
         recipe.check(process_count())
+        if not run.checkpoints():  # once it has its own, it needs the other run no more
+            check_branch(recipe)
     except UserError:
         if is_main:  # one rank says it; the launcher ends the others
             raise

@@ -6,7 +6,7 @@ eps, clipping, final learning rate, divergence), the default is ours.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import reduce
 from typing import Any, Literal
 
@@ -17,14 +17,33 @@ from runkit.spikes import Spikes
 
 
 @dataclass
+class NormDecay:
+    """Weight decay of the norms by where they stand; null: as `decay_norms_and_biases` says.
+
+    2605.26895 finds that decay helps the gains of input norms and harms those of output norms.
+    """
+
+    input: float | None = None  # A, on a sublayer's input
+    output: float | None = None  # B, on its output
+    residual: float | None = None  # C, on the stream after the add
+    qk: float | None = None  # of queries and keys
+    embedding: float | None = None
+    final: float | None = None
+
+
+@dataclass
 class Optimizer:
     """AdamW, decoupled as Megatron's `adam` is. Paper: weight decay 0.033, cosine, 10 % warm-up."""
 
     learning_rate: float = 2e-3
-    final_learning_rate: float = 0.1  # a share of learning_rate; ours
+    final_learning_rate: float = 0.1  # a share of learning_rate, where the schedule decays; ours
     warmup: float = 0.1  # a share of the steps
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # after the warm-up (schedules.py)
+    decay: float = 0.2  # the last share of the steps, of wsd alone; ours
+    decay_shape: Literal["linear", "1-sqrt"] = "1-sqrt"  # of wsd alone; ours
     weight_decay: float = 0.033
     decay_norms_and_biases: bool = False
+    norm_decay: NormDecay = field(default_factory=NormDecay)
     beta1: float = 0.9  # ours
     beta2: float = 0.95  # ours
     eps: float = 1e-8  # ours
@@ -91,7 +110,9 @@ NUMBERS: dict[str, _Rule] = {
     "optimizer.learning_rate": _above_zero(),
     "optimizer.final_learning_rate": _share("learning_rate"),
     "optimizer.warmup": _share("the steps"),
+    "optimizer.decay": _share("the steps"),
     "optimizer.weight_decay": _at_least(0),
+    **{f"optimizer.norm_decay.{slot.name}": _at_least(0, ", or null") for slot in fields(NormDecay)},
     "optimizer.beta1": _BETA,
     "optimizer.beta2": _BETA,
     "optimizer.eps": _above_zero(),
@@ -148,6 +169,8 @@ class Recipe:
     document_masking: bool = False  # True: no token attends to another document's
     compile: bool = setting(False, decides=BITS)
     activation_checkpointing: bool = setting(False, decides=BITS)
+    # True: algorithms that give the same bits each time, on a GPU too, where they are slower
+    deterministic: bool = setting(False, decides=BITS)
     optimizer: Optimizer = field(default_factory=Optimizer)
     precision: Precision = field(default_factory=Precision)
     divergence: Divergence = field(default_factory=Divergence)
@@ -163,6 +186,10 @@ class Recipe:
     keep_best: bool = setting(False, decides=NOTHING)  # keeps that of lowest held-out loss; needs heldout_every
     heldout_every: int | None = setting(None, decides=NOTHING)  # steps between two measurements of the held-out loss
     heldout_sequences: int = 64
+    # more held-out texts: a name, and a file as heldout.jsonl
+    heldout_sets: dict[str, str] = field(default_factory=dict, metadata={"decides": NOTHING})
+    # a checkpoint of another run, RUN/checkpoints/step_XXXXXXXX, at which this one begins
+    branch_from: str | None = None
     # Accelerate's: trackio, tensorboard, wandb; null: trackio, where it is installed
     trackers: list[str] | None = setting(None, decides=NOTHING)
     data_fingerprint: str | None = None  # filled in from the data
@@ -175,6 +202,7 @@ class Recipe:
         """
         check_run_name(self.name)
         self._check_numbers()
+        self._check_schedule()
         self._check_kept()
         micro = self.micro_batch_size or max(1, self.batch_size // processes)
         if self.batch_size % (micro * processes):
@@ -203,12 +231,28 @@ class Recipe:
             if value is not None and not holds(value):
                 raise UsageError(f"{name} {rule}, not {value}")
 
+    def _check_schedule(self) -> None:
+        """Whether the parts of the schedule fit into the run."""
+        rules = self.optimizer
+        if rules.schedule == "wsd" and rules.warmup + rules.decay > 1:
+            raise UsageError(
+                f"optimizer.warmup {rules.warmup} and optimizer.decay {rules.decay} exceed the run: they are shares of "
+                "its steps, together at most 1"
+            )
+
     def _check_kept(self) -> None:
         """Which checkpoints stay."""
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             raise UsageError(
                 f"keep_every {self.keep_every} is not a multiple of checkpoint_every {self.checkpoint_every}"
             )
+        for name in self.heldout_sets:
+            if not re.fullmatch(r"[\w.-]+", str(name)):
+                raise UsageError(f"heldout_sets: {name!r} is no name: use letters, digits, '.', '_' and '-'")
+            if not isinstance(self.heldout_sets[name], str):
+                raise UsageError(f"heldout_sets.{name} must be the path of a file, not {self.heldout_sets[name]!r}")
+        if self.heldout_sets and self.heldout_every is None:
+            raise UsageError("heldout_sets needs heldout_every: the steps between two measurements")
         if self.keep_best and (self.heldout_every is None or self.checkpoint_every % self.heldout_every):
             raise UsageError(
                 f"keep_best needs a heldout_every that divides checkpoint_every {self.checkpoint_every}, not "

@@ -10,32 +10,50 @@ from torch import nn
 from runkit.spikes import SpikeCounter, Spikes
 
 from .recipe import Divergence, Optimizer
+from .schedules import rate
 
 
 def learning_rate(step: int, steps: int, recipe: Optimizer) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, then cosine to `final_learning_rate`.
+    """Learning rate of step `step` (from 0) by the recipe's schedule (`schedules`)."""
+    peak, final = recipe.learning_rate, recipe.final_learning_rate * recipe.learning_rate
+    return rate(step, steps, peak, final, recipe.schedule, recipe.warmup, recipe.decay, recipe.decay_shape)
 
-    A function of the step alone, so that a skipped step delays nothing and every placement gets the same.
+
+# A norm's place by the end of its module's name; a field of `NormDecay` each.
+NORM_SLOTS = {
+    "input_norm": "input",
+    "output_norm": "output",
+    "residual_norm": "residual",
+    "q_norm": "qk",
+    "k_norm": "qk",
+    "embed_norm": "embedding",
+    "final_norm": "final",
+}
+
+
+def weight_decay(name: str, parameter: nn.Parameter, recipe: Optimizer) -> float:
+    """The decay of a parameter, by its name in the model: matrices have the recipe's, norms that of their slot, and
+    vectors of which nothing is said have none unless the recipe says otherwise.
     """
-    peak, warmup = recipe.learning_rate, round(recipe.warmup * steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    low = recipe.final_learning_rate * peak
-    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if parameter.ndim >= 2:
+        return recipe.weight_decay
+    module = name.rpartition(".")[0]
+    slot = next((slot for ending, slot in NORM_SLOTS.items() if module.endswith(ending)), None)
+    asked = getattr(recipe.norm_decay, slot) if slot else None
+    if asked is not None:
+        return asked
+    return recipe.weight_decay if recipe.decay_norms_and_biases else 0.0
 
 
 def make_optimizer(model: nn.Module, recipe: Optimizer) -> torch.optim.AdamW:
-    """AdamW with decoupled decay; vectors (norms, biases) are exempt unless the recipe says otherwise."""
-    learnable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in learnable if p.ndim >= 2]
-    vectors = [p for p in learnable if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": recipe.weight_decay if recipe.decay_norms_and_biases else 0.0},
-    ]
+    """AdamW with decoupled decay; a group for the matrices, and one for each decay that the vectors have."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = parameter.ndim < 2, weight_decay(name, parameter, recipe)
+            groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
+        [{"params": groups[key], "weight_decay": key[1]} for key in sorted(groups)],
         lr=recipe.learning_rate,
         betas=(recipe.beta1, recipe.beta2),
         eps=recipe.eps,

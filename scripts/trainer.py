@@ -3,13 +3,12 @@
 The order of a step is: compute, update, record, save. All ranks do the same; the main one writes.
 """
 
+import dataclasses
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,28 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from runkit.checkpoints import latest_whole
 from runkit.encoding import before_text, begin_documents_with
-from runkit.environment import DtypeWitness, describe_environment
+from runkit.environment import describe_environment
 from runkit.errors import StoppedBySignal, UserError
-from runkit.folder import RunFolder, write_json
+from runkit.folder import RunFolder, read_json, write_json
 from runkit.process import StopRequest
 from runkit.spikes import count_spikes
 from runkit.steps import StepRecord, final_loss, finite
 
+from .batches import Batches
+from .branch import begin_branch
 from .checkpoint import BEST, load_trainer_state, save_checkpoint
 from .costs import GPUS, flops_per_token
 from .data import FixedOrder, TokenData
 from .engine import Engine
 from .flight import FlightRecorder
-from .heldout import heldout_loss, heldout_sequences
+from .heldout import check_heldout_sets, heldout_loss, heldout_sequences
 from .layer_stats import LayerStats, drop_rows, write_rows
-from .memory_meter import peak_rss
 from .overflow import FirstNonFinite
+from .peak import PeakMemory
 from .recipe import Recipe
 from .steps import StepBook, learning_rate, make_optimizer
 from .tracking import Tracking
+from .witness import Witness
 
 DUMPED_STEPS = 64  # records in divergence.json
 
@@ -66,8 +68,8 @@ class Trainer:
         self.recipe, self.run, self.data = recipe, run, data
         self.engine = engine or Engine(recipe)
         self.device, self.is_main = self.engine.device, self.engine.is_main
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self.memory = PeakMemory(self.device)
+        self.memory.reset()
         self.micro = recipe.micro_batch_size or recipe.batch_size // self.engine.processes
         self.order = FixedOrder(data, recipe.sequence_length, recipe.batch_size, recipe.seed)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(data.tokenizer_path)
@@ -79,72 +81,69 @@ class Trainer:
         self.embeddings = {id(p) for p in (self.model.get_input_embeddings().weight, self.model.lm_head.weight)}
         self.model.train()
         self.engine.prepare(self.model, make_optimizer(self.model, recipe.optimizer), recipe)
-        self.layer_stats = LayerStats(self.engine)
+        self.batches = Batches(recipe, self.order, self.engine, self.micro, self.model.config._attn_implementation)
+        tokens = recipe.batch_size // self.engine.processes * recipe.sequence_length
+        self.layer_stats = LayerStats(self.engine, tokens * self.model.config.hidden_size)
         self.recorder = None
-        if recipe.flight.steps:
+        if recipe.flight.steps or recipe.compile:  # compiled with the layers, hooks cost nearly nothing
             self.layer_stats.attach()
+        if recipe.flight.steps:
             self.recorder = FlightRecorder(recipe, run, self.engine, self.layer_stats)
-        self.heldout = None
+        self.heldout, self.heldout_sets = None, {}
+        environment = run.path / "environment.json"
+        before = read_json(environment).get("heldout_sets", {}) if environment.exists() else {}
+        self.heldout_hashes = check_heldout_sets(recipe.heldout_sets, before)
         if recipe.heldout_every is not None:
-            asked = (recipe.sequence_length, recipe.heldout_sequences)
-            self.heldout = heldout_sequences(data, self.tokenizer, *asked)
+            asked = (data, self.tokenizer, recipe.sequence_length, recipe.heldout_sequences)
+            self.heldout = heldout_sequences(*asked)
+            self.heldout_sets = {n: heldout_sequences(*asked, Path(file)) for n, file in recipe.heldout_sets.items()}
         self.book = StepBook(recipe.divergence, recipe.spikes, scaled=self.engine.scaler is not None)
         self.flops_per_token = flops_per_token(self.model.config, recipe.sequence_length)
         self.peak_flops = peak_flops(self.device)
-        self.step = 0
+        self.step = self.stopped = 0
 
     # --- one step ----------------------------------------------------------------------------------------
     def _micro_batches(self, step: int) -> list[dict[str, Any]]:
-        """This rank's share of the global batch of `step`, as arguments of the model.
-
-        Every token of the global batch weighs the same; ranks are averaged, so each counts `processes` times.
-        """
-        recipe, engine = self.recipe, self.engine
-        rows = slice(engine.rank, None, engine.processes)
-        inputs, targets = (torch.from_numpy(x).to(self.device) for x in self.order.batch(step, rows))
-        extra = {}
-        if recipe.document_masking:
-            extra["position_ids"] = torch.from_numpy(self.order.position_ids(step, rows)).to(self.device)
-        shared = {
-            "num_items_in_batch": recipe.batch_size * recipe.sequence_length / engine.processes,
-            "z_loss": recipe.optimizer.z_loss,
-            "skip_logits": True,
-            "use_cache": False,
-        }
-        return [
-            {"input_ids": inputs[i:j], "shift_labels": targets[i:j].contiguous(), **shared}
-            | {name: value[i:j] for name, value in extra.items()}
-            for i, j in ((i, i + self.micro) for i in range(0, len(inputs), self.micro))
-        ]
+        return self.batches.of(step)
 
     def _gradients(self, batches: list[dict[str, Any]]) -> float:
         """Forward and backward over the global batch: its mean loss, without the z term."""
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            with self.engine.no_sync(last=batch is batches[-1]), self.engine.arithmetic():
-                output = self.engine.prepared(**batch)
-                self.engine.backward(output.loss)
-            total += output.loss.detach() if output.z_loss is None else (output.loss - output.z_loss).detach()
-        return self.engine.mean(total).item()
+        return self._passes(batches).item()
 
-    def _train_step(self, witness: bool) -> dict[str, Any]:
+    def _passes(self, batches: list[dict[str, Any]]) -> torch.Tensor:
+        """As `_gradients`, without waiting for the device."""
+        engine, total = self.engine, torch.zeros((), device=self.device)
+        for batch in batches:
+            with engine.no_sync(last=batch is batches[-1]), engine.arithmetic():
+                output = engine.prepared(**self.batches.arguments(batch), loss_scale=engine.told_scale())
+                engine.backward(output.loss)
+            total += (output.loss if output.z_loss is None else output.cross_entropy).detach()
+        return engine.mean(total)
+
+    def _train_step(self, witness: bool, stop: int = 0) -> dict[str, Any]:
+        """One step and its record. `witness`: the process's first; `stop`: this rank's wish to stop, `stopped` then
+        has the ranks'.
+        """
         recipe, step, start, engine = self.recipe, self.step, time.perf_counter(), self.engine
         rate = learning_rate(step, recipe.steps, recipe.optimizer)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        batches, scale = self._micro_batches(step), engine.loss_scale
+        batches = self._micro_batches(step)
         waited = time.perf_counter() - start
+        seen = self._look(batches[0]) if witness else None
         observe = step % recipe.layer_stats_every == 0
-        with self._watched(observe), self._witnessed(witness) as seen:
-            loss = self._gradients(batches)
+        with self._watched(observe):
+            loss = self._passes(batches)
         if observe:
-            self._write_layer_stats(step, scale)
+            self._write_layer_stats(step, engine.loss_scale)
         if witness and self.is_main:
             self._record_environment(seen)
         norm = engine.gradient_norm(recipe.optimizer.gradient_clip)
         if self.recorder:
             self.recorder.keep(step, self.layer_stats.take(), engine.gradient_norms)
-        found_inf = engine.step(finite=math.isfinite(norm) and math.isfinite(loss))
+        numbers = engine.read(loss, norm, stop)
+        loss, norm, scale, found_inf, self.stopped = dataclasses.astuple(numbers)
+        engine.step(found_inf)
         kind, spike = self.book.record(loss, found_inf, scale), self.book.spike(norm)
         module = self._first_nonfinite(batches) if kind == "forward" else None
         tokens, seconds = recipe.batch_size * recipe.sequence_length, time.perf_counter() - start
@@ -165,31 +164,28 @@ class Trainer:
             step_seconds=seconds,
             data_wait=waited / seconds,
             mfu=self._mfu(tokens / seconds),
-            peak_memory_bytes=self._peak_memory(),
+            peak_memory_bytes=self.memory.bytes(),
         ).as_json()
+        if witness:
+            self.memory.reset()  # what was compiled and looked at now is not of the steps to come
         if self.recorder:
             self.recorder.note(record)
         if self.heldout is not None and (step + 1) % recipe.heldout_every == 0:
             record["heldout_loss"] = finite(heldout_loss(engine, *self.heldout, self.micro))
+            for name, texts in self.heldout_sets.items():
+                record[f"heldout_loss/{name}"] = finite(heldout_loss(engine, *texts, self.micro))
         return record
+
+    def _look(self, batch: dict[str, Any]) -> Witness:
+        seen = Witness(self.engine)
+        seen.look(self.batches.arguments(batch))
+        return seen
 
     def _watched(self, observe: bool) -> AbstractContextManager:
         """Around a forward and backward pass: the layers' statistics are collected where they are wanted."""
         self.layer_stats.clear()
-        if self.recorder or not observe:
-            return nullcontext()
-        stack = ExitStack()
-        stack.enter_context(self.engine.uncompiled())
-        stack.enter_context(self.layer_stats.attached())
-        return stack
-
-    @contextmanager
-    def _witnessed(self, witness: bool) -> Iterator[DtypeWitness | None]:
-        if not witness:
-            yield None
-            return
-        with self.engine.uncompiled(), DtypeWitness(self.model) as seen:
-            yield seen
+        attached = self.recorder or self.recipe.compile
+        return self.layer_stats.attached() if observe and not attached else nullcontext()
 
     def _write_layer_stats(self, step: int, scale: float) -> None:
         rows = [*self.layer_stats.activation_rows([step], [self.layer_stats.take()])]
@@ -206,7 +202,7 @@ class Trainer:
         with self.engine.uncompiled(), FirstNonFinite(self.model) as seen:
             for batch in batches:
                 with self.engine.arithmetic():
-                    self.engine.prepared(**batch)
+                    self.engine.prepared(**self.batches.arguments(batch))
         names = self.engine.gather(seen.name)
         return next((name for name in names if name is not None), None)
 
@@ -215,17 +211,13 @@ class Trainer:
             return None
         return tokens_per_second * self.flops_per_token / (self.peak_flops * self.engine.processes)
 
-    def _peak_memory(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return peak_rss()
-
-    def _record_environment(self, seen: DtypeWitness) -> None:
+    def _record_environment(self, seen: Witness) -> None:
         environment = describe_environment(self.device) | {
             "engine": self.engine.name,
             "processes": self.engine.processes,
             "data": {"fingerprint": self.data.fingerprint, "tokens": len(self.data)} | self._data_options(),
             "parameter_class": type(next(self.model.parameters())).__name__,
+            "heldout_sets": self.heldout_hashes,
             "loss_scaler": self.engine.scaler is not None,
             "mfu": "6N + 12LHQT FLOPs a token (scripts/costs.py), of the data sheet's dense FP16 FLOP/s"
             if self.peak_flops
@@ -243,6 +235,7 @@ class Trainer:
         """Go back to the newest whole checkpoint; later records are dropped."""
         path = None
         if self.is_main:
+            begin_branch(self.recipe, self.run)
             for left_over in self.run.checkpoints_path.glob(".step_*"):
                 shutil.rmtree(left_over)  # of a save or a removal that was killed
             path = latest_whole(self.run, tqdm.write)
@@ -306,7 +299,7 @@ class Trainer:
         reason = self.book.divergence()
         with Tracking(self.engine, recipe, self.run) as tracking, self._metrics_file() as metrics:
             while self.step < recipe.steps and reason is None:
-                record = self._train_step(witness)
+                record = self._train_step(witness, stop.exit_code or 0)
                 witness = False
                 if self.is_main:
                     metrics.write(json.dumps(record, allow_nan=False) + "\n")
@@ -318,7 +311,8 @@ class Trainer:
                     self.recorder.diverged(record["step"], reason)
                 bar.update(1)
                 bar.set_postfix(run=recipe.name, loss=record["loss"], scale=record["loss_scale"], refresh=False)
-                stopped = self.engine.largest(stop.exit_code or 0)
+                # One process need not agree with others, and sees a signal that came since.
+                stopped = self.stopped if self.engine.processes > 1 else stop.exit_code or 0
                 due = self.step % recipe.checkpoint_every == 0
                 if due or reason or stopped or self.step == recipe.steps:
                     if self.is_main:

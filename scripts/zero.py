@@ -53,6 +53,8 @@ def check_zero(recipe: Recipe, processes: int) -> None:
         return
     if processes == 1:
         raise UsageError("DeepSpeed was asked for one process: it shards over several")
+    if recipe.deterministic:
+        raise UsageError("deterministic: not with DeepSpeed, whose reductions are its own")
     if recipe.compile:
         raise UsageError("compile: not with DeepSpeed, whose hooks stand inside the compiled layers")
 

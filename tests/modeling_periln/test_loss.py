@@ -341,6 +341,8 @@ def test_the_model_adds_the_z_term_and_says_how_much_it_is():
     assert plain.z_loss is None
     assert with_z.z_loss > 0
     torch.testing.assert_close(with_z.loss - with_z.z_loss, plain.loss)
+    assert torch.equal(with_z.cross_entropy, plain.loss)
+    assert plain.cross_entropy is None
     with pytest.raises(ValueError, match="z_loss=0.01.*skip_logits"):
         model(ids, labels=ids, z_loss=0.01)
 
@@ -352,3 +354,124 @@ def test_another_ignored_label_counts_as_little_as_in_the_plain_loss():
     plain = model(ids, labels=labels, ignore_index=7).loss
     torch.testing.assert_close(model(ids, labels=labels, ignore_index=7, skip_logits=True).loss, plain)
     assert not torch.isclose(model(ids, labels=labels, skip_logits=True).loss, plain)
+
+
+# The gradient in the same pass
+
+
+def one_pass(*args, loss_scale=1.0, **kwargs):
+    return chunked_losses(*args, loss_scale=loss_scale, **kwargs)[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 6), st.integers(2, 40)),
+    chunk=st.integers(1, 40),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    items=st.one_of(st.none(), st.integers(1, 50)),
+    z_loss=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 1000),
+)
+def test_the_gradient_of_the_same_pass_is_that_of_recomputation(shape, chunk, ignored, items, z_loss, seed):
+    args = problem(*shape, ignored, seed)
+
+    def total(*args, **more):
+        parts = chunked_losses(*args, items, chunk, z_loss=z_loss, **more)
+        return sum(part for part in parts if part is not None)
+
+    ours, theirs = loss_and_gradients(total, *args, loss_scale=1.0), loss_and_gradients(total, *args)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def half_gradients(args, scale, told, **more):
+    """Gradients of a scaled loss in FP16, unscaled again, of states and head; and the share of zeros in the states'."""
+    states, head, targets = args
+    states.grad = head.weight.grad = None
+    with HalfMatmul(), torch.autocast("cpu", dtype=torch.float16):
+        loss = chunked_losses(states, head, targets, chunk_tokens=100, loss_scale=scale if told else None, **more)[0]
+    (loss * scale).backward()
+    assert states.grad.dtype == torch.float16 and head.weight.grad.dtype == torch.float32
+    zeros = (states.grad == 0).float().mean().item()
+    return states.grad.double() / scale, head.weight.grad.double() / scale, zeros
+
+
+@pytest.mark.parametrize("scale", [2.0**n for n in range(0, 21, 4)])
+def test_in_fp16_the_same_pass_is_as_exact_as_recomputation_at_every_loss_scale(scale):
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(512, 16, generator=generator).half().requires_grad_()
+    head = nn.Linear(16, 1000, bias=False)
+    head.weight.data.normal_(0, 0.02, generator=generator)
+    args = states, head, torch.randint(0, 1000, (512,), generator=generator)
+    one, slow = half_gradients(args, scale, told=True), half_gradients(args, scale, told=False)
+    wide = states.detach().double().requires_grad_()
+    weight = head.weight.detach().half().double().requires_grad_()
+    F.cross_entropy(wide @ weight.T, args[2]).backward()
+    for ours, theirs, exact in zip(one, slow, (wide.grad, weight.grad), strict=False):
+        size = exact.norm()
+        assert ours.isfinite().all()
+        assert (ours - exact).norm() / size <= 1.05 * (theirs - exact).norm() / size + 1e-4
+        assert (ours - theirs).norm() <= 4e-3 * size or scale < 2**8  # below it underflows in both
+    assert one[2] <= slow[2]
+    assert scale < 2**12 or (one[0] - wide.grad).norm() <= 1e-3 * wide.grad.norm()
+
+
+def test_a_scale_that_the_loss_was_not_told_is_still_right():
+    args = problem()
+    expected = loss_and_gradients(plain_cross_entropy, *args)
+    states, head, targets = args
+    states.grad = head.weight.grad = None
+    (one_pass(states, head, targets, loss_scale=4.0) * 3).backward()
+    assert_same((states.grad / 3, head.weight.grad / 3), expected[1:])
+
+
+def test_the_heads_gradient_is_summed_in_fp32():
+    """A sum over many chunks: in FP16 it would come to a stop where a chunk's part is less than half a unit of it."""
+    states = torch.ones(4096, 1).half().requires_grad_()
+    head = nn.Linear(1, 2, bias=False)
+    nn.init.zeros_(head.weight)
+    with HalfMatmul(), torch.autocast("cpu", dtype=torch.float16):
+        loss = chunked_losses(states, head, torch.zeros(4096, dtype=torch.long), 1, chunk_tokens=1, loss_scale=1.0)[0]
+    loss.backward()
+    assert head.weight.grad.flatten().tolist() == [-2048.0, 2048.0]  # FP16 stands still at 1024
+
+
+def test_a_gradient_that_was_used_up_is_not_used_again():
+    loss = one_pass(*problem())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="has been used already"):
+        loss.backward()
+
+
+def test_a_head_that_is_more_than_its_weight_is_called():
+    states, head, targets = problem()
+    expected = loss_and_gradients(chunked_cross_entropy, states, head, targets)
+    calls = []
+    handle = head.register_forward_hook(lambda *_: calls.append(1))
+    assert_same(loss_and_gradients(one_pass, states, head, targets), expected)
+    assert calls
+    handle.remove()
+    biased = nn.Linear(8, 31)
+    one_pass(states, biased, targets).backward()
+    assert biased.bias.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("chunk", [4, 7])
+def test_the_same_pass_holds_no_more_than_a_chunk_of_logits(chunk):
+    args = problem(batch=3, length=10, hidden=2, vocab=37)
+    with LargestOf(37) as ours:
+        one_pass(*args, chunk_tokens=chunk).backward()
+    assert ours.rows == chunk
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_model_passes_the_scale_on(tied):
+    model = shaken_model(tie_word_embeddings=tied)
+    ids, labels = labelled()
+    plain, expected = model_loss_and_gradients(model, input_ids=ids, labels=labels)
+    ours, gradients = model_loss_and_gradients(model, input_ids=ids, labels=labels, skip_logits=True, loss_scale=1.0)
+    assert ours.loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).abs().max() <= 2e-6 * gradient.abs().max(), name
+    with pytest.raises(ValueError, match="loss_scale=2.0.*skip_logits"):
+        model(ids, labels=ids, loss_scale=2.0)

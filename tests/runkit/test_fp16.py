@@ -1,5 +1,7 @@
 """FP16 on a CPU is FP16: the values, the overflow, the gradients, and what Accelerate does with it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,3 +133,18 @@ def test_other_precisions_are_left_alone(mode):
     accelerator = Accelerator(mixed_precision=mode, cpu=True)
     with make_fp16_real(accelerator):
         assert accelerator.scaler is None
+
+
+@pytest.mark.parametrize("mode", ["no", "fp16", "bf16"])
+def test_on_a_gpu_both_half_precisions_sum_products_in_fp32(monkeypatch, mode):
+    settings = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = {name: getattr(settings, name) for name in names}
+    try:
+        for name in names:
+            setattr(settings, name, True)
+        make_fp16_real(SimpleNamespace(device=torch.device("cuda"), mixed_precision=mode))
+        assert not any(getattr(settings, name) for name in names)
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
-from scripts.recipe import Divergence, Optimizer
+from runkit.errors import UsageError
+from runkit.recipes import from_mapping
+from scripts.recipe import Divergence, NormDecay, Optimizer, Recipe
 from scripts.steps import StepBook, learning_rate, make_optimizer
 
 
@@ -117,3 +119,50 @@ def test_a_scale_that_has_just_doubled_is_a_probe_even_where_it_stood_before():
 def test_without_a_loss_scale_nothing_is_a_probe():
     unscaled = StepBook(Divergence(), scaled=False)
     assert unscaled.record(3.0, True, 1.0) == "backward"
+
+
+SLOTS = {"input": 0.01, "output": 0.02, "residual": 0.03, "qk": 0.04, "embedding": 0.05, "final": 0.06}
+
+
+def decays(model: PeriLlamaForCausalLM, recipe: Optimizer) -> dict[str, float]:
+    groups = make_optimizer(model, recipe).param_groups
+    found = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    return {name: found[id(p)] for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("norm_type", ["rmsnorm", "layernorm"])
+def test_each_norm_decays_as_its_slot_says(norm_type):
+    every = dict.fromkeys(("input_norm", "output_norm", "residual_norm", "embedding_norm", "final_norm"), True)
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "qk_norm": "full", "norm_type": norm_type, "attention_bias": True}
+    model = PeriLlamaForCausalLM(PeriLlamaConfig(**sizes, norm_placement=every))
+    found = decays(model, Optimizer(weight_decay=0.1, norm_decay=NormDecay(**SLOTS)))
+    layer = {
+        "attn_input_norm": 0.01,
+        "mlp_output_norm": 0.02,
+        "attn_residual_norm": 0.03,
+        "self_attn.q_norm": 0.04,
+        "self_attn.k_norm": 0.04,
+    }
+    for module, expected in layer.items():
+        assert found[f"model.layers.1.{module}.weight"] == expected
+    assert (found["model.embed_norm.weight"], found["model.final_norm.weight"]) == (0.05, 0.06)
+    assert found["model.layers.0.self_attn.q_proj.bias"] == 0.0
+    assert {found[name] for name, p in model.named_parameters() if p.ndim == 2} == {0.1}
+    plain = decays(model, Optimizer(weight_decay=0.1))
+    assert {plain[name] for name, p in model.named_parameters() if p.ndim == 1} == {0.0}
+    one = Optimizer(weight_decay=0.1, decay_norms_and_biases=True, norm_decay=NormDecay(output=0.0))
+    found = decays(model, one)
+    outputs = [name for name in found if "output_norm" in name]
+    assert len(outputs) == (8 if norm_type == "layernorm" else 4)
+    assert all(decay == (0.0 if name in outputs else 0.1) for name, decay in found.items())
+
+
+def test_a_negative_decay_is_refused_by_name():
+    mapping = {"name": "r", "data": "none", "model": {}, "steps": 10, "batch_size": 1, "sequence_length": 8}
+    for norm_decay, message in (
+        ({"qk": -0.1}, "optimizer.norm_decay.qk must be at least 0, or null, not -0.1"),
+        ({"inputs": 0.1}, "unknown field optimizer.norm_decay.inputs .did you mean 'input'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            from_mapping(Recipe, mapping | {"optimizer": {"norm_decay": norm_decay}}).check()

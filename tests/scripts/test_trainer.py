@@ -53,11 +53,6 @@ def test_checkpointing_changes_no_loss_in_fp16_either(tmp_path, data):
     assert losses(other) == losses(plain)
 
 
-def test_compiling_with_fp16_on_a_cpu_is_refused(tmp_path, data):
-    with pytest.raises(UsageError, match="compile with precision.mode fp16 on a CPU"):
-        load_recipe(write_recipe(tmp_path, data, compile=True))
-
-
 def test_with_document_masking_another_documents_tokens_change_nothing(tmp_path, data):
     trainer = trainer_of(tmp_path, data, precision=FP32, document_masking=True, sequence_length=128)
     batches = (trainer._micro_batches(step)[0] for step in range(50))
