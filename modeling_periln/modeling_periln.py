@@ -48,8 +48,9 @@ from .loss import IGNORE_INDEX, chunked_losses, shift_labels, softmax_part
 from .norms import make_norm
 from .placements import LayerPlan
 from .registration import refuse_megatron, register_names
+from .residual import PeriLlamaResidual, times
 from .rotary import PeriLlamaRotaryEmbedding, rotate
-from .slots import Learned, Norm
+from .slots import Norm
 
 
 def build_norm(
@@ -66,49 +67,6 @@ def build_norm(
     eps = config.eps_of(slot, layer_idx) if norm.eps is None else norm.eps
     kind, gain = norm.kind or config.norm_type, norm.gain or config.norm_gain
     return make_norm(kind, gain, size or config.hidden_size, eps, learnable, config.num_attention_heads)
-
-
-class PeriLlamaResidual(nn.Module):
-    """The residual add, alpha * stream + s * branch; a module, so that hooks can see stream and branch.
-
-    The sum has the stream's dtype, whatever the branch's is: the stream is cast once, after the embedding. A learned
-    factor is a parameter, of one number or of one a channel.
-    """
-
-    def __init__(self, alpha: float | Learned, s: float | Learned, hidden_size: int):
-        super().__init__()
-        self.initial = {}
-        for name, factor in (("alpha", alpha), ("s", s)):
-            if not isinstance(factor, float):  # of remote code there are two copies of the class: no isinstance of it
-                self.initial[name] = float(factor.init)
-                factor = nn.Parameter(torch.full((FACTORS[factor.learned](hidden_size),), float(factor.init)))
-            setattr(self, name, factor)
-
-    def reset(self) -> None:
-        for name, value in self.initial.items():
-            init.constant_(getattr(self, name), value)
-
-    def forward(self, stream: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-        if branch.dtype != stream.dtype:
-            branch = branch.to(stream.dtype)
-        return _times(self.alpha, stream) + _times(self.s, branch)
-
-    def extra_repr(self) -> str:
-        factors = (getattr(self, name) for name in ("alpha", "s"))
-        return ", ".join(
-            f"{name}={value if isinstance(value, float) else f'learned {tuple(value.shape)}'}"
-            for name, value in zip(("alpha", "s"), factors, strict=True)
-        )
-
-
-# How many numbers a learned factor has.
-FACTORS = {"scalar": lambda hidden_size: 1, "channel": lambda hidden_size: hidden_size}
-
-
-def _times(factor: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    if isinstance(factor, float):
-        return x if factor == 1.0 else factor * x
-    return factor.to(x.dtype) * x
 
 
 class PeriLlamaMLP(nn.Module):
@@ -274,7 +232,7 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
 
 def _sublayer_input(c: float, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """c * x, in `dtype` if the stream's is not the module's."""
-    x = _times(c, x)
+    x = times(c, x)
     return x if dtype is None else x.to(dtype)
 
 

@@ -6,9 +6,9 @@ Letters: L layers, H heads, D hidden size, F FFN width, Q = H x head size, K the
 from dataclasses import dataclass
 
 from modeling_periln import PeriLlamaConfig
-from modeling_periln.modeling_periln import FACTORS
 from modeling_periln.norms import PeriLlamaNorm
 from modeling_periln.placements import LayerPlan
+from modeling_periln.residual import FACTORS
 from modeling_periln.slots import Learned, Norm
 
 # Dense FP16/BF16 matrix FLOP/s with FP32 accumulation, and memory in GiB: the makers' data sheets.

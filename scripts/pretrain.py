@@ -18,6 +18,7 @@ from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
 from runkit.recipes import apply_overrides, from_mapping, read_yaml
 
+from .branch import check_branch
 from .data import FixedOrder, TokenData
 from .engine import LAUNCHED, Engine, pick_device, process_count, process_rank
 from .heldout import check_heldout_sets

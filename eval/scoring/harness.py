@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.own_tasks import OwnTasks
+from eval.scoring.own_tasks import OwnTasks
 from eval.targets import Target
 from runkit.encoding import before_text
 from runkit.errors import UsageError, UserError, did_you_mean

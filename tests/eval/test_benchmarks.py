@@ -13,10 +13,10 @@ from lm_eval.models.huggingface import HFLM
 from small_models import make_model, make_run, make_tokenizer, serving, write_weights
 
 from eval import benchmarks
-from eval.own_tasks import OwnTasks
 from eval.scoring import harness
 from eval.scoring.harness import Benchmarks, Settings
 from eval.scoring.likelihood import ContinuationLM
+from eval.scoring.own_tasks import OwnTasks
 from eval.targets import find_target
 from runkit.errors import UsageError, UserError, run_command
 from runkit.tasks import SUITES

@@ -9,8 +9,8 @@ import torch
 from small_models import make_run
 
 from eval import benchmarks, watch
-from eval.own_tasks import OwnTasks
 from eval.scoring.harness import Benchmarks
+from eval.scoring.own_tasks import OwnTasks
 from eval.targets import find_target
 from runkit.errors import UsageError, run_command
 from runkit.folder import RunFolder

@@ -23,7 +23,7 @@ from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM, PeriLlamaMode
 PACKAGE = Path(modeling_periln.__file__).parent
 CODE = {
     *("configuration_periln.py", "modeling_periln.py", "arguments.py", "registration.py"),
-    *("norms.py", "placements.py", "slots.py", "loss.py", "rotary.py"),
+    *("norms.py", "placements.py", "slots.py", "loss.py", "rotary.py", "residual.py"),
 }
 WEIGHTS = {"config.json", "generation_config.json", "model.safetensors"}
 MODELS = {

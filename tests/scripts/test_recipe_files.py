@@ -48,7 +48,7 @@ def test_the_papers_protocol_is_the_papers():
                 "rmsnorm",
                 False,
             )
-            assert config.embedding_norm is None and config.stream_plan().embedding_norm == (placement == "peri")
+            assert config.embedding_norm is None and bool(config.stream_plan().embedding_norm) == (placement == "peri")
             assert (recipe.batch_size, recipe.sequence_length, recipe.steps) == (256, 8192, 14400)
             assert (optimizer.warmup, optimizer.weight_decay) == (0.1, 0.033)
             assert (optimizer.learning_rate == 2e-3) == (placement != "post")

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from accelerate.state import AcceleratorState, GradientState
+
 from runkit.errors import run_command
 from runkit.folder import RunFolder
 from runkit.recipes import dump_yaml
@@ -61,7 +63,9 @@ def run(module: str, *args: object, env: list[str] | None = None) -> subprocess.
 
 
 def train(folder: Path, data_folder: Path, **fields) -> RunFolder:
-    """A whole run in this process."""
+    """A whole run in this process, whatever precision Accelerate had in it before."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     file = write_recipe(folder, data_folder, **fields)
     assert run_command(pretrain.main, pretrain.parse(["--config", str(file), "--runs", str(folder / "runs")])) == 0
     return RunFolder(folder / "runs" / fields.get("name", "run"))
