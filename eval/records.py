@@ -20,7 +20,10 @@ from runkit.placement_names import placement_name
 from runkit.recipes import flatten
 
 # Their order everywhere: modeling_periln's PLACEMENT_NAMES (a test compares them), without loading torch for it.
-PLACEMENTS = ("post", "pre", "peri", "output", "pre_post", "deepnorm", "lns", "mix")
+PLACEMENTS = (
+    *("post", "pre", "peri", "output", "pre_post", "deepnorm", "lns", "sandwich", "sub_ln", "normformer"),
+    *("hybrid", "keel", "learned_residual", "none", "mix", "hybrid_star"),
+)
 
 _RUNS = [
     *("run", "stage", "parent", "placement", "learning_rate", "seed", "status", "reason", "step", "steps"),

@@ -79,6 +79,8 @@ def _changes(model: dict[str, Any], placement: str) -> list[str]:
         said.append("gamma frozen")
     if model.get("norm_type", "rmsnorm") != "rmsnorm":
         said.append({"layernorm": "LayerNorm"}.get(model["norm_type"], str(model["norm_type"])))
+    if model.get("norm_gain", "channel") != "channel":
+        said.append(f"gain {model['norm_gain']}")
     if model.get("qk_norm"):
         said.append("QK-norm" if model["qk_norm"] == "full" else "QK-norm by head")
     if model.get("final_norm") is not None:
@@ -90,7 +92,7 @@ def _changes(model: dict[str, Any], placement: str) -> list[str]:
 
 def has_embedding_norm(model: dict[str, Any], placement: str) -> bool:
     own = model.get("norm_placement")
-    default = bool(own.get("embedding_norm")) if isinstance(own, dict) else placement == "peri"
+    default = own.get("embedding_norm") not in (None, False) if isinstance(own, dict) else placement == "peri"
     return default if model.get("embedding_norm") is None else bool(model["embedding_norm"])
 
 

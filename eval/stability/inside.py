@@ -65,13 +65,19 @@ class Unknown(Exception):
     """The inside of a module is not one of these; the message says why."""
 
 
+def _does_something(name: str, child: nn.Module) -> bool:
+    """It has parameters, or is a norm without any; an Identity is an empty slot."""
+    norm = name.endswith("norm") and not isinstance(child, nn.Identity)
+    return norm or any(True for _ in child.parameters())
+
+
 def linear_maps(module: nn.Module) -> dict[str, nn.Linear]:
     """The module's linear maps by name; anything else with parameters, except norms of queries and keys, is unknown."""
     found = {}
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             found[name] = child
-        elif any(True for _ in child.parameters()) and name not in ("q_norm", "k_norm", "q_layernorm", "k_layernorm"):
+        elif name not in ("q_norm", "k_norm", "q_layernorm", "k_layernorm") and _does_something(name, child):
             raise Unknown(f"{type(module).__name__} holds {name} ({type(child).__name__}), of unknown effect")
     if any(True for _ in module.parameters(recurse=False)):
         raise Unknown(f"{type(module).__name__} has parameters of its own, of unknown effect")
@@ -79,7 +85,8 @@ def linear_maps(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _act(module: nn.Module) -> nn.Module:
-    acts = [c for c in module.children() if not any(True for _ in c.parameters()) and not isinstance(c, nn.Dropout)]
+    empty = (nn.Dropout, nn.Identity)  # an Identity is an empty slot of a norm
+    acts = [c for c in module.children() if not any(True for _ in c.parameters()) and not isinstance(c, empty)]
     acts = acts or [a for n in ("act_fn", "act") if callable(a := getattr(module, n, None))]
     name = type(acts[0]).__name__.lower().removesuffix("activation") if len(acts) == 1 else ""
     if name not in _BELOW_IDENTITY:
