@@ -30,7 +30,9 @@ every_model = pytest.mark.parametrize("changes", MODELS, ids=lambda changes: ", 
 def test_every_rule_of_a_plan_names_modules_that_have_something_to_split(changes):
     model = shaken_model(**changes)
     names = {name: module for name, module in model.named_modules() if not isinstance(module, nn.Identity)}
-    for plan in (model.tp_plan, model.fsdp_plan, model.pp_plan):
+    plans = [model.tp_plan, model.pp_plan]
+    plans += [model.fsdp_plan] if hasattr(model, "fsdp_plan") else []  # Transformers 5.4 knows none
+    for plan in plans:
         assert len(plan) >= 3
         for rule in plan:
             pattern = re.compile(rule.replace(".", r"\.").replace("*", r"\d+"))
