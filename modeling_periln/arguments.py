@@ -71,7 +71,7 @@ def one_cache(cache: Any, past_key_values: Any, kwargs: dict) -> Any:
     if cache is not None and not _RENAMED and not isinstance(cache, Cache):
         kwargs["cache"], cache = cache, None
     if cache is None and past_key_values is not None and _RENAMED and not torch.compiler.is_compiling():
-        warnings.warn("`past_key_values` is deprecated. Use `cache` instead.", FutureWarning, stacklevel=3)
+        warnings.warn("`past_key_values` is deprecated. Use `cache` instead.", FutureWarning, stacklevel=2)
     if cache is None or past_key_values is None:
         return past_key_values if cache is None else cache
     if cache is past_key_values or past_key_values.get_seq_length() == 0:
