@@ -5,6 +5,7 @@ that swallows an argument it does not know in `**kwargs` then decodes every toke
 Both names are taken here under every version, and an unknown argument that carries a cache or a mask is refused.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -62,11 +63,15 @@ def one_cache(cache: Any, past_key_values: Any, kwargs: dict) -> Any:
     Of two caches the filled one counts: PEFT 0.21 replaces the empty cache that generate() made by a prefix, under the
     old name alone.
 
+    Where Transformers has renamed it, the old name alone is warned of (FutureWarning), as by the classes of its tree.
+
     Raises:
         ValueError: two filled caches that are not the same object.
     """
     if cache is not None and not _RENAMED and not isinstance(cache, Cache):
         kwargs["cache"], cache = cache, None
+    if cache is None and past_key_values is not None and _RENAMED and not torch.compiler.is_compiling():
+        warnings.warn("`past_key_values` is deprecated. Use `cache` instead.", FutureWarning, stacklevel=2)
     if cache is None or past_key_values is None:
         return past_key_values if cache is None else cache
     if cache is past_key_values or past_key_values.get_seq_length() == 0:

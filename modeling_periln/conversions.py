@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from .configuration_periln import PeriLlamaConfig
@@ -248,7 +249,11 @@ def native_config(config: PeriLlamaConfig, target: str) -> PreTrainedConfig:
         fields["use_post_norm"] = bool(config.stream_plan().layers[0].attn.output_norm)
     if other.fused_and_interleaved:
         fields["rope_parameters"]["partial_rotary_factor"] = 1.0
-    native = other.config_class(**fields)
+    try:
+        native = other.config_class(**fields)
+    except StrictDataclassError as error:  # Transformers 5.4 with a newer huggingface_hub refuses OLMo 2's booleans
+        version, why = transformers.__version__, " ".join(str(error).split())
+        raise ConversionRefused(f"transformers {version} cannot build the configuration of {target}: {why}") from error
     if other.fused_and_interleaved:
         # Converters to other formats look for it here, and assume 0.5 (GLM-4's own) where it is missing.
         native.partial_rotary_factor = 1.0

@@ -49,7 +49,7 @@ def default_embedding_norm(model: dict[str, Any], placement: str | None = None) 
     """The same as the placement alone has it, whatever the field `embedding_norm` says."""
     own = model.get("norm_placement", placement)
     if isinstance(own, dict):
-        return bool(own.get("embedding_norm"))
+        return own.get("embedding_norm") not in (None, False)
     row = None if model.get("layer_placements") else _ROWS.get(own)
     return bool((row or _ROWS["pre"]).embedding_norm)
 

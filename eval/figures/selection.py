@@ -83,6 +83,8 @@ def _changes(model: dict[str, Any], placement: str) -> list[str]:
         said.append("gamma frozen")
     if model.get("norm_type", "rmsnorm") != "rmsnorm":
         said.append({"layernorm": "LayerNorm"}.get(model["norm_type"], str(model["norm_type"])))
+    if model.get("norm_gain", "channel") != "channel":
+        said.append(f"gain {model['norm_gain']}")
     if model.get("qk_norm"):
         said.append("QK-norm" if model["qk_norm"] == "full" else "QK-norm by head")
     if model.get("final_norm") is not None:

@@ -249,7 +249,7 @@ class Channels(Point):
 
 
 def _normed(norm: nn.Module | None) -> bool:
-    return norm is not None and any(True for _ in norm.parameters())
+    return norm is not None and not isinstance(norm, nn.Identity)  # a norm may have no parameters
 
 
 def _ends(layout: Layout, anatomy: Anatomy, stream: str, table: str) -> None:

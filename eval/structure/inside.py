@@ -65,13 +65,19 @@ class Unknown(Exception):
     """The inside of a module is not one of these; the message says why."""
 
 
+def _does_something(name: str, child: nn.Module) -> bool:
+    """It has parameters, or is a norm without any; an Identity is an empty slot."""
+    norm = name.endswith("norm") and not isinstance(child, nn.Identity)
+    return norm or any(True for _ in child.parameters())
+
+
 def linear_maps(module: nn.Module) -> dict[str, nn.Linear]:
     """The module's linear maps by name; anything else with parameters, except norms of queries and keys, is unknown."""
     found = {}
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             found[name] = child
-        elif any(True for _ in child.parameters()) and name not in ("q_norm", "k_norm", "q_layernorm", "k_layernorm"):
+        elif name not in ("q_norm", "k_norm", "q_layernorm", "k_layernorm") and _does_something(name, child):
             raise Unknown(f"{type(module).__name__} holds {name} ({type(child).__name__}), of unknown effect")
     if any(True for _ in module.parameters(recurse=False)):
         raise Unknown(f"{type(module).__name__} has parameters of its own, of unknown effect")

@@ -76,6 +76,16 @@ def test_of_two_caches_the_filled_one_counts_and_two_filled_ones_are_refused():
 
 
 @torch.no_grad()
+def test_the_old_name_alone_is_warned_of_where_transformers_has_renamed_it(recwarn):
+    model, ids = shaken_model(), random_ids(2, 9)
+    cache = filled(model, ids[:, :5])
+    assert not [w for w in recwarn if "deprecated" in str(w.message)]
+    model(ids[:, 5:], past_key_values=cache)
+    said = [w for w in recwarn if "`past_key_values` is deprecated" in str(w.message)]
+    assert [w.category for w in said] == ([FutureWarning] if CACHE == "cache" else [])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("implementation", [None, "static"])
 def test_no_warning_of_a_deprecated_name_comes_from_generate_or_forward(
     implementation, recwarn, warnings_of_transformers

@@ -13,9 +13,11 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from local_hub import LocalHub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stock_classes import needs
 from tiny_models import SIZES, random_ids, shaken, shaken_model, tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -109,6 +111,7 @@ def assert_same(a, b, allowed: float = 1e-5) -> None:
 
 @pytest.mark.parametrize(("target", "changes"), EXPORTS, ids=names(EXPORTS))
 def test_an_export_is_the_same_function_and_so_is_the_way_back(target, changes):
+    needs(target)
     model = shaken_model(**changes)
     native = to_native(model, target)
     assert type(native).__module__.startswith(f"transformers.models.{target}.")
@@ -127,6 +130,7 @@ def test_an_export_is_the_same_function_and_so_is_the_way_back(target, changes):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("target", PLAIN)
 def test_an_export_is_the_same_function_at_other_shapes(target, shape):
+    needs(target)
     model = shaken_model(**PLAIN[target] | SHAPES[shape])
     assert_same(model, to_native(model, target), 0.0 if target == "llama" else 1e-5)
 
@@ -136,6 +140,7 @@ def test_an_export_is_the_same_function_at_other_shapes(target, shape):
     [*PLAIN.items(), ("llama", {"norm_placement": "lns", "residual_scale": 0.5}), ("glm4", {"residual_scale": 0.5})],
 )
 def test_gradients_of_an_export_are_ours_times_what_was_folded(target, changes):
+    needs(target)
     model = shaken_model(**changes)
     native, ids = to_native(model, target), random_ids(2, 13)
     for m in (model, native):
@@ -200,6 +205,7 @@ def stock_model(name: str, **fields):
 
 @pytest.mark.parametrize("case", FROM)
 def test_a_stock_model_becomes_a_peri_llama_of_the_same_function(case):
+    needs(FROM[case][0].lower())
     model = stock_model(FROM[case][0], **FROM[case][1])
     ours = from_native(model)
     assert_same(model, ours)
@@ -213,6 +219,7 @@ def test_a_stock_model_becomes_a_peri_llama_of_the_same_function(case):
 
 
 def test_a_conversion_leaves_the_source_and_the_random_numbers_alone():
+    needs("hyperclovax")
     model = tiny_model(attn_implementation="eager").train()
     model.generation_config.max_new_tokens = 5
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
@@ -298,8 +305,7 @@ def test_what_cannot_be_imported_is_refused():
         "partial_rotary_factor=0.5": stock_model(
             "Glm4", rope_parameters=ROPE | {"partial_rotary_factor": 0.5}, head_dim=8
         ),
-        "embedding_multiplier=0": stock_model("HyperCLOVAX", embedding_multiplier=0, tie_word_embeddings=True),
-        "head_dim=5 must be even": stock_model("Olmo2"),
+        "head_dim=5 must be even": stock_model("Llama"),
         "is_causal=False": stock_model("Llama", is_causal=False),
         "needs a LlamaForCausalLM, not a LlamaModel": stock_model("Llama").model,
         "'qwen3' is no row": stock_model("Qwen3"),
@@ -309,6 +315,24 @@ def test_what_cannot_be_imported_is_refused():
     for message, model in refused.items():
         with pytest.raises(ConversionRefused, match=message):
             from_native(model)
+
+
+def test_a_tied_hyperclova_x_that_hides_its_embedding_cannot_be_imported():
+    needs("hyperclovax")
+    model = stock_model("HyperCLOVAX", embedding_multiplier=0, tie_word_embeddings=True)
+    with pytest.raises(ConversionRefused, match="embedding_multiplier=0"):
+        from_native(model)
+
+
+def test_what_transformers_own_configuration_refuses_is_refused_in_one_sentence(monkeypatch):
+    def refusing(**fields):
+        raise StrictDataclassFieldValidationError(field="x", cause=TypeError("expected int, got bool"))
+
+    monkeypatch.setattr(transformers, "LlamaConfig", refusing)
+    with pytest.raises(
+        ConversionRefused, match=r"^transformers [\d.]+ cannot build the configuration of llama: .*got bool"
+    ):
+        to_native(tiny_model(norm_placement="pre"), "llama")
 
 
 def test_to_native_wants_the_whole_model_and_all_of_its_weights():
@@ -356,6 +380,7 @@ CLI = [
 
 @pytest.mark.parametrize(("target", "changes", "read", "write"), CLI, ids=[c[0] for c in CLI])
 def test_the_command_line_there_and_back(target, changes, read, write, tmp_path, capsys, tokenizer):
+    needs(target)
     src = saved(tmp_path / "src", shard=read, tokenizer=tokenizer, **changes)
     before, dst, back = contents(src), tmp_path / "out" / "dst", tmp_path / "back"
     assert main([str(src), str(dst), "--to", target, "--max-shard-size", write, "--text", "none"]) == 0
@@ -406,6 +431,7 @@ def test_the_command_line_there_and_back(target, changes, read, write, tmp_path,
 
 
 def test_never_more_than_a_shard_is_in_memory(tmp_path, monkeypatch):
+    needs("hyperclovax")
     src = saved(tmp_path / "src", shard="4KB")
     alive, peak = weakref.WeakSet(), []
 
@@ -445,6 +471,7 @@ def test_never_more_than_a_shard_is_in_memory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_are_folded_without_loss(dtype, tmp_path):
+    needs("hyperclovax")
     src = saved(tmp_path / "src", shaken_model(residual_scale="1/sqrt(2L)").to(dtype))
     record = convert.convert(src, tmp_path / "dst", "hyperclovax")
     assert record["largest_difference"] <= 1e-6 * record["largest_logit"]
@@ -526,21 +553,21 @@ def test_wikitext_is_read_from_the_hub_and_the_record_says_where_it_is_not(tmp_p
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        assert main([str(src), str(tmp_path / "dst"), "--to", "hyperclovax"]) == 0
+        assert main([str(src), str(tmp_path / "dst"), "--to", "glm4"]) == 0
         text = json.loads((tmp_path / "dst" / "conversion.json").read_text())["compared"]["text"]
         assert text["source"] == f"{repository}, {name}" and text["largest_logit"] > 1
     nobody = template.replace(hub.url, "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     capsys.readouterr()
-    assert main([str(src), str(tmp_path / "without"), "--to", "hyperclovax"]) == 0
+    assert main([str(src), str(tmp_path / "without"), "--to", "glm4"]) == 0
     assert "not compared on text: WikiText cannot be had from the Hub" in capsys.readouterr().out
     skipped = json.loads((tmp_path / "without" / "conversion.json").read_text())["compared"]["text"]
     assert "WikiText cannot be had" in skipped["skipped"]
     # Asked for by name it is no longer a remark.
-    assert main([str(src), str(tmp_path / "asked"), "--to", "hyperclovax", "--text", "wikitext"]) == 2
+    assert main([str(src), str(tmp_path / "asked"), "--to", "glm4", "--text", "wikitext"]) == 2
     assert "--text wikitext: WikiText cannot be had" in capsys.readouterr().err
-    assert main([str(src), str(tmp_path / "asked"), "--to", "hyperclovax", "--text", "nowhere.txt"]) == 2
+    assert main([str(src), str(tmp_path / "asked"), "--to", "glm4", "--text", "nowhere.txt"]) == 2
     assert "--text nowhere.txt is no file" in capsys.readouterr().err
     assert not (tmp_path / "asked").exists()
 
@@ -644,7 +671,7 @@ def test_a_source_on_the_hub_is_fetched_and_one_that_is_not_there_is_said(tmp_pa
     command = [sys.executable, "-m", "modeling_periln.convert"]
     with LocalHub(tmp_path / "store") as hub:
         env = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-        for source, to in (("someone/peri-tiny", "hyperclovax"), ("someone/absent", "llama")):
+        for source, to in (("someone/peri-tiny", "glm4"), ("someone/absent", "llama")):
             words = [*command, source, tmp_path / to, "--to", to]
             done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
             if to == "llama":
@@ -656,7 +683,7 @@ def test_a_source_on_the_hub_is_fetched_and_one_that_is_not_there_is_said(tmp_pa
     source = tmp_path / "store" / "models" / "someone" / "peri-tiny"
     ours, theirs = (
         PeriLlamaForCausalLM.from_pretrained(source),
-        AutoModelForCausalLM.from_pretrained(tmp_path / "hyperclovax"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "glm4"),
     )
     assert_same(ours, theirs, 1e-5)
     assert not any(request.endswith(".py") for request in hub.requests)

