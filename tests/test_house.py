@@ -38,7 +38,7 @@ LONGER = {
     "scripts/bench.py": 423,
     "scripts/prepare_data.py": 443,
     "scripts/sources.py": 459,
-    "modeling_periln/conversions.py": 427,
+    "modeling_periln/conversions.py": 432,
     "modeling_periln/convert.py": 419,
     "modeling_periln/modeling_periln.py": 559,
 }
