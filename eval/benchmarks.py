@@ -8,10 +8,18 @@ same batch size the scores are those of `lm_eval --tasks TASK` to the last digit
 others are asked for beside it.
 """
 
+import sys
+
+from periln.start import start
+
+from .arguments.benchmarks import check, is_one_file, parse
+
+if __name__ == "__main__":
+    sys.exit(start("eval.benchmarks", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +28,15 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from runkit.errors import UsageError, UserError, make_parser, run_command
+from runkit.errors import UsageError, UserError
 from runkit.folder import weights_hash
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
-from .checkpoints import DTYPES, Target, find_model
+from .arguments.shared import batch_size, task_names
+from .checkpoints import Target, find_model
 from .harness import Benchmarks, Settings
 from .render import Table, to_terminal, values
-from .suites import SUITES
-
-
-def task_names(text: str) -> list[str]:
-    """`A,B,...` as a list; the name of a suite stands for its tasks."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise UsageError("--tasks names no task")
-    return [task for name in names for task in SUITES.get(name, (name,))]
-
-
-def batch_size(text: str) -> int | str:
-    """A number, or `auto`."""
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"--batch-size must be a number or auto, not {text!r}") from None
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -102,14 +92,11 @@ def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    if not args.targets and not args.check_data:
-        raise UsageError("name at least one run folder, checkpoint or Hub id")
+    check(args)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     settings, names = settings_of(args), task_names(args.tasks)
-    one_file = args.out is not None and args.out.suffix == ".json"
-    if one_file and len(args.targets) != 1:
-        raise UsageError(f"--out {args.out} holds the results of one target, not of {len(args.targets)}")
+    one_file = is_one_file(args)
     out = args.out.parent if one_file else args.out
     found = [(name, find_model(name, args.revision, args.trust_remote_code, out)) for name in args.targets]
     benchmarks = Benchmarks(names, settings)
@@ -133,37 +120,3 @@ def main(args: argparse.Namespace) -> None:
             records.append((f"{target.name}, {record['evaluated']['path']} -> {file}", record))
     if records:
         print(to_terminal(table(records), 100))
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The flags of `settings_of`, and of the models."""
-    parser.add_argument("--num-fewshot", type=int, default=0, help="examples before each item")
-    parser.add_argument("--limit", type=float, help="items a task, or a share of them below 1; all when left out")
-    parser.add_argument("--batch-size", default="16", help="requests a batch, or auto: as many as the memory holds")
-    add_model_options(parser)
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """How models are found and loaded."""
-    parser.add_argument("--revision", help="branch, tag or commit, for models of the Hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that a model brings along")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as saved")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU where torch sees one")
-    parser.add_argument(
-        "--out", type=Path, metavar="PATH", help="folder for results, or a .json for one target's; else the run's eval/"
-    )
-    parser.add_argument("--again", action="store_true", help="compute what is there already once more")
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m eval.benchmarks", "Score checkpoints on tasks of lm-evaluation-harness.")
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help="run folders, checkpoints or ids of the Hub")
-    parser.add_argument("--tasks", default=",".join(SUITES["hub"]), metavar="A,B,...", help="any of lm-eval's, or mini")
-    parser.add_argument("--check-data", action="store_true", help="only load the tasks' data, and stop")
-    add_settings(parser)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

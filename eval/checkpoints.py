@@ -15,7 +15,6 @@ from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, weights_hash
 from runkit.hub import hub_reason, quiet_hub
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")  # auto: as saved
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FILES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")  # of a Hub model; never a pickle
 

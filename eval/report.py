@@ -6,11 +6,19 @@ A pure function of the records: nothing is trained, measured, looked up or dated
 the same bytes.
 """
 
+import sys
+
+from periln.start import start
+
+from .arguments.report import check, parse
+
+if __name__ == "__main__":
+    sys.exit(start("eval.report", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import base64
 import math
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,13 +27,12 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from runkit.errors import UsageError, make_parser, run_command
 from runkit.folder import write_bytes, write_text
 from runkit.public import public
 from runkit.recipes import dump_yaml
 
 from .bench_report import bench
-from .figures import Drawing, draw_all
+from .figures.drawing import Drawing, draw_all
 from .records import Frames, at_edge, by_depth, differing, load, printable, rate_text
 from .render import Table, to_html, to_terminal
 from .suites import CHANCE, SUITES
@@ -284,24 +291,11 @@ def write(frames: Frames, out: Path) -> Path:
 
 
 def main(args: argparse.Namespace) -> None:
+    check(args)
     out = args.out or args.runs
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is not a folder")
     frames = load(args.runs)
     report = write(frames, out)
     width = shutil.get_terminal_size((144, 24)).columns
     for table in [*(build(frames, suite) for suite in suites(frames)), stability(frames)]:
         print(to_terminal(table, width), end="\n\n")
     print(report)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m eval.report", "Tables, figures and a report of all runs in a folder.")
-    parser.add_argument("runs", type=Path, help="folder of run folders, such as runs/demo")
-    parser.add_argument("--out", type=Path, default=None, help="folder to write to; the folder of runs when left out")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

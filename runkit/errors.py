@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from typing import NoReturn
 
 USAGE, FAILURE = 2, 1
 INTERRUPTED, TERMINATED = 130, 143
@@ -36,7 +37,7 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"error: {message}\n")
 
 

@@ -3,10 +3,14 @@
 Letters: L layers, H heads, D hidden size, F FFN width, Q = H x head size, K the same of keys, T sequence length.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from modeling_periln import PeriLlamaConfig
-from modeling_periln.placements import LayerPlan
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # so that `scripts.plan --help` need not import torch
+    from modeling_periln import PeriLlamaConfig
+    from modeling_periln.placements import LayerPlan
 
 # Dense FP16/BF16 matrix FLOP/s with FP32 accumulation, and memory in GiB: the makers' data sheets.
 GPUS: dict[str, tuple[float, float]] = {

@@ -19,10 +19,12 @@ from typing import Any, TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
+import periln
 from runkit.errors import UserError
+from runkit.process import python_m
 
 T = TypeVar("T")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(periln.__file__).resolve().parents[1]
 
 
 class Encoder:
@@ -62,7 +64,7 @@ class Encoders:
         if workers == 1:
             self._encode = Encoder(tokenizer_json, eos, dtype)
             return
-        command = [sys.executable, "-m", "scripts.encoders", str(tokenizer_json.resolve()), str(eos), dtype.str]
+        command = [*python_m("scripts.encoders"), str(tokenizer_json.resolve()), str(eos), dtype.str]
         # One core each: the tokenizer's own threads would fight with the other workers.
         env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()

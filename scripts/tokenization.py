@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from runkit.errors import UsageError, UserError
 
-BPE = "bpe"
 END_OF_TEXT, PAD = "<|end_of_text|>", "<|pad|>"
 # Reserved from the start, so that fine-tuning on conversations adds no row to the embedding.
 ROLES = ("<|user|>", "<|assistant|>", "<|end_of_turn|>")

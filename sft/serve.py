@@ -7,45 +7,30 @@ All words are those of `transformers serve` (`--help` shows them). By itself tha
 in Transformers alone and does not find one that is registered or brought along as remote code; here it is told.
 """
 
-import argparse
 import sys
-from pathlib import Path
+
+from periln.start import start
+
+from .arguments.serve import check, parse
+
+if __name__ == "__main__":
+    sys.exit(start("sft.serve", parse, check))  # parses before the imports below, which take seconds
+
+import argparse
 
 from transformers.utils.import_utils import is_serve_available
 
 from modeling_periln import PeriLlamaForCausalLM
-from runkit.errors import UsageError, UserError, run_command
-
-
-def check(words: list[str]) -> None:
-    """Raise UsageError without the server's packages, UserError for a folder without tokenizer or chat template."""
-    if not is_serve_available():
-        raise UsageError("serving needs more packages: pip install 'transformers[serving]'")
-    folder = Path(words[0]) if words and not words[0].startswith("-") else None
-    if folder is None or not folder.is_dir():
-        return
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is no checkpoint (config.json): name one of those in its checkpoints/")
-    if not (folder / "chat_template.jinja").exists():
-        raise UserError(f"{folder} has no chat template (chat_template.jinja): serve a fine-tuned checkpoint")
+from runkit.errors import UsageError
 
 
 def main(args: argparse.Namespace) -> None:
-    check(args.words)
+    check(args)
+    if not is_serve_available():
+        raise UsageError("serving needs more packages: pip install 'transformers[serving]'")
     from transformers.cli.serving import model_manager
     from transformers.cli.transformers import main as transformers_command
 
     model_manager.transformers.PeriLlamaForCausalLM = PeriLlamaForCausalLM  # where the server looks for it
     sys.argv = ["transformers", "serve", *args.words]
     transformers_command()
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Everything is handed on; `--debug` is read here as well."""
-    words = sys.argv[1:] if argv is None else argv
-    return argparse.Namespace(words=[word for word in words if word != "--debug"], debug="--debug" in words)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

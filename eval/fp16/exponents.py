@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from runkit.errors import UserError
 from runkit.headroom import FP16_MAX
 
-from .layout import FIXED, SLOTS, Layout
+from .families import SLOTS
+from .layout import FIXED, Layout
 from .peaks import Peak
 
 FAR = 4  # a weight of 0.02 times 2^-4 is still well above FP16's smallest normal number, 6e-5

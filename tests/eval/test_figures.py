@@ -14,7 +14,9 @@ import pytest
 from synthetic_bench import write_any, write_bench
 
 from eval.bench_report import bench
-from eval.figures import CATALOGUE, Drawing, __main__, depth, draw, drawings, headroom, pieces, sweeps
+from eval.figures import __main__, depth, headroom, pieces, sweeps
+from eval.figures.catalogue import CATALOGUE
+from eval.figures.drawing import Drawing, draw, drawings
 from eval.figures.models import load_measured
 from eval.figures.pieces import NotRecorded
 from eval.figures.probes import layer_rows, source_words

@@ -12,7 +12,8 @@ import pytest
 from browser import CHROMIUM, look
 from synthetic_runs import TASKS, write_demo, write_run, write_sample, write_scores, write_sft
 
-from eval.figures import CATALOGUE, draw_all
+from eval.figures.catalogue import CATALOGUE
+from eval.figures.drawing import draw_all
 from eval.records import load
 from eval.report import adds_text, evidence, main, noise, parse, public, render, verdict, write
 from eval.tables import stability

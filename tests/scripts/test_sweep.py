@@ -272,8 +272,8 @@ def test_the_table_is_written_as_csv_markdown_and_png(swept):
 
 
 def test_colours_and_markers_are_those_of_the_report():
-    figures = pytest.importorskip("eval.figures")
-    assert (figures.colour_of, figures.marker_of) == (looks.colour_of, looks.marker_of)
+    selection = pytest.importorskip("eval.figures.selection")
+    assert (selection.colour_of, selection.marker_of) == (looks.colour_of, looks.marker_of)
     assert len(set(looks.COLOURS.values())) == len(set(looks.MARKERS.values())) == len(looks.COLOURS)
 
 

@@ -13,6 +13,7 @@ from eval import bounds as command
 from eval.stability.anatomy import find_anatomy
 from eval.stability.propositions import PaperNetwork, proposition
 from eval.stability.token_bounds import SLACK, broken_assumptions, summary, token_bounds
+from runkit.errors import run_command
 
 IDS = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(2))
 
@@ -139,11 +140,11 @@ def test_the_command_writes_tables_and_records_and_overwrites_nothing(tmp_path, 
         "--tokens",
         "8",
     ]
-    assert command.run_command(command.main, command.parse(argv)) == 0
+    assert run_command(command.main, command.parse(argv)) == 0
     record = json.loads((tmp_path / "out" / "bounds.json").read_text())
     assert len(record["sublayers"]) == 4 and all(row["held"] == 1 for row in record["sublayers"])
     assert any("head" in text for text in record["assumptions_broken"])
     assert json.loads((tmp_path / "out" / "certificate.json").read_text())["rows"]
     assert "paper held" in (tmp_path / "out" / "bounds.md").read_text()
-    assert command.run_command(command.main, command.parse(argv)) == 2
+    assert run_command(command.main, command.parse(argv)) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
