@@ -16,6 +16,7 @@ if __name__ == "__main__":
     sys.exit(start("eval.bench", parse, check))  # parses before the imports below, which take seconds
 
 import argparse
+import sys
 import time
 from typing import Any
 
@@ -24,16 +25,16 @@ import pandas as pd
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from eval.scoring.harness import Benchmarks
 from runkit.errors import UsageError, UserError
 from runkit.folder import write_text
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
 from .arguments.shared import task_names
-from .benchmarks import settings_of
-from .checkpoints import Target, find_model
-from .harness import Benchmarks
-from .render import Table, to_terminal
+from .options import settings_of
+from .targets import Target, find_target
+from .text_table import Table, to_terminal
 
 OURS, THEIRS = "documents/s", "HFLM's"
 
@@ -128,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     settings, names = settings_of(args), task_names(args.tasks)
-    target = find_model(args.target, args.revision, args.trust_remote_code, args.out)
+    target = find_target(args.target, args.revision, args.trust_remote_code, args.out)
     if target is None:
         raise UserError(f"{args.target} has diverged: there is nothing to measure with")
     benchmarks = Benchmarks(names, settings)

@@ -18,58 +18,22 @@ if __name__ == "__main__":
     sys.exit(start("eval.benchmarks", parse, check))  # parses before the imports below, which take seconds
 
 import argparse
-import hashlib
-import json
-from pathlib import Path
+import sys
 from typing import Any
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from runkit.errors import UsageError, UserError
-from runkit.folder import weights_hash
+from eval.scoring.harness import Benchmarks, result_file
+from runkit.errors import UserError
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
-from .arguments.shared import batch_size, task_names
-from .checkpoints import Target, find_model
-from .harness import Benchmarks, Settings
-from .render import Table, to_terminal, values
-
-
-def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings that the flags ask for, checked."""
-    size, device = batch_size(args.batch_size), device_of(args.device)
-    settings = Settings(args.num_fewshot, args.limit, size, args.dtype, device)
-    settings.check()
-    return settings
-
-
-def device_of(name: str) -> str:
-    """The device of that name, or for `auto` a GPU where torch sees one.
-
-    Raises:
-        UsageError: a device that is not there.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise UsageError(f"--device {name} is no device: use cpu, cuda or cuda:1") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name} was asked for, but torch sees no CUDA device")
-    return name
-
-
-def result_file(target: Target, settings: Settings) -> Path:
-    """Where the results go: a file for these weights and settings, so that no result replaces another's."""
-    asked = {"weights": weights_hash(target.checkpoint)} | settings.recorded()
-    short = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
-    limit = "" if settings.limit is None else f"-limit{settings.limit:g}"
-    return target.results / f"benchmarks-{target.checkpoint.name}-{settings.num_fewshot}shot{limit}-{short}.json"
+from .arguments.shared import task_names
+from .options import settings_of
+from .targets import find_target
+from .text_table import Table, to_terminal, values
 
 
 def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
@@ -98,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     settings, names = settings_of(args), task_names(args.tasks)
     one_file = is_one_file(args)
     out = args.out.parent if one_file else args.out
-    found = [(name, find_model(name, args.revision, args.trust_remote_code, out)) for name in args.targets]
+    found = [(name, find_target(name, args.revision, args.trust_remote_code, out)) for name in args.targets]
     benchmarks = Benchmarks(names, settings)
     files = [args.out if one_file else target and result_file(target, settings) for _, target in found]
     scored = [(target, file) for (_, target), file in zip(found, files, strict=True) if target is not None]

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import argparse
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,15 @@ from typing import Any
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from eval.scoring.generation import generate_samples
+from eval.scoring.harness import Benchmarks, Settings
+from eval.texts.windows import heldout_loss, read_texts
 from runkit.folder import read_json, weights_hash, write_json
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
-from .checkpoints import Target, find_target
-from .harness import Benchmarks, Settings
-from .heldout import heldout_loss, read_texts
-from .samples import generate_samples
 from .suites import SUITES
+from .targets import Target, find_target
 
 PROMPTS = ("The function returns", "import os\n")
 CHAT_PROMPTS = ("How do I boil an egg?", "Write a Python function that adds two numbers.")

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,18 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from eval.scoring.likelihood import fitting_batch_size
+from eval.texts.documents import METHOD, Sample, draw, named, read_sample, write_sample
+from eval.texts.windows import Sums, make_windows, sum_losses, summarized
 from runkit.errors import UserError
 from runkit.folder import read_json, write_json
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
 from .arguments.shared import batch_size
-from .benchmarks import device_of
-from .checkpoints import Target, find_model
-from .documents import METHOD, Sample, draw, named, read_sample, write_sample
-from .heldout import Sums, make_windows, sum_losses, summarized
-from .likelihood import fitting_batch_size
-from .render import Table, to_terminal, values
+from .options import device_of
+from .targets import Target, find_target
+from .text_table import Table, to_terminal, values
 
 SAVE_EVERY = 50  # batches
 
@@ -157,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
     device_of(args.device)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    found = [(name, find_model(name, args.revision, args.trust_remote_code, args.out)) for name in args.targets]
+    found = [(name, find_target(name, args.revision, args.trust_remote_code, args.out)) for name in args.targets]
     for _, target in found:  # before the whole split is streamed
         if target is not None:
             context_of(target, args.context)

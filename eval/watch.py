@@ -21,6 +21,7 @@ import argparse
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -31,16 +32,16 @@ import pandas as pd
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from eval.scoring.harness import Benchmarks, Settings, result_file
 from runkit.errors import StoppedBySignal, UsageError, UserError
+from runkit.figure_style import STYLE
 from runkit.folder import RunFolder, write_bytes, write_text
-from runkit.looks import STYLE
 from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
 
 from .arguments.shared import task_names
-from .benchmarks import result_file, settings_of
-from .checkpoints import Target
-from .harness import Benchmarks, Settings
+from .options import settings_of
+from .targets import Target
 
 POLL_SECONDS = 0.1
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from runkit.placement_names import placement_name
+from runkit.placements import placement_name
 from runkit.public import public
 
 from .benchmarks import BENCHMARKS, METRIC_NAMES

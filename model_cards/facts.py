@@ -9,12 +9,12 @@ import pandas as pd
 
 from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json
-from runkit.headroom import FP16_MAX, headroom
+from runkit.number_format import FP16_MAX, headroom
 from runkit.public import public
 from runkit.recipes import differing_fields
 
 from .benchmarks import BENCHMARKS
-from .subject import Subject, chosen_checkpoint
+from .subject import Subject, listed_checkpoint
 
 MISSING = "not measured"
 FP16_TENSORS = ("stream", "residual_add", "branch")  # what is held in the residual stream's dtype
@@ -220,7 +220,7 @@ def seed_table(subject: Subject) -> str:
     """What became of every seed of this recipe that lies beside it."""
     rows = []
     for other in siblings(subject):
-        s, scores = other.summary, mean_accuracy(Subject(chosen_checkpoint(other.run), other.run))
+        s, scores = other.summary, mean_accuracy(Subject(listed_checkpoint(other.run), other.run))
         mean = f"{scores[0]:.2f} % ({scores[1]})" if scores else MISSING
         status = text(s.get("status")) + (f": {text(s['reason'])}" if s.get("reason") else "")
         rows.append(

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from runkit.checkpoints import damage_of, latest_whole
+from runkit.checkpoints import checked, chosen_checkpoint, named_best
 from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json
 
@@ -144,30 +144,15 @@ def _of_run(run: RunFolder, step: int | None, needs_weights: bool) -> Subject:
             have = ", ".join(p.name.removeprefix("step_").lstrip("0") or "0" for p in run.checkpoints()) or "none"
             raise UserError(f"{run.path} has no checkpoint of step {step} (it has: {have})")
         return Subject(checked(checkpoint), run)
-    best = run.path / "best.json"
-    if best.exists() and run.recipe.get("stage") == "sft" and (name := read_json(best).get("checkpoint")):
-        return Subject(checked(run.path / name), run)
-    checkpoint = latest_whole(run)
+    checkpoint = chosen_checkpoint(run)
     if checkpoint is None and needs_weights:
         raise UserError(f"{run.path} has no whole checkpoint")
     return Subject(checkpoint, run)
 
 
-def chosen_checkpoint(run: RunFolder) -> Path | None:
-    """The checkpoint that stands for a run, whole or not: a fine-tuning's chosen one, else the newest."""
-    best = run.path / "best.json"
-    if best.exists() and run.recipe.get("stage") == "sft" and (name := read_json(best).get("checkpoint")):
-        return run.path / name
+def listed_checkpoint(run: RunFolder) -> Path | None:
+    """`chosen_checkpoint` for a listing, without reading the weights: a damaged one is listed as well."""
+    if (best := named_best(run)) is not None:
+        return best
     checkpoints = run.checkpoints()
     return checkpoints[-1] if checkpoints else None
-
-
-def checked(checkpoint: Path) -> Path:
-    """The checkpoint, unless it differs from its manifest.
-
-    Raises:
-        UserError: what is wrong with it.
-    """
-    if (checkpoint / "manifest.json").exists() and (damage := damage_of(checkpoint)):
-        raise UserError(f"the checkpoint is damaged: {damage}")
-    return checkpoint

@@ -23,7 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from runkit.errors import UserError
 from runkit.folder import RunFolder, write_text
-from runkit.placement_names import placement_name
+from runkit.placements import placement_name
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
@@ -41,7 +41,7 @@ from .facts import (
     tokens_seen,
     training_headroom,
 )
-from .subject import IN_A_RUN, Subject, chosen_checkpoint
+from .subject import IN_A_RUN, Subject, listed_checkpoint
 
 HEAD = ("model", "placement", "parameters", "tokens", "status", "loss", "scores", "FP16 headroom", "checkpoint")
 SKIPPED = ("trainer_state", "eval", "layers", "figures", "selection", "flight")  # folders in which no model stands
@@ -60,7 +60,7 @@ def found_under(root: Path) -> Iterator[Subject]:
             if run.recipe.get("stage") in ("pretrain", "sft"):
                 folders[:] = [f for f in folders if f != "checkpoints"]
                 # Its weights are not read, so that a large zoo is indexed in no time.
-                yield Subject(chosen_checkpoint(run), run)
+                yield Subject(listed_checkpoint(run), run)
         elif "config.json" in files and any(f.endswith(".safetensors") for f in files):
             folders.clear()
             owner = path.resolve().parent

@@ -1,17 +1,22 @@
-"""Checkpoint folders: a Transformers model folder, whole or not there, with a manifest of sizes and hashes."""
+"""Checkpoint folders: a Transformers model folder, whole or not there, with a manifest of sizes and hashes.
+
+Which checkpoint stands for a run is decided here, for every stage. Neither torch nor Transformers is imported to read.
+"""
+
+from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .folder import RunFolder, read_json, sha256_of, write_folder, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @contextmanager
@@ -27,6 +32,8 @@ def write_checkpoint(
 
     The residual dtype is taken out of the saved configuration: it belongs to the run, not to the checkpoint.
     """
+    from transformers.utils import logging as transformers_logging
+
     with write_folder(path) as folder:
         residual_dtype, model.config.residual_dtype = model.config.residual_dtype, None
         bars = transformers_logging.is_progress_bar_enabled()
@@ -75,11 +82,47 @@ def damage_of(path: Path) -> str | None:
     return None
 
 
-def latest_whole(run: RunFolder, tell: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint without damage; damaged ones are named and passed over."""
+def whole_checkpoints(run: RunFolder, tell: Callable[[str], None] = print) -> Iterator[Path]:
+    """The checkpoints without damage, newest first; damaged ones are named and passed over."""
     for path in reversed(run.checkpoints()):
         damage = damage_of(path)
         if damage is None:
-            return path
-        tell(f"passing over a checkpoint: {damage}")
-    return None
+            yield path
+        else:
+            tell(f"passing over a checkpoint: {damage}")
+
+
+def latest_whole(run: RunFolder, tell: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint without damage; damaged ones are named and passed over."""
+    return next(whole_checkpoints(run, tell), None)
+
+
+def checked(checkpoint: Path) -> Path:
+    """The checkpoint that a path names, unless it is damaged. Only a folder outside of runs may lack a manifest.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    inside = checkpoint.parent.name == "checkpoints" and (checkpoint.parent.parent / "recipe.yaml").exists()
+    if (inside or (checkpoint / "manifest.json").exists()) and (damage := damage_of(checkpoint)):
+        raise UserError(f"the checkpoint is damaged: {damage}")
+    return checkpoint
+
+
+def named_best(run: RunFolder) -> Path | None:
+    """The checkpoint that best.json of a fine-tuning names; None without one. It is not checked."""
+    file = run.path / "best.json"
+    if not file.exists() or run.recipe.get("stage") != "sft":
+        return None
+    name = read_json(file).get("checkpoint")
+    return run.path / name if name else None
+
+
+def chosen_checkpoint(run: RunFolder, tell: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint that stands for a run: a fine-tuning's chosen one, else the newest without damage.
+
+    Raises:
+        UserError: the chosen one is missing or damaged: another would not be the model that was chosen.
+    """
+    best = named_best(run)
+    return checked(best) if best is not None else latest_whole(run, tell)

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -267,3 +268,12 @@ class RunFolder:
     def evaluations(self) -> list[dict[str, Any]]:
         """What the evaluators wrote to eval/*.json."""
         return [read_json(p) | {"file": p.name} for p in sorted((self.path / "eval").glob("*.json"))]
+
+
+def json_number(x: Any) -> Any:
+    """The value without NaN and infinity, which are no JSON: None in their place."""
+    if isinstance(x, dict):
+        return {k: json_number(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [json_number(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from modeling_periln import PeriLlamaConfig
 from runkit.errors import UsageError
+from runkit.spikes import Spikes
 
 
 @dataclass
@@ -48,14 +49,6 @@ class Divergence:
     consecutive_skips: int = 50
     loss_rise: float = 1.0  # nats by which the window's mean loss exceeds the lowest such mean so far
     window: int = 16  # steps
-
-
-@dataclass
-class Spikes:
-    """When a gradient norm counts as a spike: so many standard deviations above the mean of the steps before."""
-
-    sigmas: float = 6.0
-    window: int = 128  # steps
 
 
 @dataclass

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .recipe import Divergence, Optimizer, Spikes
-from .spikes import SpikeCounter
+from runkit.spikes import SpikeCounter, Spikes
+
+from .recipe import Divergence, Optimizer
 
 
 def learning_rate(step: int, steps: int, recipe: Optimizer) -> float:

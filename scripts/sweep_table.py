@@ -8,10 +8,11 @@ from typing import Any
 import pandas as pd
 
 from runkit.errors import UsageError, UserError
+from runkit.figure_style import STYLE
 from runkit.folder import write_bytes, write_text
-from runkit.looks import STYLE, colour_of, marker_of
+from runkit.placements import colour_of, marker_of
+from runkit.spikes import count_spikes
 
-from .spikes import count_spikes
 from .sweep_cells import PLACEMENT, RATE, SEED, Cell, Sweep, label
 
 MEASURES = ("final_loss", "spikes", "spikes_first_tenth", "skipped_steps")
@@ -24,7 +25,7 @@ TITLES = {
 NOTES = (
     "Final loss: mean of the finite training losses in the last tenth of the recorded steps; `±` is the sample "
     "standard deviation over the seeds. Gradient spike: a step whose gradient norm lies more than {sigmas:g} standard "
-    "deviations above the mean of the {window} steps before it (scripts/spikes.py). Means are over the completed runs; "
+    "deviations above the mean of the {window} steps before it (runkit/spikes.py). Means are over the completed runs; "
     "runs that diverged are counted, with the steps at which they ended, and enter no mean."
 )
 

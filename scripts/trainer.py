@@ -23,6 +23,7 @@ from runkit.environment import DtypeWitness, describe_environment
 from runkit.errors import StoppedBySignal, UserError
 from runkit.folder import RunFolder, write_json
 from runkit.process import StopRequest
+from runkit.spikes import count_spikes
 
 from .checkpoint import BEST, load_trainer_state, save_checkpoint
 from .costs import GPUS, flops_per_token
@@ -34,7 +35,6 @@ from .layer_stats import LayerStats, drop_rows, write_rows
 from .memory_meter import peak_rss
 from .overflow import FirstNonFinite
 from .recipe import Recipe
-from .spikes import count_spikes
 from .steps import StepBook, learning_rate, make_optimizer
 from .tracking import Tracking
 

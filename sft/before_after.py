@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runkit.folder import RunFolder, read_json, weights_hash, write_json
+from runkit.models import load_causal_lm
 
 from .conversations import END_OF_TURN
 from .tokens import IGNORED, Tokens
@@ -92,7 +93,7 @@ def record_before_after(
         "dtype": "float32",
     }
     for name, checkpoint in (("before", before), ("after", after)):
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True)
+        model = load_causal_lm(checkpoint, torch.float32)
         model = model.to(device).eval()
         record[name] = {"weights_sha256": hashes[name]} | conversation_loss(model, tokens, pulse)
         record[name]["samples"] = answers(model, tokenizer, pulse)

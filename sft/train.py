@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import math
 import os
+import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,14 +28,15 @@ from pathlib import Path
 import torch
 from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
-from runkit.checkpoints import damage_of, latest_whole
+from runkit.checkpoints import chosen_checkpoint, damage_of
 from runkit.errors import StoppedBySignal, UsageError, UserError
 from runkit.folder import RunFolder, read_json, room_for, weights_hash, write_json
 from runkit.fp16 import make_fp16_real
+from runkit.models import check_loadable, find_model, load_causal_lm
 from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
 from runkit.recipes import apply_overrides, from_mapping, read_yaml, to_mapping
@@ -68,7 +70,7 @@ class Job:
 def _build_trainer(job: Job, recorder_bar: tqdm, stop: StopRequest, scratch: str) -> ExactTrainer:
     recipe = job.recipe
     # An absolute path: it is what an adapter names as its base.
-    model = AutoModelForCausalLM.from_pretrained(job.checkpoint.resolve(), dtype=torch.float32, use_safetensors=True)
+    model = load_causal_lm(job.checkpoint.resolve(), torch.float32)
     model.config.residual_dtype = recipe.residual_dtype
     if recipe.lora is not None:
         model = lora.add_adapters(model, recipe.lora, recipe.seed)
@@ -144,18 +146,17 @@ def _interrupted(job: Job, stop: StopRequest, known: dict) -> None:
 # --- what is asked for, and whether it can be had ------------------------------------------------------------
 def _source_of(path: Path, name: str) -> tuple[Path, Path] | None:
     """(checkpoint, folder for the result) of a run or checkpoint folder; None for a diverged run."""
-    if (path / "recipe.yaml").exists():
-        run = RunFolder(path)
-        if run.status == "diverged":
-            return None
-        checkpoint = latest_whole(run)
-        if checkpoint is None:
-            raise UserError(f"{path} has no whole checkpoint (status: {run.status or 'not started'})")
+    if (path / "recipe.yaml").exists() and RunFolder(path).status == "diverged":
+        return None
+    if not path.exists():
+        raise UserError(f"{path} is neither a run folder (recipe.yaml) nor a checkpoint (config.json)")
+    found = find_model(path)
+    checkpoint = found.checkpoint()
+    check_loadable(checkpoint)
+    if found.whole_run:
         return checkpoint, path / name
-    if (path / "config.json").exists():
-        run = path.parent.parent  # a checkpoint of a run writes to the run; any other to a folder beside it
-        return path, run / name if (run / "recipe.yaml").exists() else path.with_name(f"{path.name}-{name}")
-    raise UserError(f"{path} is neither a run folder (recipe.yaml) nor a checkpoint (config.json)")
+    run = path.parent.parent  # a checkpoint of a run writes to the run; any other to a folder beside it
+    return path, run / name if (run / "recipe.yaml").exists() else path.with_name(f"{path.name}-{name}")
 
 
 def load_recipe(args: argparse.Namespace) -> Recipe:
@@ -239,8 +240,7 @@ def _run_job(job: Job, bar: tqdm, stop: StopRequest) -> None:
 
 def merge_adapter(run: RunFolder) -> None:
     """Write `merged/` of a LoRA run: of the checkpoint that was selected (best.json), else of its last."""
-    best = run.path / "best.json"
-    whole = run.path / read_json(best)["checkpoint"] if best.exists() else latest_whole(run, tqdm.write)
+    whole = chosen_checkpoint(run, tqdm.write)
     if whole is None:
         raise UserError(f"{run.path} has no whole checkpoint to merge")
     out = run.path / "merged" / whole.name

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from runkit.errors import UsageError, make_parser
 
-from ..documents import KNOWN
+from ..texts.documents import KNOWN
 from .shared import add_model_options, batch_size, check_least
 
 CONTEXT = 2048  # tokens a window, where the model has as many positions

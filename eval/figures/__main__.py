@@ -10,6 +10,7 @@ if __name__ == "__main__":
     sys.exit(start("eval.figures", parse, check))  # parses before the imports below, which take seconds
 
 import argparse
+import sys
 from pathlib import Path
 
 from runkit.errors import UsageError, UserError
@@ -17,7 +18,7 @@ from runkit.folder import write_bytes, write_text
 from runkit.progress import progress_bar
 
 from .drawing import Drawing, draw, drawings
-from .models import load_measured
+from .measured_models import load_measured
 from .selection import view_of
 
 

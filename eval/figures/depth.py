@@ -6,7 +6,10 @@ from matplotlib import cm
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..records import at_edge, first_and_last, first_steps, recorded_steps
+from eval.records.derived import at_edge
+from eval.records.words import first_and_last, first_steps, recorded_steps
+
+from .layer_rows import by_depth, layer_rows, source_words
 from .pieces import (
     DEPTH,
     DEPTH_CROSS,
@@ -21,7 +24,6 @@ from .pieces import (
     whole_numbers,
     wrapped,
 )
-from .probes import by_depth, layer_rows, source_words
 from .selection import MODELS, View, at_best_rate, rate_name, rate_names, rates_words, seeds_words, sizes
 
 MOST_ROWS = 4  # of learning rates, below the initialization; more: every series at its best rate

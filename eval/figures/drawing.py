@@ -1,13 +1,14 @@
 """Figures drawn from run folders.
 
-Every placement has one colour and one marker everywhere (`runkit/looks.py`). The same records give the same bytes:
+Every placement has one colour and one marker everywhere (`runkit/placements.py`). The same records give the same bytes:
 nothing is read from the user's Matplotlib settings, and the files carry no dates.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..records import Frames
+from eval.records.frames import Frames
+
 from .catalogue import CATALOGUE, Entry
 from .pieces import NotRecorded, image_bytes, settings
 from .selection import View, of_size, plain_placements, sizes, view_of

@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from runkit.headroom import FP16_MAX
+from eval.records.words import recorded_steps
+from runkit.number_format import FP16_MAX
 
-from ..records import recorded_steps
 from .depth import STREAM, panels
+from .layer_rows import by_depth, layer_rows, source_words
 from .pieces import DEPTH, Drawn, NotRecorded, curves, grid, hide_empty, legend, plain, whole_numbers, wrapped
-from .probes import by_depth, layer_rows, source_words
 from .selection import View, at_best_rate, rate_names, rates_words, seeds_words, sizes
 
 TENSORS = {"stream": "stream", "residual_add": "residual sum", "branch": "module output"}

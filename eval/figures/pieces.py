@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from runkit.looks import STYLE
+from runkit.figure_style import STYLE
 
 from .selection import View
 

@@ -9,10 +9,11 @@ from matplotlib import colors as mcolors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..records import listed
-from .models import STAGE
+from eval.records.words import listed
+
+from .layer_rows import BENCH, angle_rows, source_words
+from .measured_models import STAGE
 from .pieces import DPI, WIDTH, Drawn, NotRecorded, curves, legend, whole_numbers, wrapped
-from .probes import BENCH, angle_rows, source_words
 from .selection import View, at_best_rate, rates_words, seeds_words, sizes
 
 CAPTION = (

@@ -13,10 +13,12 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 
-from runkit.looks import OTHER_COLOUR, colour_of, marker_of
+from eval.records.derived import final_loss
+from eval.records.frames import Frames
+from eval.records.words import rate_text
+from runkit.placements import OTHER_COLOUR, colour_of, marker_of
 
-from ..records import Frames, final_loss, rate_text
-from .models import NO_RATE, STAGE
+from .measured_models import NO_RATE, STAGE
 
 # Non-embedding parameters of the paper's models (its names; the widths of their FFN are not in the paper).
 PAPER_SIZES = {"400M": 4.0e8, "1.5B": 1.5e9, "3.2B": 3.2e9}

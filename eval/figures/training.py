@@ -9,7 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from ..records import recorded_steps, spikes
+from eval.records.derived import spikes
+from eval.records.words import recorded_steps
+
 from .depth import panels
 from .pieces import DARK, DPI, WIDTH, Drawn, NotRecorded, curves, grid, legend, log_axis, plain, whole_numbers
 from .selection import View, at_best_rate, common_protocol, rates_words, seeds_words, sizes

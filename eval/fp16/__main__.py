@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging as transformers_logging
 
-from eval.stability.data import find_samples
-from eval.stability.targets import Checkpoint, Model, find_model, hash_of
+from eval.targets import Checkpoint, Model, find_measured
+from eval.texts.samples import find_samples
 from runkit.environment import describe_environment
 from runkit.errors import UsageError
 from runkit.folder import write_folder, write_json, write_text
@@ -103,8 +104,8 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    source = find_model(args.model, args.revision, args.trust_remote_code)
-    checkpoint = source.checkpoints[-1]
+    source = find_measured(args.model, args.revision)
+    checkpoint = source.chosen
     config, (tokenizer, data) = checkpoint.config(args.trust_remote_code), find_tokenizer(args, source)
     samples = find_samples(config, tokenizer, data, args.samples, args.tokens, args.seed, TOKENS)
     model, dtype = load(checkpoint, args.trust_remote_code, args.device), stored_dtype(config)
@@ -115,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
     if not record["needed"]:
         print(f"nothing has to move: {nothing_moved(record)}; {args.out} was not written")
         return
-    head = {"model": args.model, "weights_sha256": hash_of(checkpoint), "data": samples.described}
+    head = {"model": args.model, "weights_sha256": checkpoint.weights_sha256, "data": samples.described}
     with write_folder(args.out) as folder:
         own = source.tokenizer(None, args.trust_remote_code) if source.has_tokenizer else None
         wide = write_model(model.cpu(), own, folder, dtype)

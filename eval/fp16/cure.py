@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from eval.stability.anatomy import find_anatomy
 from eval.stability.overflow import first_non_finite, half_copy
+from eval.structure.anatomy import find_anatomy
 from runkit.errors import UserError
 from runkit.fp16 import HalfMatmul
-from runkit.headroom import FP16_MAX
+from runkit.number_format import FP16_MAX
 
 from .exponents import NoExactRewrite, Plan, choose
 from .layout import Layout, find_layout

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 
 from runkit.errors import UserError
-from runkit.headroom import FP16_MAX
+from runkit.number_format import FP16_MAX
 
 from .families import SLOTS
 from .layout import FIXED, Layout

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from eval.stability.anatomy import Anatomy
-from eval.stability.inside import Unknown, linear_maps
-from eval.stability.norms import NormFacts
-from eval.stability.points import Point
-from eval.stability.sublayers import Norm, Sublayer
+from eval.structure.anatomy import Anatomy
+from eval.structure.inside import Unknown, linear_maps
+from eval.structure.norms import NormFacts
+from eval.structure.points import Point
+from eval.structure.sublayers import Norm, Sublayer
 from runkit.errors import UserError, did_you_mean
 
 from .families import EPSILON_OF

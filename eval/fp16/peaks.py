@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from eval.stability.probe import token_loss
+from eval.texts.windows import token_loss
 from runkit.errors import UserError
 
 if TYPE_CHECKING:

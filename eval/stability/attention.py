@@ -13,7 +13,8 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .anatomy import Anatomy
+from eval.structure.anatomy import Anatomy
+
 from .moments import headroom_bits
 
 NAME = "periln_stability_probe"

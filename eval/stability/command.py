@@ -13,20 +13,20 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.render import Table, to_terminal
+from eval.arguments.stability import check
+from eval.bounds.certificate import certify
+from eval.records.explain import explain
+from eval.records.words import number
+from eval.targets import Checkpoint, Model, find_measured
+from eval.text_table import Table, to_terminal
+from eval.texts.samples import Samples, find_samples
 from runkit.environment import describe_environment
 from runkit.errors import UsageError
 from runkit.process import start_stage
 from runkit.progress import progress_bar
 
-from ..arguments.stability import check
-from .certificate import certify
-from .data import Samples, find_samples
-from .explain import explain
+from .files import Records, wide_table
 from .measure import Measured, Options, measure, units
-from .records import Records, wide_table
-from .targets import Checkpoint, Model, find_model, hash_of
-from .verdict import number
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -159,7 +159,7 @@ def _measure_model(bench: _Bench, model: Model) -> None:
     # A run may have been moved: its records are its own, whatever the path.
     records = Records(folder, model.name if model.run is not None else model.asked, single=model.run is None)
     for checkpoint in model.checkpoints:
-        weights = hash_of(checkpoint)
+        weights = checkpoint.weights_sha256
         if not args.again and records.has(checkpoint.step, bench.asked, weights):
             tqdm.write(f"{model.name} step {checkpoint.step}: measured already ({records.table(checkpoint.step)})")
             tqdm.write(_said(records.entry(checkpoint.step)["verdict"]))
@@ -182,7 +182,7 @@ def main(args: argparse.Namespace) -> None:
         return
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    models = [find_model(asked, args.revision, args.trust_remote_code) for asked in args.models]
+    models = [find_measured(asked, args.revision) for asked in args.models]
     names = [m.name for m in models if m.run is None or args.out is not None]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:

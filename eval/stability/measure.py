@@ -1,8 +1,5 @@
 """All measurements of one model on one set of samples."""
 
-import math
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,14 +9,18 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, find_anatomy
+from eval.structure.anatomy import Anatomy, find_anatomy
+from eval.texts.samples import Samples
+from eval.texts.windows import token_loss
+from runkit.folder import json_number
+from runkit.process import peak_rss
+
 from .attention import AttentionProbe
 from .backward import backward_rows
-from .data import Samples
 from .fits import fit_growth
 from .massive import massive_activations, outlier
 from .overflow import first_non_finite
-from .probe import Probe, token_loss
+from .probe import Probe
 from .redundancy import skip_losses
 from .verdict import checkpoint_verdict, depth_profile
 
@@ -51,21 +52,6 @@ class Measured:
     rows: pd.DataFrame
     angles: pd.DataFrame
     record: dict[str, Any]
-
-
-def peak_rss() -> int:
-    """The process's largest resident set so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def json_number(x: Any) -> Any:
-    """The value without NaN and infinity, which are no JSON: None in their place."""
-    if isinstance(x, dict):
-        return {k: json_number(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [json_number(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def units(anatomy_layers: int, samples: Samples, options: Options) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from runkit.headroom import FP16_MAX
+from runkit.number_format import FP16_MAX
 
 
 @dataclass

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from eval.structure.anatomy import Anatomy, Point, first_tensor, input_tensor
+from eval.texts.windows import token_loss
 from runkit.fp16 import HalfMatmul
-
-from .anatomy import Anatomy, Point, first_tensor, input_tensor
-from .probe import token_loss
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,13 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .anatomy import Anatomy, Point, first_tensor, input_tensor
+from eval.structure.anatomy import Anatomy, Point, first_tensor, input_tensor
+from eval.texts.windows import token_loss
+
 from .moments import Moments, headroom_bits
 from .redundancy import Angles
-
-
-def token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Sum of the next-token cross entropy (nats) over a batch; logits (B, S, V) in FP32."""
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
 
 class Probe:

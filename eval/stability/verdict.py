@@ -5,18 +5,12 @@ from typing import Any
 
 import pandas as pd
 
-from runkit.headroom import FP16_MAX
+from eval.records.words import number
+from runkit.number_format import FP16_MAX
 
 CLOSE = 3.0  # bits of headroom below which the next doublings are near
 POOR = 0.7  # R² below which a fit is not called a description
 ONE_SIDED = 0.1  # |scale freedom| of this and more: the loss depends on the scale of the weights
-
-
-def number(x: float) -> str:
-    """Three digits, in the form that reads best."""
-    if not math.isfinite(x):
-        return "not finite"
-    return f"{x:.3g}" if abs(x) < 1e5 else f"{x:.2e}"
 
 
 def place_of(row: dict[str, Any]) -> str:

@@ -2,9 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-from runkit.errors import UsageError, UserError, make_parser
+from runkit.errors import UsageError, make_parser
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m sft.serve") -> argparse.Namespace:
@@ -19,13 +18,6 @@ def parse(argv: list[str] | None = None, prog: str = "python -m sft.serve") -> a
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse no checkpoint at all (UsageError), and a folder without tokenizer or chat template (UserError)."""
+    """Raise UsageError where no checkpoint is named."""
     if not args.words:
         raise UsageError("name a checkpoint to serve")
-    folder = None if args.words[0].startswith("-") else Path(args.words[0])
-    if folder is None or not folder.is_dir():
-        return
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is no checkpoint (config.json): name one of those in its checkpoints/")
-    if not (folder / "chat_template.jinja").exists():
-        raise UserError(f"{folder} has no chat template (chat_template.jinja): serve a fine-tuned checkpoint")

@@ -82,3 +82,9 @@ def environment(hub: LocalHub, home: Path) -> dict[str, str]:
         "HF_TOKEN": hub.token,
         "PYTHONPATH": os.getcwd(),
     }
+
+
+def write_weights(run, model):
+    """Put another model into the run's newest checkpoint, as whole as before."""
+    with write_checkpoint(run.checkpoints()[-1], model, make_tokenizer()):
+        pass

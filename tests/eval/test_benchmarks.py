@@ -1,6 +1,7 @@
 """Scores against the lm_eval command line, what is not computed twice, and what is said of bad input."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import torch
 from hub_store import write_store
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from small_models import make_model, make_run, make_tokenizer, serving
+from small_models import make_model, make_run, make_tokenizer, serving, write_weights
 
-from eval import benchmarks, harness
-from eval.checkpoints import find_model, find_target
-from eval.harness import Benchmarks, Settings
-from eval.likelihood import ContinuationLM
+from eval import benchmarks
+from eval.scoring import harness
+from eval.scoring.harness import Benchmarks, Settings
+from eval.scoring.likelihood import ContinuationLM
 from eval.suites import SUITES
+from eval.targets import find_target
 from runkit.errors import UsageError, UserError, run_command
 
 FIVE = SUITES["hub"]
@@ -58,7 +60,7 @@ def one_list_of_tasks():
     import lm_eval.evaluator
     import lm_eval.tasks
 
-    from eval.harness import MINI_FOLDER
+    from eval.scoring.harness import MINI_FOLDER
 
     made, real = [], lm_eval.tasks.TaskManager
 
@@ -138,7 +140,7 @@ def test_log_likelihoods_are_bit_for_bit_those_of_the_harness(size, logits_cache
 def test_an_automatic_batch_is_no_larger_than_the_memory_holds(monkeypatch):
     import psutil
 
-    from eval.likelihood import fitting_batch_size
+    from eval.scoring.likelihood import fitting_batch_size
 
     for free, expected in ((1000e9, 64), (4e9, 9), (1e6, 1)):  # 4e9 / 4 over 2 x 4 bytes x 128 x 100,000 is 9.8
         memory = type("Memory", (), {"available": free})
@@ -234,7 +236,7 @@ def test_log_likelihoods_that_are_no_numbers_are_no_scores(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     model = make_model(make_tokenizer())
     model.model.layers[0].mlp.down_proj.weight.data[3, 3] = torch.nan
-    model.save_pretrained(run.checkpoints()[-1])
+    write_weights(run, model)
     assert call(run.path, "--tasks", "mini_piqa", "--limit", 3, "--device", "cpu") == 1
     assert "mini_piqa: log-likelihoods are no numbers in torch.float32" in capsys.readouterr().err
     assert not records(run.path / "eval")
@@ -254,7 +256,7 @@ def test_other_settings_and_other_weights_have_files_of_their_own(tmp_path):
     weights = {r["evaluated"]["weights_sha256"] for r in records(run.path / "eval")}
     assert len(weights) == 1
     model = make_model(make_tokenizer(), seed=5)
-    model.save_pretrained(run.checkpoints()[-1])
+    write_weights(run, model)
     assert call(*words, "--limit", 3) == 0
     assert len(records(run.path / "eval")) == 4
 
@@ -357,7 +359,8 @@ def test_what_cannot_be_scored_is_named(tmp_path, capsys, monkeypatch):
     assert call(tmp_path / "adapter", "--tasks", "mini_piqa") == 1
     assert "holds an adapter alone: merge it" in capsys.readouterr().err
     run = make_run(tmp_path / "run")
-    checkpoint = run.checkpoints()[-1]
+    checkpoint = shutil.copytree(run.checkpoints()[-1], tmp_path / "alone")
+    (checkpoint / "manifest.json").unlink()
 
     def refuse(**kwargs):
         raise AssertionError
@@ -368,9 +371,9 @@ def test_what_cannot_be_scored_is_named(tmp_path, capsys, monkeypatch):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
     with pytest.raises(UserError, match="brings code of its own, which is only run with --trust-remote-code"):
-        find_model(str(run.path), None, False, None).load("cpu")
+        find_target(checkpoint).load("cpu")
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(UserError, match="has no weights in safetensors"):
-        find_target(run.path)
+        find_target(checkpoint)
     with pytest.raises(UsageError, match="is no folder here"):
-        find_model("no/such", None, False, None)
+        find_target("no/such", None, False, None)

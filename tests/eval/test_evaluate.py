@@ -2,15 +2,16 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
 from eval import evaluate
-from eval.checkpoints import find_target
-from eval.harness import Benchmarks
-from eval.heldout import heldout_loss, read_texts
-from eval.samples import generate_samples
+from eval.scoring.generation import generate_samples
+from eval.scoring.harness import Benchmarks
+from eval.targets import find_target
+from eval.texts.windows import heldout_loss, read_texts
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from runkit.checkpoints import write_checkpoint
 from runkit.errors import UsageError, UserError, run_command
@@ -111,11 +112,15 @@ def test_a_diverged_run_stands_for_nothing(run_folder):
 
 
 def test_what_cannot_be_evaluated_is_named(run_folder, tmp_path):
-    with pytest.raises(UserError, match="nowhere is neither a run folder"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         find_target(tmp_path / "nowhere")
-    (run_folder.checkpoints()[-1] / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="is neither a run folder"):
+        find_target(tmp_path)
+    alone = shutil.copytree(run_folder.checkpoints()[-1], tmp_path / "alone")
+    (alone / "manifest.json").unlink()
+    (alone / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match="has no tokenizer"):
-        find_target(run_folder.path)
+        find_target(alone)
 
 
 def call(*args) -> int:

@@ -6,7 +6,7 @@ import pytest
 from small_models import make_run
 
 from eval import bench
-from eval.likelihood import ContinuationLM
+from eval.scoring.likelihood import ContinuationLM
 from runkit.errors import run_command
 
 

@@ -7,11 +7,14 @@ from collections import Counter
 
 import pytest
 import torch
-from small_models import make_model, make_run, make_tokenizer, serving
+from small_models import make_model, make_run, make_tokenizer, serving, write_weights
 
-from eval import documents, loss, tables
-from eval.documents import KNOWN, Source, choose
-from eval.heldout import NO_DOCUMENT, make_windows
+from eval import loss
+from eval.arguments.tables import parse as tables_parse
+from eval.tables import command as tables
+from eval.texts import documents
+from eval.texts.documents import KNOWN, Source, choose
+from eval.texts.windows import NO_DOCUMENT, make_windows
 from runkit.errors import run_command
 
 DOCUMENTS = [f"document {i} about {'water and eggs ' * (i % 9 + 1)}" for i in range(60)]
@@ -121,7 +124,7 @@ def test_c4_loss_is_the_mean_over_chosen_documents_streamed_from_the_hub(hub, tm
     assert call(run.path, "--documents", 20, "--seed", 5, "--context", 64) == 0  # is there: only shown
     assert f"{by_name['loss']['value']:.4f} ± " in capsys.readouterr().out
     # ... and Table 2 takes it.
-    assert run_command(tables.main, tables.parse([str(run.path), "--format", "csv"])) == 0
+    assert run_command(tables.main, tables_parse([str(run.path), "--format", "csv"])) == 0
     head, row = (line.split(",") for line in capsys.readouterr().out.splitlines()[-2:])
     cells = dict(zip(head, row, strict=True))
     assert float(cells["c4_loss"]) == pytest.approx(by_name["loss"]["value"], abs=0.01)
@@ -146,7 +149,7 @@ def test_a_loss_that_is_no_number_is_said_at_the_first_batch_and_leaves_nothing(
     run, sample = make_run(tmp_path / "run"), tmp_path / "sample.jsonl"
     model = make_model(make_tokenizer())
     model.model.layers[0].mlp.down_proj.weight.data[3, 3] = torch.nan
-    model.save_pretrained(run.checkpoints()[-1])
+    write_weights(run, model)
     source = documents.named("no/where", None, None, None, None)
     documents.write_sample(sample, documents.Sample(source, 0, DOCUMENTS[:4], 60), 4)
     monkeypatch.setattr(loss, "SAVE_EVERY", 1)

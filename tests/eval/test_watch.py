@@ -12,7 +12,7 @@ import pytest
 from small_models import make_model, make_run, make_tokenizer
 
 from eval import watch
-from eval.harness import Settings
+from eval.scoring.harness import Settings
 from runkit.checkpoints import remove_checkpoint, write_checkpoint
 from runkit.errors import UserError, run_command
 from runkit.folder import RunFolder

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from tiny import MODEL, make_data
 
-from runkit import looks
+from runkit import placements
 from runkit.errors import StoppedBySignal, UsageError, UserError
 from runkit.folder import RunFolder
 from runkit.process import StopRequest
@@ -273,8 +273,8 @@ def test_the_table_is_written_as_csv_markdown_and_png(swept):
 
 def test_colours_and_markers_are_those_of_the_report():
     selection = pytest.importorskip("eval.figures.selection")
-    assert (selection.colour_of, selection.marker_of) == (looks.colour_of, looks.marker_of)
-    assert len(set(looks.COLOURS.values())) == len(set(looks.MARKERS.values())) == len(looks.COLOURS)
+    assert (selection.colour_of, selection.marker_of) == (placements.colour_of, placements.marker_of)
+    assert len(set(placements.COLOURS.values())) == len(set(placements.MARKERS.values())) == len(placements.COLOURS)
 
 
 def test_other_fields_have_panels_and_columns_of_their_own(tmp_path):

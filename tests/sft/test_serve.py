@@ -45,4 +45,4 @@ def test_what_cannot_be_served_is_said(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(serve, "is_serve_available", lambda: True)
     (checkpoint / "chat_template.jinja").unlink()
     assert "has no chat template" in said(checkpoint)
-    assert "is no checkpoint (config.json)" in said(checkpoint.parent)
+    assert "is neither a run folder (recipe.yaml) nor a checkpoint (config.json)" in said(checkpoint.parent)

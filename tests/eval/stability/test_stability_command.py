@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eval.arguments.stability import parse
 from eval.stability.command import main
-from eval.stability.targets import find_model
+from eval.targets import find_measured
 from runkit.checkpoints import write_checkpoint
 from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder
@@ -112,7 +112,7 @@ def test_what_is_measured_is_not_measured_again_unless_asked(measured, capsys):
 
 
 def test_a_checkpoint_of_a_run_writes_to_the_run(measured):
-    model = find_model(str(measured / "run" / "checkpoints" / "step_00000010"))
+    model = find_measured(str(measured / "run" / "checkpoints" / "step_00000010"))
     assert model.run == (measured / "run").resolve() and [c.step for c in model.checkpoints] == [10]
 
 
@@ -135,9 +135,9 @@ def test_another_model_s_records_are_not_overwritten(measured):
         ([], "name at least one run folder"),
         (["RUN", "--explain", "RUN"], "leave the models out"),
         (["RUN", "--data", "SHORT"], "fewer than one sample"),
-        (["NOWHERE"], "does not exist, and is no id of the Hub"),
+        (["NOWHERE"], "does not exist and is not an id of the Hub"),
         (["EMPTY"], "neither a run folder"),
-        (["PICKLED"], "no .safetensors file"),
+        (["PICKLED"], "has no weights in safetensors"),
         (["BARE"], "--data random"),
         (["HEADLESS", "--data", "random"], "lacks 1 of the model's weights, lm_head.weight the first"),
     ],
@@ -165,8 +165,8 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(place, tmp_path, capsys):
     shutil.copytree(place / "run", tmp_path / "run")
     weights = tmp_path / "run" / "checkpoints" / "step_00000020" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
-    assert [c.step for c in find_model(str(tmp_path / "run")).checkpoints] == [10]
-    assert "passing over a checkpoint" in capsys.readouterr().out
+    assert [c.step for c in find_measured(str(tmp_path / "run")).checkpoints] == [10]
+    assert "passing over a checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,0 +1,35 @@
+"""What the options that several commands share ask for: the settings of a score, and a device."""
+
+import argparse
+
+import torch
+
+from eval.scoring.harness import Settings
+from runkit.errors import UsageError
+
+from .arguments.shared import batch_size
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings that the flags ask for, checked."""
+    size, device = batch_size(args.batch_size), device_of(args.device)
+    settings = Settings(args.num_fewshot, args.limit, size, args.dtype, device)
+    settings.check()
+    return settings
+
+
+def device_of(name: str) -> str:
+    """The device of that name, or for `auto` a GPU where torch sees one.
+
+    Raises:
+        UsageError: a device that is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise UsageError(f"--device {name} is no device: use cpu, cuda or cuda:1") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name} was asked for, but torch sees no CUDA device")
+    return name

@@ -1,0 +1,1 @@
+"""What is asked of a model: likelihoods of answers, and generated text."""

@@ -1,0 +1,257 @@
+"""Tasks of lm-evaluation-harness through its Python API, and their results as records for eval/*.json.
+
+The harness's own tasks run unmodified, on the real data; beside them our own small items in five of their schemas
+(`mini_*`), which are never called by the benchmarks' names.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import math
+import random
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eval.suites import SUITES
+from eval.targets import Target
+from runkit.errors import UsageError, UserError, did_you_mean
+from runkit.folder import read_json, weights_hash, write_json
+from runkit.hub import hub_reason, quiet_hub
+
+MINI_FOLDER = Path(__file__).parents[1] / "tasks"
+# Where the harness keeps the tasks that this project names: to list all of its 15,000 takes it ten seconds.
+FOLDERS = {
+    **{"arc_easy": "arc", "hellaswag": "hellaswag", "piqa": "piqa", "social_iqa": "siqa", "winogrande": "winogrande"},
+    **{"openbookqa": "openbookqa", "commonsense_qa": "commonsense_qa", "rte": "glue", "mnli": "glue"},
+}
+SEED = 1234  # the harness's own default, for the examples before an item too
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a score beside weights and task; `batch_size` is a number or `auto`."""
+
+    num_fewshot: int = 0
+    limit: float | None = None
+    batch_size: int | str = 16
+    dtype: str = "auto"
+    device: str = "cpu"
+
+    def check(self) -> None:
+        """Raise UsageError for a value that cannot be; names it."""
+        if self.limit is not None and (self.limit <= 0 or (self.limit >= 1 and self.limit != int(self.limit))):
+            shown = f"{self.limit:g}"
+            raise UsageError(f"limit must be at least 1 item a task, or a share of them below 1, not {shown}")
+        if self.num_fewshot < 0:
+            raise UsageError(f"num_fewshot must be at least 0, not {self.num_fewshot}")
+        if self.batch_size != "auto" and self.batch_size < 1:
+            raise UsageError(f"batch size must be at least 1, or auto, not {self.batch_size}")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UsageError(f"--device {self.device} was asked for, but torch sees no CUDA device")
+
+    def recorded(self) -> dict[str, Any]:
+        """The keys of a record that hold them; `dtype` is recorded as it turned out."""
+        return {
+            "num_fewshot": self.num_fewshot,
+            "limit": int(self.limit) if self.limit is not None and self.limit >= 1 else self.limit,
+            "batch_size": self.batch_size,
+            "dtype_asked": self.dtype,
+            "device": self.device,
+            "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
+        }
+
+
+class Benchmarks:
+    """Tasks of the harness (or groups of them), loaded once and used for every checkpoint."""
+
+    def __init__(self, tasks: Sequence[str], settings: Settings):
+        settings.check()
+        self.tasks, self.settings = tuple(dict.fromkeys(tasks)), settings
+        self._loaded: dict[str, dict[str, Any]] = {}
+
+    def load(self) -> None:
+        """Find the tasks and load their data; by itself this happens when a score is first asked for.
+
+        Raises:
+            UsageError: an unknown task; with the nearest name.
+            UserError: a data set that cannot be had; one sentence that says why.
+        """
+        if not self._loaded:
+            logging.getLogger("lm_eval").setLevel(logging.ERROR)
+            quiet_hub()
+            manager = _manager_of(self.tasks)
+            self._loaded = {name: self._load(manager, name) for name in self.tasks}
+
+    def _load(self, manager: Any, name: str) -> dict[str, Any]:
+        try:
+            loaded = manager.load(name)
+        except Exception as error:  # datasets and the Hub raise a dozen kinds; the user needs one sentence
+            raise UserError(f"the data set of {name} cannot be loaded: {hub_reason(error)}") from error
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") != 0:  # the harness's rule: 0 in a task's own file is not overruled
+                task.set_config(key="num_fewshot", value=self.settings.num_fewshot)
+            task.set_fewshot_seed(seed=SEED)
+        return loaded
+
+    def loaded(self, name: str) -> list[Any]:
+        """The harness's tasks of that name: one, or those of a group."""
+        self.load()
+        return list(self._loaded[name]["tasks"].values())
+
+    def run(self, name: str, lm: Any, target: Target, log_samples: bool = False) -> dict[str, Any]:
+        """The harness's answer for one task: what its command line gives when asked for this task alone."""
+        from lm_eval.evaluator import evaluate
+
+        self.load()
+        random.seed(0)  # as the command line does
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        # The mini tasks take seconds, and the harness's own progress bars would bury ours; on the real ones, which
+        # take hours on a large model, they are what one wants to see.
+        with redirect_stderr(io.StringIO()) if name in SUITES["mini"] else nullcontext():
+            try:
+                return evaluate(lm=lm, task_dict=self._loaded[name], limit=self.settings.limit, log_samples=log_samples)
+            except AssertionError as error:  # the harness's only word for an item that does not fit
+                raise UserError(
+                    f"{target.name}: lm-eval refuses an item of {name}; an answer is probably longer than the model's "
+                    f"{lm.max_length} positions in its tokenizer's tokens"
+                ) from error
+            except FloatingPointError as error:
+                raise UserError(f"{target.name}, {name}: {error}; its scores would mean nothing") from error
+
+    def load_model(self, target: Target) -> Any:
+        """The target as the harness wants it."""
+        from .likelihood import ContinuationLM
+
+        settings = self.settings
+        model, tokenizer = target.load(settings.device, settings.dtype)
+        return ContinuationLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=settings.device
+        )
+
+    def _head(self, target: Target) -> dict[str, Any]:
+        return {"evaluated": target.evaluated()} | self.settings.recorded()
+
+    def lacking(self, target: Target, file: Path, again: bool = False) -> list[str]:
+        """The tasks that `file` has no result of for these weights and settings; `again`: all of them."""
+        record = None if again else _matching(file, self._head(target))
+        return [name for name in self.tasks if record is None or name not in record["tasks"]]
+
+    def is_free(self, target: Target, file: Path) -> bool:
+        """Whether `file` is missing, or holds results for these weights and settings."""
+        return not file.exists() or _matching(file, self._head(target)) is not None
+
+    def score(self, target: Target, file: Path, again: bool = False, done: Any = None) -> dict[str, Any]:
+        """Score the target on every task that is `lacking`, and write it.
+
+        The file is written after each task, so that a stop costs one task at most. Results of other tasks stay in it;
+        those for other weights or settings are replaced. `done` is called after each task.
+        """
+        head, missing, lm = self._head(target), self.lacking(target, file, again), None
+        record = _matching(file, head)
+        for name in self.tasks:
+            if name in missing:
+                lm = lm or self.load_model(target)
+                record = head | self._joined(record or {}, name, self.run(name, lm, target), lm)
+                write_json(file, record)
+            if done is not None:
+                done()
+        return record
+
+    def _joined(self, old: dict[str, Any], name: str, answer: dict[str, Any], lm: Any) -> dict[str, Any]:
+        """What a record holds beside its head, with the answer of one more task in it."""
+        new = _results(answer)
+        known = {(row["task"], row["metric"]) for row in new}
+        kept = [row for row in old.get("results", []) if (row["task"], row["metric"]) not in known]
+        scored = [*(task for task in old.get("tasks", []) if task != name), name]
+        sizes = old.get("batch_sizes", {})
+        if self.settings.batch_size == "auto":
+            sizes = sizes | {name: sorted({int(size) for size in lm.batch_sizes.values()})}
+        return {
+            "suite": next((suite for suite, tasks in SUITES.items() if set(tasks) == set(scored)), None),
+            "tasks": scored,
+            "dtype": str(lm.model.dtype).removeprefix("torch."),
+            **({"batch_sizes": sizes} if sizes else {}),
+            "results": kept + new,
+        }
+
+
+def _manager_of(tasks: Sequence[str]) -> Any:
+    """The harness's list of its tasks; of a few folders where those hold all that is asked for.
+
+    Raises:
+        UsageError: an unknown task; with the nearest name.
+    """
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    folders = dict.fromkeys(FOLDERS[task] for task in tasks if task in FOLDERS)
+    few = [*(str(root / folder) for folder in folders), str(MINI_FOLDER)]
+    manager = lm_eval.tasks.TaskManager(include_path=few, include_defaults=False)
+    if all(name in manager.all_tasks for name in tasks):
+        return manager
+    manager = lm_eval.tasks.TaskManager(include_path=str(MINI_FOLDER))
+    for name in tasks:
+        if name not in manager.all_tasks:
+            near = did_you_mean(name, [*SUITES, *manager.all_tasks])
+            raise UsageError(f"task {name!r} is unknown to lm-eval{near}")
+    return manager
+
+
+def _matching(file: Path, head: dict[str, Any]) -> dict[str, Any] | None:
+    """The record in the file, if it is of these weights and settings."""
+    if not file.exists():
+        return None
+    record, asked = read_json(file), head["dtype_asked"]
+    if (
+        not isinstance(record, dict)
+        or (record.get("evaluated") or {}).get("weights_sha256") != head["evaluated"]["weights_sha256"]
+    ):
+        return None
+    same = all(record.get(key) == value for key, value in head.items() if key not in ("evaluated", "dtype_asked"))
+    return record if same and asked in (record.get("dtype_asked"), record.get("dtype")) else None
+
+
+def _finite(value: float) -> float | None:
+    """None for a perplexity, say, beyond all numbers: JSON has no infinity."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _results(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every metric of an answer of the harness: a row each, with its standard error where it has one."""
+    rows = []
+    for task, scores in answer["results"].items():
+        shots = answer["n-shot"].get(task)  # what a task's own file says is not overruled
+        items = (answer["n-samples"].get(task) or {}).get("effective") or scores.get("sample_len")
+        for key, value in scores.items():
+            metric, _, chosen = key.partition(",")
+            if not chosen or metric.endswith("_stderr") or isinstance(value, (str, bool)):
+                continue
+            stderr = scores.get(f"{metric}_stderr,{chosen}")
+            rows.append(
+                {
+                    "task": task,
+                    "metric": metric if chosen == "none" else key,
+                    "value": _finite(value),
+                    "stderr": _finite(stderr) if isinstance(stderr, (int, float)) else None,
+                    "n": items,
+                    **({"num_fewshot": shots} if isinstance(shots, int) else {}),
+                }
+            )
+    return rows
+
+
+def result_file(target: Target, settings: Settings) -> Path:
+    """Where the results go: a file for these weights and settings, so that no result replaces another's."""
+    asked = {"weights": weights_hash(target.checkpoint)} | settings.recorded()
+    short = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    limit = "" if settings.limit is None else f"-limit{settings.limit:g}"
+    return target.results / f"benchmarks-{target.checkpoint.name}-{settings.num_fewshot}shot{limit}-{short}.json"

@@ -1,0 +1,1 @@
+"""How a causal language model is taken apart: layers, sublayers, norms, and the points at which a tensor is seen."""

@@ -1,0 +1,1 @@
+"""Tables of scores, from run folders or from a file of scores."""

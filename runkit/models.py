@@ -1,0 +1,185 @@
+"""Which model a path or an id of the Hub means, and how its weights are loaded: one answer for every stage.
+
+What is damaged is named, and passed over or refused. Weights that the file lacks are refused, since Transformers fills
+them with random numbers; so are weights that the model has no place for.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoints import checked, chosen_checkpoint, named_best, whole_checkpoints
+from .errors import UsageError, UserError
+from .folder import RunFolder
+from .hub import hub_reason, quiet_hub
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")  # of a Hub model; never a pickle
+
+
+def to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model folder, or a run that holds some.
+
+    `run` is the run folder it belongs to, `whole_run` whether that was asked for; `revision` is the Hub's commit.
+    """
+
+    asked: str
+    path: Path
+    run: Path | None = None
+    whole_run: bool = False
+    revision: str | None = None
+
+    def checkpoint(self, tell: Callable[[str], None] = to_stderr) -> Path:
+        """The checkpoint that it stands for: see `runkit.checkpoints.chosen_checkpoint`.
+
+        Raises:
+            UserError: a run without a whole checkpoint, or a damaged one that was asked for.
+        """
+        if not self.whole_run:
+            return checked(self.path)
+        run = RunFolder(self.path)
+        found = chosen_checkpoint(run, tell)
+        if found is None:
+            raise UserError(f"{self.path} has no whole checkpoint (status: {run.status or 'not started'})")
+        return found
+
+    def checkpoints(self, tell: Callable[[str], None] = to_stderr) -> list[Path]:
+        """Every whole checkpoint of a run, oldest first; else the one. Raises as `checkpoint`."""
+        if not self.whole_run:
+            return [checked(self.path)]
+        found = list(whole_checkpoints(RunFolder(self.path), tell))[::-1]
+        return found or [self.checkpoint(lambda text: None)]
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether best.json of a fine-tuning decides which checkpoint it stands for."""
+        return self.whole_run and named_best(RunFolder(self.path)) is not None
+
+
+def find_model(asked: str | Path, revision: str | None = None) -> FoundModel:
+    """The model that a path, else an id of the Hub, stands for.
+
+    Raises:
+        UsageError: a revision of a local path.
+        UserError: it is neither a run, nor a model folder, nor a model of the Hub.
+    """
+    path = Path(asked)
+    if not is_local(asked):
+        found, commit = _download(str(asked), revision)
+        return FoundModel(str(asked), found, revision=commit)
+    if revision is not None:
+        raise UsageError(f"--revision {revision} is for models of the Hub, and {asked} is none")
+    path = path.resolve()
+    if (path / "recipe.yaml").exists():
+        return FoundModel(str(asked), path, path, whole_run=True)
+    if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+        what = "is neither a run folder (recipe.yaml) nor a checkpoint (config.json)"
+        raise UserError(f"{path} {what}" if path.exists() else f"{asked} does not exist and is not an id of the Hub")
+    run = path.parent.parent
+    inside = path.parent.name in ("checkpoints", "merged") and (run / "recipe.yaml").exists()
+    return FoundModel(str(asked), path, run if inside else None)
+
+
+def is_local(asked: str | Path) -> bool:
+    """Whether a path is meant rather than an id of the Hub."""
+    return Path(asked).exists() or not _HUB_ID.fullmatch(str(asked))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint by its name; 0 for one that is not named by a step."""
+    name = checkpoint.name.removeprefix("step_")
+    return int(name) if name.isdigit() else 0
+
+
+def check_loadable(checkpoint: Path) -> None:
+    """Refuse, before anything is imported, what cannot be loaded.
+
+    Raises:
+        UserError: an adapter alone, or no weights in safetensors.
+    """
+    if (checkpoint / "adapter_config.json").exists():
+        raise UserError(f"{checkpoint} holds an adapter alone: merge it (sft.train --peft --merge), and use merged/")
+    if not any(checkpoint.glob("*.safetensors")):
+        raise UserError(f"{checkpoint} has no weights in safetensors; pickled ones (.bin, .pt) are not read")
+
+
+def load_causal_lm(
+    checkpoint: Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, name: str | None = None
+) -> PreTrainedModel:
+    """The model of a checkpoint, in evaluation mode, from safetensors alone.
+
+    Raises:
+        UserError: it cannot be loaded, its code would have to be trusted, or its weights are not those of the model.
+    """
+    import transformers
+
+    import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
+
+    check_loadable(checkpoint)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True, **options)
+    except Exception as error:
+        raise not_loaded(name or checkpoint, error) from error
+    refuse_other_weights(name or checkpoint, info)
+    return model.eval()
+
+
+def refuse_other_weights(name: object, info: dict[str, Any]) -> None:
+    """Refuse a model whose file lacks weights or holds others; `info` is what `from_pretrained` returns of them.
+
+    Raises:
+        UserError: how many, and the first.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} the first")
+    if unexpected := sorted(info["unexpected_keys"]):
+        raise UserError(f"{name} holds {len(unexpected)} weights that the model has not, {unexpected[0]} the first")
+    if mismatched := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys", ())):
+        raise UserError(
+            f"{name} has {len(mismatched)} weights of another shape than the model, {mismatched[0]} the first"
+        )
+
+
+def not_loaded(name: object, error: Exception) -> UserError:
+    """What Transformers raised, in whichever way, as one sentence."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return UserError(f"{name} brings code of its own, which is only run with --trust-remote-code: read it first")
+    return UserError(f"{name} cannot be loaded as a causal LM ({text[:200]})")
+
+
+def _download(name: str, revision: str | None) -> tuple[Path, str]:
+    """The folder of a Hub model in the cache (weights in safetensors, never pickles), and its commit."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    quiet_hub()
+    at = f"{name}@{revision}" if revision else name
+    try:
+        if constants.is_offline_mode():
+            found = snapshot_download(name, revision=revision, local_files_only=True)
+            return Path(found), Path(found).name
+        info = HfApi().model_info(name, revision=revision)
+        # What stands in folders is another format of the same, or no part of the model.
+        files = [s.rfilename for s in info.siblings if "/" not in s.rfilename and s.rfilename.endswith(_FILES)]
+        if not any(file.endswith(".safetensors") for file in files):
+            raise UserError(f"{at} has no weights in safetensors; pickled ones (.bin, .pt) are not read")
+        return Path(snapshot_download(name, revision=info.sha, allow_patterns=files)), info.sha
+    except UserError:
+        raise
+    except Exception as error:  # the Hub's client raises a dozen kinds; the user needs one sentence
+        raise UserError(f"{at} is no folder here, and {hub_reason(error)}") from error
