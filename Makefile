@@ -1,6 +1,7 @@
 # Two commands do all the set-up: `make demo` and `make test`. The variables:
 #   PYTHON=python3        the interpreter to build the virtual environment with (3.11 or newer)
 #   TORCH_INDEX=URL       another package index for torch, e.g. https://download.pytorch.org/whl/cpu
+#   TORCH=torch==X        another torch for `make test-oldest` and `make test-newest`, with TORCH_INDEX
 #   DEVICE=cpu|cuda  TEXT=PATH  HUB=1  LIMIT=N  PLACEMENTS=a,b  OUT=runs/demo  DEBUG=1      for `make demo`
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ DEMO_FLAGS = --out "$(OUT)" $(if $(DEVICE),--device "$(DEVICE)") $(if $(TEXT),--
 # A file's tests stay together; every test has one thread (tests/conftest.py).
 PARALLEL = --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-slow test-fast test-hf test-vllm lint setup clean
+.PHONY: demo test test-slow test-fast test-oldest test-newest test-hf test-vllm lint setup clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -46,6 +47,26 @@ test-slow: $(STAMP) ## what takes minutes by itself: a run killed sixty times
 test-fast: $(STAMP) ## the tests that train nothing and start nothing
 	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL) $(PYTEST_ARGS)
 
+test-oldest: ## the model family on the oldest versions that pyproject.toml admits, in an environment made anew
+	@rm -rf "$(VENV)-oldest"
+	$(call test-end,oldest,--constraint constraints-oldest.txt)
+
+test-newest: ## the model family on the newest versions on the package index, in an environment made anew
+	@rm -rf "$(VENV)-newest"
+	$(call test-end,newest)
+
+# $(1): which end; $(2): what pip is told of versions. The fast tests, and a checkpoint's own code through generate().
+define test-end
+	@$(PYTHON) -m venv $(VENV)-$(1)
+	$(VENV)-$(1)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
+	@echo "$(TORCH)" > $(VENV)-$(1)/torch.txt
+	$(VENV)-$(1)/bin/python -m pip install --quiet --constraint $(VENV)-$(1)/torch.txt $(2) --editable '.[dev]'
+	$(VENV)-$(1)/bin/python -m pip list --format freeze > $(VENV)-$(1)/versions.txt
+	@grep -iE '^(torch|transformers|tokenizers|huggingface_hub|safetensors|accelerate|peft|trl|numpy)==' $(VENV)-$(1)/versions.txt
+	$(VENV)-$(1)/bin/python -m pytest -m 'not slow' $(PARALLEL) tests/modeling_periln tests/test_versions.py $(PYTEST_ARGS)
+	$(VENV)-$(1)/bin/python -m pytest tests/modeling_periln/test_remote_generation.py $(PYTEST_ARGS)
+endef
+
 # Their markers are not ours, hence no strict ones; and the reasons of their skips come counted.
 test-hf: $(STAMP) ## Transformers' own common model tests; TRANSFORMERS_SRC=/path/to/its/source, see tests/README.md
 	TRANSFORMERS_SRC="$(TRANSFORMERS_SRC)" $(BIN)/python -m pytest tests/transformers_suite/peri_llama_tests.py \
@@ -59,5 +80,5 @@ lint: $(STAMP) ## ruff (lint and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/check_types.py
 
-clean: ## remove the virtual environment (runs/ stays)
-	rm -rf $(VENV)
+clean: ## remove the virtual environments (runs/ stays)
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest

@@ -132,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
     target = find_target(args.target, args.revision, args.trust_remote_code, args.out)
     if target is None:
         raise UserError(f"{args.target} has diverged: there is nothing to measure with")
-    benchmarks = Benchmarks(names, settings)
+    benchmarks = Benchmarks(names, settings, args.include_path)
     with progress_bar(args, len(names) * args.pairs, "bench", "pair") as bar:
         frame = measure(benchmarks, target, args.pairs, bar)
     print(to_terminal(table(frame, benchmarks, args.pairs), 100))

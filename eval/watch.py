@@ -24,9 +24,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
@@ -175,17 +176,28 @@ def missed_steps(run: RunFolder, due: Callable[[int], bool], scored: set[int]) -
 # --- score against tokens ------------------------------------------------------------------------------------
 
 
-def curve(run: RunFolder, settings: Settings) -> pd.DataFrame:
-    """step, tokens, task, metric, value, stderr, n: of every checkpoint scored with these settings."""
-    recipe, asked = run.recipe, settings.recorded()
-    tokens_a_step = recipe["batch_size"] * recipe["sequence_length"]
-    rows = []
+def _records(run: RunFolder, settings: Settings) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Step and record of every checkpoint scored with these settings."""
+    asked = settings.recorded()
     for record in run.evaluations():
         name = Path((record.get("evaluated") or {}).get("path") or "").name
-        if not name.startswith("step_") or any(record.get(key) != asked[key] for key in asked):
-            continue
-        step = int(name.removeprefix("step_"))
-        rows += [{"step": step, "tokens": step * tokens_a_step} | row for row in record["results"]]
+        if name.startswith("step_") and not any(record.get(key) != asked[key] for key in asked):
+            yield int(name.removeprefix("step_")), record
+
+
+def curve(run: RunFolder, benchmarks: Benchmarks) -> pd.DataFrame:
+    """step, tokens, task, metric, value, stderr, n: of every checkpoint scored with the settings of `benchmarks`.
+
+    Scores by an earlier definition of a task of the user's own are left out.
+    """
+    recipe, rows = run.recipe, []
+    tokens_a_step = recipe["batch_size"] * recipe["sequence_length"]
+    for step, record in _records(run, benchmarks.settings):
+        own = record.get("own_tasks") or {}
+        changed = [name for name in own if name in benchmarks.definitions and not benchmarks.is_scored(record, name)]
+        old = {task for name in changed for task in own[name]["tasks"]}
+        scores = [row for row in record["results"] if row["task"] not in old]
+        rows += [{"step": step, "tokens": step * tokens_a_step} | row for row in scores]
     columns = ["step", "tokens", "task", "metric", "value", "stderr", "n"]
     return pd.DataFrame(rows, columns=columns).sort_values(["task", "metric", "step"], kind="stable")
 
@@ -213,9 +225,9 @@ def draw(frame: pd.DataFrame, title: str) -> bytes:
     return data.getvalue()
 
 
-def write_curve(run: RunFolder, settings: Settings) -> None:
+def write_curve(run: RunFolder, benchmarks: Benchmarks) -> None:
     """watch.csv and watch.png of the run."""
-    frame = curve(run, settings)
+    frame = curve(run, benchmarks)
     if len(frame):
         write_text(run.path / "eval" / "watch.csv", frame.to_csv(index=False))
         write_bytes(run.path / "eval" / "watch.png", draw(frame, run.path.resolve().name))
@@ -224,22 +236,21 @@ def write_curve(run: RunFolder, settings: Settings) -> None:
 # --- the command ---------------------------------------------------------------------------------------------
 
 
-def scored_steps(run: RunFolder, settings: Settings, tasks: list[str]) -> set[int]:
+def scored_steps(run: RunFolder, benchmarks: Benchmarks) -> set[int]:
     """Steps that have results of all the tasks with these settings already."""
-    frame = curve(run, settings)
-    return {int(step) for step, rows in frame.groupby("step") if set(tasks) <= set(rows.task)}
+    records = _records(run, benchmarks.settings)
+    return {step for step, record in records if all(benchmarks.is_scored(record, name) for name in benchmarks.tasks)}
 
 
-def watch(run: RunFolder, settings: Settings, tasks: list[str], args: argparse.Namespace, bar: tqdm) -> str:
+def watch(run: RunFolder, benchmarks: Benchmarks, args: argparse.Namespace, bar: tqdm) -> str:
     """Score checkpoints until the run is over; returns why it is.
 
     Raises:
         StoppedBySignal: asked to stop.
     """
     stop, ending = StopRequest().install(), Ending(run, args.wait)
-    done = set() if args.again else scored_steps(run, settings, tasks)
+    done = set() if args.again else scored_steps(run, benchmarks)
     with Held(run, due_steps(run, args.every), done) as held:
-        benchmarks = Benchmarks(tasks, settings)
         benchmarks.load()  # takes seconds, in which checkpoints come and go
         while True:
             if stop.exit_code is not None:
@@ -251,8 +262,8 @@ def watch(run: RunFolder, settings: Settings, tasks: list[str], args: argparse.N
                 bar.set_postfix_str(path.name)
                 inside = f"checkpoints/{path.name}"
                 target = Target(path.name, path, run.path / "eval", inside, trust_remote_code=args.trust_remote_code)
-                benchmarks.score(target, result_file(target, settings), args.again)
-                write_curve(run, settings)
+                benchmarks.score(target, result_file(target, benchmarks.settings), args.again)
+                write_curve(run, benchmarks)
                 held.release(path)
                 bar.update(1)
             elif over:
@@ -267,7 +278,7 @@ def main(args: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     run, deadline = RunFolder(args.run), time.monotonic() + args.wait
-    settings, names = settings_of(args), task_names(args.tasks)
+    benchmarks = Benchmarks(task_names(args.tasks), settings_of(args), args.include_path)
     if not (run.path / "recipe.yaml").exists():
         tqdm.write(f"waiting for {run.path} to begin", file=sys.stderr)
     while not (run.path / "recipe.yaml").exists():
@@ -275,9 +286,9 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"{run.path} is no run folder (recipe.yaml), and none came within {args.wait:g} seconds")
         time.sleep(POLL_SECONDS)
     with progress_bar(args, None, f"watching {run.path.name}", "checkpoint") as bar:
-        why = watch(run, settings, names, args, bar)
-    write_curve(run, settings)
-    if missed := missed_steps(run, due_steps(run, args.every), scored_steps(run, settings, names)):
+        why = watch(run, benchmarks, args, bar)
+    write_curve(run, benchmarks)
+    if missed := missed_steps(run, due_steps(run, args.every), scored_steps(run, benchmarks)):
         steps = ", ".join(map(str, missed))
         print(f"warning: removed before they could be held, hence not scored: steps {steps}", file=sys.stderr)
     print(f"{why}; {bar.n} checkpoints scored: {run.path / 'eval' / 'watch.csv'}, watch.png")

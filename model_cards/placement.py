@@ -3,7 +3,8 @@
 from itertools import groupby
 from typing import Any
 
-from modeling_periln.placements import LayerPlan, StreamPlan, plan_stream
+from modeling_periln.placements import LayerPlan, StreamPlan, SublayerPlan, plan_stream
+from modeling_periln.slots import Learned
 
 EQUATION = "x <- C( alpha x + s B( f( c A(x) ) ) )"
 
@@ -20,35 +21,57 @@ def plan_of(config: dict[str, Any]) -> StreamPlan | None:
         config.get("residual_scale", 1.0),
         config.get("embedding_norm"),
         config.get("final_norm"),
+        config.get("qk_norm"),
     )
 
 
 def norms_in_words(plan: StreamPlan) -> str:
-    """Where the norms are: `embedding, A, B, final`."""
-    names = ("input_norm", "A"), ("output_norm", "B"), ("residual_norm", "C")
-    within = [letter for field, letter in names if any(getattr(layer, field) for layer in plan.layers)]
-    ends = ["embedding"] * plan.embedding_norm, ["final"] * plan.final_norm
-    return ", ".join([*ends[0], *within, *ends[1]]) or "none"
+    """Where the norms are: `embedding, A, B, final`; what one sublayer alone has is named with it."""
+    found = []
+    for letter, slot in (("A", "input_norm"), ("B", "output_norm"), ("C", "residual_norm"), ("inner", "inner_norm")):
+        attn = any(getattr(layer.attn, slot) for layer in plan.layers)
+        mlp = any(getattr(layer.mlp, slot) for layer in plan.layers)
+        if attn or mlp:
+            found.append(letter + ("" if attn and mlp else " of attention" if attn else " of the MLP"))
+    found += sorted({slot[0] for layer in plan.layers for slot in layer.projections}, key="qkv".index)
+    ends = ["embedding"] * bool(plan.embedding_norm), ["final"] * bool(plan.final_norm)
+    return ", ".join([*ends[0], *found, *ends[1]]) or "none"
 
 
-def _branch(layer: LayerPlan) -> str:
+def _times(factor: float | Learned) -> str:
+    """`x 0.5`, `x learned`, or nothing for 1."""
+    if isinstance(factor, Learned):
+        return f"x learned {factor.learned}"
+    return f"x {factor:.4g}" if factor != 1 else ""
+
+
+def _branch(sublayer: SublayerPlan, module: str) -> str:
     """The way through the module, box by box."""
-    boxes = ["norm A"] * layer.input_norm + [f"x {layer.c:.4g}"] * (layer.c != 1) + ["attention | MLP"]
-    boxes += ["norm B"] * layer.output_norm + [f"x {layer.s:.4g}"] * (layer.s != 1)
-    return "--".join(f"[ {box} ]" for box in boxes)
+    inner = ["norm inside"] * bool(sublayer.inner_norm)
+    boxes = ["norm A"] * bool(sublayer.input_norm) + [_times(sublayer.c), module, *inner]
+    boxes += ["norm B"] * bool(sublayer.output_norm) + [_times(sublayer.s)]
+    return "--".join(f"[ {box} ]" for box in boxes if box)
 
 
-def _block(layer: LayerPlan) -> list[str]:
+def _block(sublayer: SublayerPlan, module: str) -> list[str]:
     """A sublayer: the stream straight on, the branch below it, and what happens at the add."""
-    branch = _branch(layer)
+    branch = _branch(sublayer, module)
     width = len(branch) + 4
-    skip = f"( x {layer.alpha:.4g} )" if layer.alpha != 1 else ""
-    after = "--[ norm C ]--> x" if layer.residual_norm else "--> x"
+    factor = _times(sublayer.alpha)
+    skip = f"( {factor} )" if factor else ""
+    after = "--[ norm C ]--> x" if sublayer.residual_norm else "--> x"
     return [
         f"  x --+{skip.center(width, '-')}(+){after}",
         f"      |{' ' * width} |",
         f"      +--{branch}---+",
     ]
+
+
+def _blocks(layer: LayerPlan) -> list[str]:
+    """One block where both sublayers are alike, else one each."""
+    if layer.attn == layer.mlp:
+        return _block(layer.attn, "attention | MLP")
+    return [*_block(layer.attn, "attention"), "", *_block(layer.mlp, "MLP")]
 
 
 def diagram(plan: StreamPlan) -> str:
@@ -57,8 +80,9 @@ def diagram(plan: StreamPlan) -> str:
     Factors that depend on the layer are those of the first of its group.
     """
 
-    def kind(numbered: tuple[int, LayerPlan]) -> tuple[bool, bool, bool]:
-        return numbered[1].input_norm, numbered[1].output_norm, numbered[1].residual_norm
+    def kind(numbered: tuple[int, LayerPlan]) -> tuple:
+        slots = ("input_norm", "output_norm", "residual_norm", "inner_norm")
+        return tuple(getattr(s, slot) for s in numbered[1].sublayers for slot in slots)
 
     lines = ["tokens --[ embedding ]" + ("--[ norm ]" if plan.embedding_norm else "") + "--> x"]
     for _, same in groupby(enumerate(plan.layers, 1), key=kind):
@@ -66,5 +90,5 @@ def diagram(plan: StreamPlan) -> str:
         first, last = group[0][0], group[-1][0]
         where = f"layer {first}" if first == last else f"layers {first} to {last}"
         varies = " (factors: the first's)" if len({layer for _, layer in group}) > 1 else ""
-        lines += ["", f"{where}{varies}, attention, then MLP:", *_block(group[0][1])]
+        lines += ["", f"{where}{varies}, attention, then MLP:", *_blocks(group[0][1])]
     return "\n".join([*lines, "", "x --" + ("[ norm ]--" if plan.final_norm else "") + "[ head ]--> logits"])

@@ -36,6 +36,9 @@ LAYER_NORM_SLOTS = (
     "mlp_residual_norm",
     "q_norm",
     "k_norm",
+    "v_norm",
+    "attn_inner_norm",
+    "mlp_inner_norm",
 )
 STREAM_NORM_SLOTS = ("embed_norm", "final_norm")
 TP_PLAN = {
@@ -117,9 +120,11 @@ class PeriLlamaConfig(PreTrainedConfig):
         attention_bias, attention_dropout, mlp_bias: as in Llama. The default RoPE theta is 500,000 (Llama 3).
         classifier_dropout: before the head of token classification.
         norm_placement: a row of `placements.PLACEMENTS`, `mix`, or a mapping with a row of your own.
-        layer_placements: a list with one placement name a layer; overrides `norm_placement`.
+        layer_placements: a list with one placement (name or mapping) a layer; overrides `norm_placement`.
         embedding_norm, final_norm: override the placement's two norms at the ends of the stream.
-        norm_type: `rmsnorm` or `layernorm`.
+        norm_type: what every norm is whose row does not say its kind: `rmsnorm`, `layernorm`, `dyt`, `derf` or `l2`.
+        norm_gain: what multiplies the normalized values: one number a `channel`, the same stored as its difference
+            from 1 (`centered`, Gemma), one `scalar`, or `none`.
         norm_eps: a number, or a mapping from slot (`attn_input_norm`, ..., `embed_norm`, `final_norm`, `q_norm`,
             `k_norm`) to a number or a list of one number a layer; slots left out have 1e-6.
         qk_norm: None, `full` (over all heads, OLMo 2) or `head` (over one head, Qwen 3).
@@ -161,10 +166,11 @@ class PeriLlamaConfig(PreTrainedConfig):
     classifier_dropout: float | int = 0.0
 
     norm_placement: str | dict = "peri"
-    layer_placements: list[str] | None = None
+    layer_placements: list[str | dict] | None = None
     embedding_norm: bool | None = None
     final_norm: bool | None = None
-    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_type: Literal["rmsnorm", "layernorm", "dyt", "derf", "l2"] = "rmsnorm"
+    norm_gain: Literal["channel", "centered", "scalar", "none"] = "channel"
     norm_eps: float | int | dict = 1e-6
     qk_norm: Literal["full", "head"] | None = None
     output_norm_learnable: bool = True
@@ -205,7 +211,7 @@ class PeriLlamaConfig(PreTrainedConfig):
     # Plans name modules by what is there now: properties, since `from_pretrained` sets fields after `__post_init__`.
     def _ends(self) -> dict[str, bool]:
         plan = self.stream_plan()
-        return {"embed_norm": plan.embedding_norm, "final_norm": plan.final_norm}
+        return {"embed_norm": plan.embedding_norm is not None, "final_norm": plan.final_norm is not None}
 
     @property
     def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]]:
@@ -227,11 +233,19 @@ class PeriLlamaConfig(PreTrainedConfig):
         attention = "layers.*.self_attn."
         tied = {"embed_tokens": "embedding_rowwise"} if self.tie_word_embeddings else {}  # split as the head is
         plan = {**TP_PLAN, **tied}
-        if self.qk_norm == "full":  # a norm over all heads needs them all: only the weights are split (as OLMo 2)
+        layers = self.stream_plan().layers
+        spans = {slot: norm.over for layer in layers for slot, norm in layer.projections.items()}
+        # A norm over all heads, or over the whole width of the MLP, needs them all: only the weights are split there
+        # (as OLMo 2 does).
+        if "full" in spans.values() or any(layer.attn.inner_norm for layer in layers):
             gathered = dict.fromkeys((f"{attention}{x}_proj" for x in "qkv"), "colwise_gather_output")
-            return {**plan, **gathered, f"{attention}o_proj": "rowwise_split_input"}
-        norms = dict.fromkeys((f"{attention}{x}_norm" for x in "qk"), "replicated_with_grad_allreduce")
-        return {**plan, **(norms if self.qk_norm == "head" else {})}
+            plan |= {**gathered, f"{attention}o_proj": "rowwise_split_input"}
+        else:
+            plan |= dict.fromkeys((f"{attention}{slot}" for slot in spans), "replicated_with_grad_allreduce")
+        if any(layer.mlp.inner_norm for layer in layers):
+            gathered = dict.fromkeys((f"layers.*.mlp.{x}_proj" for x in ("gate", "up")), "colwise_gather_output")
+            plan |= {**gathered, "layers.*.mlp.down_proj": "rowwise_split_input"}
+        return plan
 
     @base_model_tp_plan.setter
     def base_model_tp_plan(self, plan: dict[str, str]) -> None:
@@ -298,7 +312,7 @@ class PeriLlamaConfig(PreTrainedConfig):
     def validate_norms(self) -> None:
         """The placement exists, every list has the right length, and every switch has something to switch."""
         plan = self.stream_plan()
-        if not self.output_norm_learnable and not any(layer.output_norm for layer in plan.layers):
+        if not self.output_norm_learnable and not any(s.output_norm for layer in plan.layers for s in layer.sublayers):
             field = "norm_placement" if self.layer_placements is None else "layer_placements"
             raise ValueError(
                 f"output_norm_learnable=False freezes the output norms, but {field}={getattr(self, field)!r} has none"
@@ -352,6 +366,7 @@ class PeriLlamaConfig(PreTrainedConfig):
             self.residual_scale,
             self.embedding_norm,
             self.final_norm,
+            self.qk_norm,
         )
 
     def eps_of(self, slot: str, layer_idx: int | None = None) -> float:

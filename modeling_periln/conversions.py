@@ -30,6 +30,7 @@ from transformers import PreTrainedConfig
 from .configuration_periln import PeriLlamaConfig
 from .norms import PeriLlamaRMSNorm
 from .placements import LayerPlan
+from .slots import Learned
 
 PERI_LLAMA = PeriLlamaConfig.model_type
 
@@ -122,24 +123,17 @@ def _obstacles(config: PeriLlamaConfig, target: str) -> Iterator[str]:
     row = "layer_placements" if config.layer_placements is not None else "norm_placement"
     row = f"{row}={getattr(config, row)!r}"
     for i, layer in enumerate(plan.layers, start=1):
-        if layer.residual_norm:
-            yield f"{row} has a norm on the stream after the add (residual_norm, layer {i}), {target} has none"
-        if layer.input_norm != other.input_norm:
-            yield _presence(row, f"input norms (input_norm, layer {i})", layer.input_norm, target)
-        if other.output_norm is not None and layer.output_norm != other.output_norm:
-            yield _presence(row, f"output norms (output_norm, layer {i})", layer.output_norm, target)
-        if layer.output_norm != plan.layers[0].output_norm:
-            yield f"{row} has output norms (output_norm) in some layers only, {target} in all or in none"
-        if layer.alpha != 1.0:
-            yield f"alpha={layer.alpha!r} in layer {i} of {row}: {target} adds the stream unscaled"
-        if layer.c != 1.0 and not layer.input_norm:
-            yield f"c={layer.c!r} in layer {i} of {row}: there is no input norm whose gamma could take it"
+        yield from _layer_obstacles(layer, i, plan.layers[0], row, target)
     if not plan.final_norm:
         where = "final_norm=False" if config.final_norm is False else f"{row} has no final norm (final_norm)"
         yield f"{where}: {target} always has one"
     if config.norm_type != "rmsnorm":
         yield f"norm_type={config.norm_type!r}: {target} has RMSNorm"
-    if config.qk_norm != other.qk_norm:
+    if config.norm_gain != "channel":
+        yield f"norm_gain={config.norm_gain!r}: {target} has one gain a channel"
+    spans = {slot: norm.over for slot, norm in plan.layers[0].projections.items() if slot != "v_norm"}
+    wanted = {} if other.qk_norm is None else dict.fromkeys(("q_norm", "k_norm"), other.qk_norm)
+    if spans != wanted or any(layer.projections != plan.layers[0].projections for layer in plan.layers):
         yield f"qk_norm={config.qk_norm!r}: {target} has {other.qk_norm!r}"
     if plan.embedding_norm and config.tie_word_embeddings:
         yield "embedding_norm with tie_word_embeddings=True: folded into the table it would change the head as well"
@@ -163,14 +157,47 @@ def _obstacles(config: PeriLlamaConfig, target: str) -> Iterator[str]:
         yield "quantization_config: quantized weights cannot be folded"
 
 
+def _layer_obstacles(layer: LayerPlan, i: int, first: LayerPlan, row: str, target: str) -> Iterator[str]:
+    """What of layer i the architecture does not have."""
+    other, where = ARCHITECTURES[target], f"layer {i}"
+    if layer.attn.inner_norm or layer.mlp.inner_norm:
+        yield f"{row} has a norm before a sublayer's last projection ({where}), {target} has none"
+    if layer.v_norm:
+        yield f"{row} has a norm on values (v_norm, {where}), {target} has none"
+    for name, sublayer in (("attn", layer.attn), ("mlp", layer.mlp)):
+        if sublayer.residual_norm:
+            yield f"{row} has a norm on the stream after the add (residual_norm, {where}), {target} has none"
+        if bool(sublayer.input_norm) != other.input_norm:
+            yield _presence(row, f"input norms (input_norm, {where})", bool(sublayer.input_norm), target)
+        if other.output_norm is not None and bool(sublayer.output_norm) != other.output_norm:
+            yield _presence(row, f"output norms (output_norm, {where})", bool(sublayer.output_norm), target)
+        if bool(sublayer.output_norm) != bool(first.attn.output_norm):
+            yield f"{row} has output norms (output_norm) in some layers only, {target} in all or in none"
+        for slot in ("input_norm", "output_norm"):
+            norm = getattr(sublayer, slot)
+            if norm and (norm.kind not in (None, "rmsnorm") or norm.gain not in (None, "channel")):
+                kind = f"kind={norm.kind!r}, gain={norm.gain!r}"
+                yield f"{row} has {kind} in {name}'s {slot} ({where}): {target} has RMSNorm with one gain a channel"
+        if isinstance(sublayer.alpha, Learned) or isinstance(sublayer.s, Learned):
+            yield f"{row} has a learned residual factor ({where}), {target} has none"
+        elif sublayer.alpha != 1.0:
+            yield f"alpha={sublayer.alpha!r} in {where} of {row}: {target} adds the stream unscaled"
+        if sublayer.c != 1.0 and not sublayer.input_norm:
+            yield f"c={sublayer.c!r} in {where} of {row}: there is no input norm whose gamma could take it"
+
+
 def norm_epsilons(config: PeriLlamaConfig) -> dict[str, float]:
     """The epsilon of every norm there is, but for the embedding norm: that one is folded away with its own."""
     plan, eps = config.stream_plan(), {}
     for i, layer in enumerate(plan.layers):
-        slots = ["attn_input_norm", "mlp_input_norm"] if layer.input_norm else []
-        slots += ["attn_output_norm", "mlp_output_norm"] if layer.output_norm else []
-        slots += ["q_norm", "k_norm"] if config.qk_norm else []
-        eps |= {f"{slot} of layer {i + 1}": config.eps_of(slot, i) for slot in slots}
+        norms = {
+            f"{name}_{slot}": norm
+            for name, sublayer in (("attn", layer.attn), ("mlp", layer.mlp))
+            for slot in ("input_norm", "output_norm")
+            if (norm := getattr(sublayer, slot))
+        } | layer.projections
+        for slot, norm in norms.items():
+            eps[f"{slot} of layer {i + 1}"] = config.eps_of(slot, i) if norm.eps is None else norm.eps
     return eps | ({"final_norm": config.eps_of("final_norm")} if plan.final_norm else {})
 
 
@@ -218,7 +245,7 @@ def native_config(config: PeriLlamaConfig, target: str) -> PreTrainedConfig:
     if other.mlp_bias:
         fields["mlp_bias"] = config.mlp_bias
     if other.output_norm is None:
-        fields["use_post_norm"] = config.stream_plan().layers[0].output_norm
+        fields["use_post_norm"] = bool(config.stream_plan().layers[0].attn.output_norm)
     if other.fused_and_interleaved:
         fields["rope_parameters"]["partial_rotary_factor"] = 1.0
     native = other.config_class(**fields)
@@ -282,9 +309,10 @@ def tensor_names(config: PeriLlamaConfig) -> Iterator[str]:
     for i, layer in enumerate(plan.layers):
         linear = [(f"self_attn.{p}_proj", config.attention_bias) for p in "qkvo"]
         linear += [(f"mlp.{p}_proj", config.mlp_bias) for p in ("gate", "up", "down")]
-        norms = ["self_attn.q_norm", "self_attn.k_norm"] if config.qk_norm else []
-        norms += ["attn_input_norm", "mlp_input_norm"] if layer.input_norm else []
-        norms += ["attn_output_norm", "mlp_output_norm"] if layer.output_norm else []
+        norms = [f"self_attn.{slot}" for slot in layer.projections]
+        for slot in ("input_norm", "output_norm"):
+            sublayers = (("attn", layer.attn), ("mlp", layer.mlp))
+            norms += [f"{name}_{slot}" for name, sublayer in sublayers if getattr(sublayer, slot)]
         for name, bias in linear + [(norm, False) for norm in norms]:
             yield f"model.layers.{i}.{name}.weight"
             if bias:
@@ -330,10 +358,12 @@ def _no_bias(weight: torch.Tensor) -> torch.Tensor:
 
 def _layer_factor(slot: str, layer: LayerPlan) -> float:
     """What c and s of the layer do to the tensors of a module."""
-    if slot in ("attn_input_norm", "mlp_input_norm"):
-        return layer.c
-    carriers = ("attn_output_norm", "mlp_output_norm") if layer.output_norm else ("o_proj", "down_proj")
-    return layer.s if slot in carriers else 1.0
+    for name, last, sublayer in (("attn", "o_proj", layer.attn), ("mlp", "down_proj", layer.mlp)):
+        if slot == f"{name}_input_norm":
+            return sublayer.c
+        if slot == (f"{name}_output_norm" if sublayer.output_norm else last):
+            return float(sublayer.s)  # a learned one is an obstacle
+    return 1.0
 
 
 def _their_name(name: str, other: Architecture) -> str:

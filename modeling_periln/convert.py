@@ -1,10 +1,12 @@
 """Convert between PeriLlama and the architectures that serving engines know: Llama, OLMo 2, HyperCLOVA X, GLM-4.
 
     python -m modeling_periln.convert SRC DST --to llama|olmo2|hyperclovax|glm4|peri_llama
+    python -m modeling_periln.convert --refresh-code CHECKPOINT...      # see refresh.py
 
 In memory: `to_native(model, "llama")`, `from_native(model)`. What converts, and what is folded where, is told in
 `conversions.py`; `admissible_exports(config)` says it for one configuration. On disk the weights pass through one
-shard at a time, DST appears only when it is complete, and only if its logits are the source's.
+shard at a time, DST appears only when it is complete, and only if its logits are the source's. SRC may also be a run
+folder (its newest complete checkpoint) or a PEFT adapter (merged into its base first): `sources.py`.
 """
 
 import argparse
@@ -48,13 +50,9 @@ from .conversions import (
 from .convert_options import NO_TEXT, WIKITEXT, parse
 from .modeling_periln import PeriLlamaForCausalLM
 from .proof import TOLERANCE, ConversionFailed, compare, in_words, model_class
+from .refresh import refresh_code
+from .sources import ADAPTER_CONFIG, COMPANIONS, base_of, check_whole, checkpoint_of, is_adapter, merge, read_json
 from .version import __version__
-
-_COPIED = (
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
-    "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
-)  # fmt: skip
-
 
 # In memory
 
@@ -148,7 +146,8 @@ def convert(
     after the other in FP32 and compared on random tokens and on text (`proof.py`).
 
     Args:
-        src: a folder with `config.json` and safetensors, sharded or not; or a Hub id, at `revision`.
+        src: a folder with `config.json` and safetensors, sharded or not; a run folder, whose newest complete checkpoint
+            is taken; an adapter's folder, which is merged into its base in FP32; or a Hub id, at `revision`.
         dst: a folder that does not exist, or is empty; it appears when everything is done.
         to: a key of `ARCHITECTURES`, or `peri_llama`.
         max_shard_size: bytes, or such as `500MB`, `5GB` (powers of 1000).
@@ -159,11 +158,18 @@ def convert(
 
     Raises:
         ConversionRefused: (a ValueError) what cannot be converted, and why; or `src`, `dst` or `text` is not as above.
-        ConversionFailed: weights are missing, or the export's logits differ by more than 1e-5 of the largest.
+        ConversionFailed: weights are missing or damaged, or the export's logits differ by over 1e-5 of the largest.
     """
     dst, limit = Path(os.path.realpath(dst)), _bytes(max_shard_size)
-    src = _fetched(str(src), revision)
-    config = _read_config(src, to)
+    given = _fetched(str(src), revision)
+    src = checkpoint_of(given)
+    check_whole(src)
+    base = base_of(src, lambda name: _fetched(name, None)) if is_adapter(src) else None
+    if base is not None:
+        check_whole(base)
+    config = _read_config(base or src, to)
+    notes = [f"{src.name} is the newest complete checkpoint of the run"] if src != given else []
+    notes += [f"the adapter is merged into its base, {base.name}, in FP32"] if base is not None else []
     if text not in (None, WIKITEXT, NO_TEXT) and not Path(text).is_file():
         raise ConversionRefused(f"--text {text} is no file; give one, or {WIKITEXT}, or {NO_TEXT}")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
@@ -171,7 +177,12 @@ def convert(
     target = periln_config(config) if to == PERI_LLAMA else native_config(config, to)
     recipe = import_recipe(config) if to == PERI_LLAMA else export_recipe(config, to)
     dst.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_sibling(dst) as folder:
+    with contextlib.ExitStack() as temporary:
+        folder = temporary.enter_context(_temporary_sibling(dst))
+        if base is not None:
+            adapter, src = src, temporary.enter_context(_temporary_sibling(dst, "merged"))
+            merge(adapter, base, src)
+            target.dtype = torch.float32
         with contextlib.ExitStack() as stack:
             files = _open_weights(src, stack)
             _check_names(files, recipe, tied=config.tie_word_embeddings)
@@ -185,7 +196,7 @@ def convert(
         record = {
             "from": config.model_type,
             "to": to,
-            "remarks": remarks(config, to),
+            "remarks": [*notes, *remarks(config, to)],
             **compare(src, folder, config, target, text),
             "versions": {m.__name__: m.__version__ for m in (transformers, torch)} | {"modeling_periln": __version__},
         }
@@ -198,7 +209,8 @@ def _fetched(src: str, revision: str | None) -> Path:
     """The model's folder; of a Hub id the files that a conversion reads are downloaded."""
     if Path(src).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", src):
         return Path(src)
-    wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", *_COPIED, "additional_chat_templates/*"]
+    wanted = ["config.json", ADAPTER_CONFIG, "*.safetensors", "model.safetensors.index.json", *COMPANIONS]
+    wanted += ["additional_chat_templates/*"]
     try:
         return Path(snapshot_download(src, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
@@ -210,7 +222,7 @@ def _fetched(src: str, revision: str | None) -> Path:
 def _read_config(src: Path, to: str) -> PreTrainedConfig:
     if not (src / "config.json").is_file():
         raise ConversionRefused(f"{src} is no model folder: it has no config.json")
-    kind = json.loads((src / "config.json").read_text()).get("model_type")
+    kind = read_json(src / "config.json").get("model_type")
     if to != PERI_LLAMA and architecture(to) and kind != PERI_LLAMA:
         raise ConversionRefused(f"{src} is {kind!r}: only {PERI_LLAMA} converts to {to}, so convert it to that first")
     if to == PERI_LLAMA and kind not in ARCHITECTURES:
@@ -224,12 +236,13 @@ def remarks(config: PreTrainedConfig, to: str) -> list[str]:
     if config.model_type != PERI_LLAMA:
         return [f"a factor of {factor:g} is folded into {name}" for name, factor in import_factors(config).items()]
     plan = config.stream_plan()
-    into = "the output norms' gamma" if plan.layers[0].output_norm else "o_proj and down_proj"
+    into = "the output norms' gamma" if plan.layers[0].attn.output_norm else "o_proj and down_proj"
+    sublayers = [sublayer for layer in plan.layers for sublayer in layer.sublayers]
     other_head = config.head_dim * config.num_attention_heads != config.hidden_size
     found = (
-        (plan.embedding_norm, "the embedding norm is folded into the embedding table"),
-        (any(layer.c != 1.0 for layer in plan.layers), "c is folded into the input norms' gamma"),
-        (any(layer.s != 1.0 for layer in plan.layers), f"s (with residual_scale) is folded into {into}"),
+        (plan.embedding_norm is not None, "the embedding norm is folded into the embedding table"),
+        (any(sublayer.c != 1.0 for sublayer in sublayers), "c is folded into the input norms' gamma"),
+        (any(sublayer.s != 1.0 for sublayer in sublayers), f"s (with residual_scale) is folded into {into}"),
         (not config.output_norm_learnable, "output_norm_learnable=False is lost: gamma is a parameter like any other"),
         (config.residual_dtype is not None, "residual_dtype is lost: the stream has the weights' dtype"),
         (to == "olmo2" and other_head, "head_dim is read by Transformers; serving engines' OLMo 2 may not read it"),
@@ -244,12 +257,15 @@ def _open_weights(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_o
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file() and not single.is_file():
         raise ConversionRefused(f"{folder} has no model.safetensors and no {index.name}")
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {single.name}
+    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {single.name}
     opened = {}
     for path in (folder / name for name in sorted(names)):
         if not path.is_file():
             raise ConversionFailed(f"{path} is missing, though the index names it")
-        file = stack.enter_context(safe_open(path, framework="pt"))
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except Exception as error:  # safetensors' own kind, which is no OSError
+            raise ConversionFailed(f"{path} is damaged: {error}") from error
         opened |= dict.fromkeys(file.keys(), file)
     return opened
 
@@ -293,7 +309,7 @@ def _narrowed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _copy_companions(src: Path, folder: Path, config: PreTrainedConfig) -> None:
     """The tokenizer's files and the generation configuration; the latter is made where the source has none."""
-    for file in filter(Path.is_file, (src / name for name in _COPIED)):
+    for file in filter(Path.is_file, (src / name for name in COMPANIONS)):
         shutil.copyfile(file, folder / file.name)
     if (src / "additional_chat_templates").is_dir():
         shutil.copytree(src / "additional_chat_templates", folder / "additional_chat_templates")
@@ -303,9 +319,9 @@ def _copy_companions(src: Path, folder: Path, config: PreTrainedConfig) -> None:
 
 
 @contextlib.contextmanager
-def _temporary_sibling(dst: Path) -> Iterator[Path]:
+def _temporary_sibling(dst: Path, kind: str = "partial") -> Iterator[Path]:
     """A new folder beside `dst` that is gone afterwards, unless it was moved."""
-    folder = dst.with_name(f".{dst.name}.{os.getpid()}.partial")
+    folder = dst.with_name(f".{dst.name}.{os.getpid()}.{kind}")
     folder.mkdir()
     try:
         yield folder
@@ -330,7 +346,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert as the arguments say, and print what came of it or one sentence of what did not. See `main`."""
+    """Do as the arguments say, and print what came of it or one sentence of what did not. See `main`."""
+    if args.refresh_code:
+        return _refresh(args)
     transformers.utils.logging.disable_progress_bar()
     # SIGTERM unwinds the stack, as SIGINT does, so that the unfinished folder is removed.
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -341,12 +359,7 @@ def run(args: argparse.Namespace) -> int:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     except Exception as error:
-        if args.debug:
-            traceback.print_exc()
-        known = isinstance(error, (ConversionRefused, ConversionFailed))
-        message = (str(error).splitlines() or [""])[0]
-        print(f"error: {message if known else f'{type(error).__name__}: {message}'}", file=sys.stderr)
-        return 2 if isinstance(error, ConversionRefused) else 1
+        return _failed(error, args.debug)
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, before)
@@ -357,6 +370,25 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.dst}: {record['from']} -> {record['to']}, largest logit {record['largest_logit']:.6g},", end=" ")
     print(f"largest difference {record['largest_difference']:.3g} (allowed {TOLERANCE:g} of the largest logit)")
     return 0
+
+
+def _refresh(args: argparse.Namespace) -> int:
+    for folder in args.refresh_code:
+        try:
+            changed = refresh_code(folder)
+        except Exception as error:
+            return _failed(error, args.debug)
+        print(f"{folder}: {', '.join(changed) + ' replaced' if changed else 'the code is this version already'}")
+    return 0
+
+
+def _failed(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    known = isinstance(error, (ConversionRefused, ConversionFailed))
+    message = (str(error).splitlines() or [""])[0]
+    print(f"error: {message if known else f'{type(error).__name__}: {message}'}", file=sys.stderr)
+    return 2 if isinstance(error, ConversionRefused) else 1
 
 
 __all__ = [

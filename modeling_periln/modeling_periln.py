@@ -45,66 +45,93 @@ from transformers.utils.output_capturing import capture_outputs
 from .arguments import CACHE, one_cache, refuse_unknown, update_cache
 from .configuration_periln import PeriLlamaConfig
 from .loss import IGNORE_INDEX, chunked_losses, shift_labels
-from .norms import NORMS
+from .norms import make_norm
 from .placements import LayerPlan
+from .registration import register_names
 from .rotary import PeriLlamaRotaryEmbedding, rotate
+from .slots import Learned, Norm
 
 
 def build_norm(
     config: PeriLlamaConfig,
     slot: str,
-    size: int | None = None,
+    norm: Norm | None,
     layer_idx: int | None = None,
-    present: bool = True,
+    size: int | None = None,
     learnable: bool = True,
 ) -> nn.Module:
     """The norm of a slot, over `size` channels (the hidden size by default); an identity where there is none."""
-    if not present:
+    if norm is None:
         return nn.Identity()
-    return NORMS[config.norm_type](size or config.hidden_size, config.eps_of(slot, layer_idx), learnable)
+    eps = config.eps_of(slot, layer_idx) if norm.eps is None else norm.eps
+    kind, gain = norm.kind or config.norm_type, norm.gain or config.norm_gain
+    return make_norm(kind, gain, size or config.hidden_size, eps, learnable, config.num_attention_heads)
 
 
 class PeriLlamaResidual(nn.Module):
     """The residual add, alpha * stream + s * branch; a module, so that hooks can see stream and branch.
 
-    The sum has the stream's dtype, whatever the branch's is: the stream is cast once, after the embedding.
+    The sum has the stream's dtype, whatever the branch's is: the stream is cast once, after the embedding. A learned
+    factor is a parameter, of one number or of one a channel.
     """
 
-    def __init__(self, alpha: float, s: float):
+    def __init__(self, alpha: float | Learned, s: float | Learned, hidden_size: int):
         super().__init__()
-        self.alpha, self.s = alpha, s
+        self.initial = {}
+        for name, factor in (("alpha", alpha), ("s", s)):
+            if not isinstance(factor, float):  # of remote code there are two copies of the class: no isinstance of it
+                self.initial[name] = float(factor.init)
+                factor = nn.Parameter(torch.full((FACTORS[factor.learned](hidden_size),), float(factor.init)))
+            setattr(self, name, factor)
+
+    def reset(self) -> None:
+        for name, value in self.initial.items():
+            init.constant_(getattr(self, name), value)
 
     def forward(self, stream: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
         if branch.dtype != stream.dtype:
             branch = branch.to(stream.dtype)
-        if self.alpha != 1.0:
-            stream = self.alpha * stream
-        if self.s != 1.0:
-            branch = self.s * branch
-        return stream + branch
+        return _times(self.alpha, stream) + _times(self.s, branch)
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, s={self.s}"
+        factors = (getattr(self, name) for name in ("alpha", "s"))
+        return ", ".join(
+            f"{name}={value if isinstance(value, float) else f'learned {tuple(value.shape)}'}"
+            for name, value in zip(("alpha", "s"), factors, strict=True)
+        )
+
+
+# How many numbers a learned factor has.
+FACTORS = {"scalar": lambda hidden_size: 1, "channel": lambda hidden_size: hidden_size}
+
+
+def _times(factor: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    if isinstance(factor, float):
+        return x if factor == 1.0 else factor * x
+    return factor.to(x.dtype) * x
 
 
 class PeriLlamaMLP(nn.Module):
-    """Llama's gated MLP (SwiGLU)."""
+    """Llama's gated MLP (SwiGLU), with a norm before the last projection where the placement has one."""
 
-    def __init__(self, config: PeriLlamaConfig):
+    def __init__(self, config: PeriLlamaConfig, layer_idx: int, plan: LayerPlan):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        size = config.intermediate_size
+        self.inner_norm = build_norm(config, "mlp_inner_norm", plan.mlp.inner_norm, layer_idx, size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gated = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.down_proj(self.inner_norm(gated))
 
 
 class PeriLlamaAttention(nn.Module):
-    """Llama's attention, rotary and grouped-query, except that queries and keys may be normed (`qk_norm`)."""
+    """Llama's attention, rotary and grouped-query; queries, keys, values and the heads' outputs may be normed."""
 
-    def __init__(self, config: PeriLlamaConfig, layer_idx: int):
+    def __init__(self, config: PeriLlamaConfig, layer_idx: int, plan: LayerPlan):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -121,12 +148,13 @@ class PeriLlamaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
 
-        # QK-norm: over all heads before they are split, or over each head after it.
-        sizes = {"full": (q_size, kv_size), "head": (self.head_dim, self.head_dim)}.get(config.qk_norm)
-        self.qk_norm = config.qk_norm
-        if sizes is not None:
-            self.q_norm = build_norm(config, "q_norm", sizes[0], layer_idx)
-            self.k_norm = build_norm(config, "k_norm", sizes[1], layer_idx)
+        # Norms on q, k and v: over all heads before they are split, or over each head after it.
+        self.spans = {slot: norm.over for slot, norm in plan.projections.items()}
+        for slot, norm in plan.projections.items():
+            full = q_size if slot == "q_norm" else kv_size
+            size = full if norm.over == "full" else self.head_dim
+            self.add_module(slot, build_norm(config, slot, norm, layer_idx, size))
+        self.inner_norm = build_norm(config, "attn_inner_norm", plan.attn.inner_norm, layer_idx, q_size)
 
     def forward(
         self,
@@ -142,11 +170,9 @@ class PeriLlamaAttention(nn.Module):
         hidden_shape = (*input_shape, -1, self.head_dim)
 
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if self.qk_norm == "full":
-            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = self._normed("full", query, key, value)
         query, key, value = query.view(hidden_shape), key.view(hidden_shape), value.view(hidden_shape)  # B S H|K E
-        if self.qk_norm == "head":
-            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = self._normed("head", query, key, value)
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # B H|K S E
 
@@ -166,8 +192,13 @@ class PeriLlamaAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
-        return attn_output, attn_weights
+        attn_output = self.inner_norm(attn_output.reshape(*input_shape, -1).contiguous())
+        return self.o_proj(attn_output), attn_weights
+
+    def _normed(self, span: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """q, k and v, each through its norm if that is over `span`."""
+        slots = zip(("q_norm", "k_norm", "v_norm"), tensors, strict=True)
+        return [getattr(self, slot)(x) if self.spans.get(slot) == span else x for slot, x in slots]
 
 
 class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
@@ -176,23 +207,24 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: PeriLlamaConfig, layer_idx: int, plan: LayerPlan):
         super().__init__()
 
-        def norm(slot: str, present: bool, learnable: bool = True) -> nn.Module:
-            return build_norm(config, slot, layer_idx=layer_idx, present=present, learnable=learnable)
+        def norm(slot: str, spec: Norm | None, learnable: bool = True) -> nn.Module:
+            return build_norm(config, slot, spec, layer_idx, learnable=learnable)
 
-        gamma = config.output_norm_learnable
-        self.c = plan.c
+        gamma, attn, mlp = config.output_norm_learnable, plan.attn, plan.mlp
 
-        self.attn_input_norm = norm("attn_input_norm", plan.input_norm)
-        self.self_attn = PeriLlamaAttention(config, layer_idx)
-        self.attn_output_norm = norm("attn_output_norm", plan.output_norm, gamma)
-        self.attn_residual = PeriLlamaResidual(plan.alpha, plan.s)
-        self.attn_residual_norm = norm("attn_residual_norm", plan.residual_norm)
+        self.attn_input_norm = norm("attn_input_norm", attn.input_norm)
+        self.attn_c = attn.c
+        self.self_attn = PeriLlamaAttention(config, layer_idx, plan)
+        self.attn_output_norm = norm("attn_output_norm", attn.output_norm, gamma)
+        self.attn_residual = PeriLlamaResidual(attn.alpha, attn.s, config.hidden_size)
+        self.attn_residual_norm = norm("attn_residual_norm", attn.residual_norm)
 
-        self.mlp_input_norm = norm("mlp_input_norm", plan.input_norm)
-        self.mlp = PeriLlamaMLP(config)
-        self.mlp_output_norm = norm("mlp_output_norm", plan.output_norm, gamma)
-        self.mlp_residual = PeriLlamaResidual(plan.alpha, plan.s)
-        self.mlp_residual_norm = norm("mlp_residual_norm", plan.residual_norm)
+        self.mlp_input_norm = norm("mlp_input_norm", mlp.input_norm)
+        self.mlp_c = mlp.c
+        self.mlp = PeriLlamaMLP(config, layer_idx, plan)
+        self.mlp_output_norm = norm("mlp_output_norm", mlp.output_norm, gamma)
+        self.mlp_residual = PeriLlamaResidual(mlp.alpha, mlp.s, config.hidden_size)
+        self.mlp_residual_norm = norm("mlp_residual_norm", mlp.residual_norm)
 
         # Read by `_init_weights`, leaf by leaf: outside Transformers' own tree a rule for a container never runs.
         depth = (2 * config.num_hidden_layers) ** -0.5 if config.depth_scaled_init else 1.0
@@ -217,7 +249,7 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
 
         # Attention
         branch = self.attn_input_norm(hidden_states)  # A
-        branch = self._sublayer_input(branch, module_dtype)  # c
+        branch = _sublayer_input(self.attn_c, branch, module_dtype)  # c
         branch, _ = self.self_attn(  # f
             branch,
             position_embeddings=position_embeddings,
@@ -233,17 +265,17 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
 
         # MLP
         branch = self.mlp_input_norm(hidden_states)  # A
-        branch = self._sublayer_input(branch, module_dtype)  # c
+        branch = _sublayer_input(self.mlp_c, branch, module_dtype)  # c
         branch = self.mlp(branch)  # f
         branch = self.mlp_output_norm(branch)  # B
         hidden_states = self.mlp_residual(hidden_states, branch)  # alpha * stream + s * branch
         return self.mlp_residual_norm(hidden_states)  # C
 
-    def _sublayer_input(self, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-        """c * x, in `dtype` if the stream's is not the module's."""
-        if self.c != 1.0:
-            x = self.c * x
-        return x if dtype is None else x.to(dtype)
+
+def _sublayer_input(c: float, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """c * x, in `dtype` if the stream's is not the module's."""
+    x = _times(c, x)
+    return x if dtype is None else x.to(dtype)
 
 
 class PeriLlamaPreTrainedModel(PreTrainedModel):
@@ -286,6 +318,8 @@ class PeriLlamaPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif hasattr(module, "reset"):  # our norms and learned factors
+            module.reset()
         else:
             super()._init_weights(module)
 
@@ -308,9 +342,9 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
         plan = config.stream_plan()
         # No padding_idx: with pad = eos it would keep the document separator's row at zero.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_norm = build_norm(config, "embed_norm", present=plan.embedding_norm)
+        self.embed_norm = build_norm(config, "embed_norm", plan.embedding_norm)
         self.layers = nn.ModuleList(PeriLlamaDecoderLayer(config, i, row) for i, row in enumerate(plan.layers))
-        self.final_norm = build_norm(config, "final_norm", present=plan.final_norm)
+        self.final_norm = build_norm(config, "final_norm", plan.final_norm)
         self.rotary_emb = PeriLlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -544,6 +578,8 @@ class PeriLlamaForQuestionAnswering(GenericForQuestionAnswering, PeriLlamaPreTra
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+
+register_names()
 
 __all__ = [
     "PeriLlamaForCausalLM",

@@ -1,12 +1,16 @@
-"""The two norms of the family. Statistics and gain are in FP32 at least; the result has the input's dtype.
+"""The norms of the family. Statistics and gain are in FP32 at least; the result has the input's dtype.
 
 In FP16 a square overflows at |x| = 256, so no statistic is ever taken in half precision; and the gain is multiplied
 before the result is rounded (OLMo 2), not after it (Llama). In FP32 both are the same.
+
+RMSNorm and LayerNorm with one gain a channel are classes of their own, fast and known to serving engines by their
+names. Every other combination of a kind and a gain is a `PeriLlamaNorm`, in plain operations.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -126,4 +130,119 @@ class PeriLlamaLayerNorm(nn.LayerNorm):
         return x.to(hidden_states.dtype)
 
 
-NORMS = {"rmsnorm": PeriLlamaRMSNorm, "layernorm": PeriLlamaLayerNorm}
+class PeriLlamaCenteredRMSNorm(nn.Module):
+    """x / rms(x) * (1 + w) (Gemma): the same function as RMSNorm, another path of the optimizer under weight decay.
+
+    A class of its own, since engines tell the two apart by what `weight` begins with.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, learnable: bool = True):
+        super().__init__()
+        self.variance_epsilon = eps
+        _register(self, "weight", torch.zeros(hidden_size), learnable)
+
+    def reset(self) -> None:
+        init.zeros_(self.weight)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return rms_norm(hidden_states, 1.0 + self.weight.to(wide), self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def _register(module: nn.Module, name: str, value: torch.Tensor, learnable: bool) -> None:
+    if learnable:
+        module.register_parameter(name, nn.Parameter(value))
+    else:
+        module.register_buffer(name, value)
+
+
+class PeriLlamaNorm(nn.Module):
+    """`gain * normalize(x) + bias` over the last dimension, for any kind and gain of `slots.py`.
+
+    | kind | normalize(x) | bias | source |
+    |---|---|---|---|
+    | `rmsnorm` | x / sqrt(mean(x^2) + eps) | no | 1910.07467, equation 4 |
+    | `layernorm` | (x - mean(x)) / sqrt(var(x) + eps) | yes | 1607.06450 |
+    | `dyt` | tanh(alpha x), alpha a learned number that begins with 0.5 | yes | 2503.10622, equation 1 |
+    | `derf` | erf(alpha x + shift), alpha and shift learned, from 0.5 and 0 | yes | 2512.10938 |
+    | `l2` | x / sqrt(sum(x^2) + eps) | no | |
+    | `none` | x | no | the gain of NormFormer's HeadScale, 2110.09456 |
+
+    A bias stands beside a gain for each channel alone. `learnable=False` freezes gain and bias at the identity.
+
+    Args:
+        size: channels.
+        heads: for the gain `head`: how many heads the channels are.
+    """
+
+    BIASED = ("layernorm", "dyt", "derf")
+
+    def __init__(
+        self, kind: str, gain: str, size: int, eps: float = 1e-6, learnable: bool = True, heads: int | None = None
+    ):
+        super().__init__()
+        self.kind, self.gain, self.size, self.variance_epsilon = kind, gain, size, eps
+        count = {"channel": size, "centered": size, "scalar": 1, "head": heads, "none": 0}[gain]
+        if count:
+            _register(self, "weight", torch.zeros(count) if gain == "centered" else torch.ones(count), learnable)
+        self.biased = kind in self.BIASED and gain in ("channel", "centered")
+        if self.biased:
+            _register(self, "bias", torch.zeros(size), learnable)
+        if kind in ("dyt", "derf"):
+            self.alpha = nn.Parameter(torch.full((1,), 0.5))
+        if kind == "derf":
+            self.shift = nn.Parameter(torch.zeros(1))
+
+    def reset(self) -> None:
+        """Initial values, through Transformers' functions, which leave alone what was loaded."""
+        if self.gain != "none":
+            (init.zeros_ if self.gain == "centered" else init.ones_)(self.weight)
+        if self.biased:
+            init.zeros_(self.bias)
+        if self.kind in ("dyt", "derf"):
+            init.constant_(self.alpha, 0.5)
+        if self.kind == "derf":
+            init.zeros_(self.shift)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = self._normalized(hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)))
+        if self.gain == "head":
+            x = x.unflatten(-1, (self.weight.shape[0], -1)).mul(self.weight.to(x.dtype).unsqueeze(-1)).flatten(-2)
+        elif self.gain != "none":
+            weight = self.weight.to(x.dtype)
+            x = x * (1.0 + weight if self.gain == "centered" else weight)
+        if self.biased:
+            x = x + self.bias.to(x.dtype)
+        return x.to(hidden_states.dtype)
+
+    def _normalized(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "rmsnorm":
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        if self.kind == "layernorm":
+            return F.layer_norm(x, (self.size,), eps=self.variance_epsilon)
+        if self.kind == "l2":
+            return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + self.variance_epsilon)
+        if self.kind == "dyt":
+            return torch.tanh(self.alpha.to(x.dtype) * x)
+        if self.kind == "derf":
+            return torch.erf(self.alpha.to(x.dtype) * x + self.shift.to(x.dtype))
+        return x
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, kind={self.kind}, gain={self.gain}, eps={self.variance_epsilon}"
+
+
+NORMS = {"rmsnorm": PeriLlamaRMSNorm, "layernorm": PeriLlamaLayerNorm}  # with one gain a channel
+_OWN_CLASSES = {(kind, "channel"): norm for kind, norm in NORMS.items()}
+_OWN_CLASSES["rmsnorm", "centered"] = PeriLlamaCenteredRMSNorm
+
+
+def make_norm(
+    kind: str, gain: str, size: int, eps: float, learnable: bool = True, heads: int | None = None
+) -> nn.Module:
+    """The norm of a kind and a gain over `size` channels: a class of its own where there is one."""
+    own = _OWN_CLASSES.get((kind, gain))
+    return PeriLlamaNorm(kind, gain, size, eps, learnable, heads) if own is None else own(size, eps, learnable)

@@ -4,52 +4,73 @@ Every sublayer `f` (attention, then MLP) of layer `l` of `L` does
 
     x  <-  C( alpha * x  +  s * B( f( c * A(x) ) ) )
 
-`A` (on the sublayer's input), `B` (on its output, before the add) and `C` (on the stream, after the
-add) are each a norm or nothing. A placement says which, and gives alpha, s and c as a number or as a
-rule in `l` and `L`. That is all a placement is: a new one is a new row of `PLACEMENTS`.
+`A` (on the sublayer's input), `B` (on its output, before the add) and `C` (on the stream, after the add) are each a
+norm or nothing; further slots are inside the sublayers. A placement says which, and gives alpha, s and c. That is all
+a placement is: a new one is a new row of `PLACEMENTS`. What may stand in a slot or a factor is in `slots.py`.
 
-Sources: `post`, `pre`, `peri`: Peri-LN (arXiv 2502.02732), equations 1 and 2, section 3.3; `output`: the
-same, appendix G (OLMo 2); `deepnorm`: arXiv 2203.00555; `lns`: LayerNorm Scaling (2502.05795); `mix`: Mix-LN
-(2412.13795). `pre_post` (a norm before the sublayer and another after the add) is sometimes called
-Peri-LN; it is not.
+| row | source |
+|---|---|
+| `post`, `pre`, `peri`, `output` | Peri-LN, 2502.02732: equations 1 and 2, section 3.3, appendix G (OLMo 2) |
+| `sandwich` | `peri` without the embedding norm: Gemma 2 (2408.00118), section 2 |
+| `deepnorm` | 2203.00555: x <- C(alpha x + f(x)) |
+| `lns` | LayerNorm Scaling, 2502.05795: A's output times 1/sqrt(l) |
+| `sub_ln` | Magneto, 2210.06423: A, and a norm before the last projection of each sublayer |
+| `normformer` | 2110.09456: A; attention with B and one gain a head; the MLP with a norm before down_proj |
+| `hybrid` | HybridNorm, 2503.04598: norms on q, k and v; one norm on the stream between attention and MLP |
+| `hybrid_star` | the same, its first layer Pre-LN |
+| `keel` | 2601.19895: x <- C(alpha x + f(A(x))) with alpha = 2L, the number of sublayers |
+| `learned_residual` | Post-LN whose skip connection has one learned factor a channel, as Admin's (2004.08249) |
+| `mix` | Mix-LN, 2412.13795: the first quarter of the layers `post`, the rest `pre` |
+| `none` | no norm at all |
+| `pre_post` | A and C; sometimes called Peri-LN, which it is not |
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-# The only rules there are: names for functions of the layer l = 1..L and of the number of layers L
-# (decoder layers, not sublayers). They are looked up, never evaluated.
-RULES: dict[str, Callable[[int, int], float]] = {
-    "1/sqrt(l)": lambda l, L: l**-0.5,  # noqa: E741
-    "1/sqrt(L)": lambda l, L: L**-0.5,  # noqa: E741
-    "1/sqrt(2L)": lambda l, L: (2 * L) ** -0.5,  # noqa: E741
-    "1/L": lambda l, L: 1.0 / L,  # noqa: E741
-    "(2L)^(1/4)": lambda l, L: (2 * L) ** 0.25,  # noqa: E741
-    "(8L)^(-1/4)": lambda l, L: (8 * L) ** -0.25,  # noqa: E741
-}
+from .slots import (
+    Factor,
+    Learned,
+    Norm,
+    ProjectionNorm,
+    evaluate_rule,
+    nearest,
+    read_factor,
+    read_projection_norm,
+    read_slot,
+)
+
+Slot = bool | Mapping[str, Any] | Norm
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One row: the norms A, B, C of a sublayer, the two norms at the ends of the stream, and the factors.
+    """One row, as it is written: the norms A, B, C and the factors of both sublayers, and what else there is.
 
-    `init_gain` multiplies the initial standard deviation of v, o and the MLP's three matrices (DeepNorm).
+    `attn` and `mlp` override the row for one sublayer. `init_gain` multiplies the initial standard deviation of v, o
+    and the MLP's three matrices (DeepNorm, Magneto).
     """
 
-    input_norm: bool = False  # A
-    output_norm: bool = False  # B
-    residual_norm: bool = False  # C
-    embedding_norm: bool = False
-    final_norm: bool = True
-    alpha: float | str = 1.0
-    s: float | str = 1.0
-    c: float | str = 1.0
+    input_norm: Slot = False  # A
+    output_norm: Slot = False  # B
+    residual_norm: Slot = False  # C
+    embedding_norm: Slot = False
+    final_norm: Slot = True
+    alpha: Any = 1.0
+    s: Any = 1.0
+    c: Any = 1.0
+    attn: Mapping[str, Any] = field(default_factory=dict)
+    mlp: Mapping[str, Any] = field(default_factory=dict)
+    q_norm: Any = None
+    k_norm: Any = None
+    v_norm: Any = None
+    attn_inner_norm: Slot = False  # before o_proj
+    mlp_inner_norm: Slot = False  # before down_proj
     init_gain: float | str = 1.0
 
 
+_QKV_BY_HEAD = {"q_norm": "head", "k_norm": "head", "v_norm": "head"}
 PLACEMENTS: dict[str, Placement] = {
     "post": Placement(residual_norm=True, final_norm=False),
     "pre": Placement(input_norm=True),
@@ -58,127 +79,201 @@ PLACEMENTS: dict[str, Placement] = {
     "pre_post": Placement(input_norm=True, residual_norm=True, final_norm=False),
     "deepnorm": Placement(residual_norm=True, final_norm=False, alpha="(2L)^(1/4)", init_gain="(8L)^(-1/4)"),
     "lns": Placement(input_norm=True, c="1/sqrt(l)"),
+    "sandwich": Placement(input_norm=True, output_norm=True),
+    "sub_ln": Placement(input_norm=True, attn_inner_norm=True, mlp_inner_norm=True, init_gain="sqrt(log(2L))"),
+    "normformer": Placement(
+        input_norm=True,
+        attn={"output_norm": True},
+        attn_inner_norm={"kind": "none", "gain": "head"},
+        mlp_inner_norm=True,
+    ),
+    "hybrid": Placement(attn={"residual_norm": True}, **_QKV_BY_HEAD),
+    "keel": Placement(input_norm=True, residual_norm=True, final_norm=False, alpha="2L"),
+    "learned_residual": Placement(residual_norm=True, final_norm=False, alpha={"learned": "channel"}),
+    "none": Placement(final_norm=False),
 }
 # Rows that give each layer a placement of its own. Mix-LN: the first quarter Post-LN, the rest Pre-LN
 # (at least one layer of Post-LN, so that a very shallow `mix` is not a `pre` in disguise).
-MIXTURES: dict[str, Callable[[int], list[str]]] = {
+MIXTURES: dict[str, Callable[[int], list[Any]]] = {
     "mix": lambda L: ["post"] * max(1, L // 4) + ["pre"] * (L - max(1, L // 4)),
+    "hybrid_star": lambda L: [{"input_norm": True, **_QKV_BY_HEAD}] + ["hybrid"] * (L - 1),
 }
 PLACEMENT_NAMES = (*PLACEMENTS, *MIXTURES)
+# What the one equation cannot say: each keeps more than one residual stream, or reads layers other than the last.
+REFUSED: dict[str, str] = {
+    "hyper_connections": "it carries several residual streams (2409.19606)",
+    "attention_residuals": "each layer attends to the outputs of all layers before it",
+    "residual": "ResiDual (2304.14802) carries a second, unnormalized stream",
+    "siamese_norm": "it carries two streams that share their layers",
+    "span_norm": "its skip connection spans both sublayers of a layer",
+    "x0_lambdas": "it adds the embedding again in every layer, a second stream",
+}
 
-_USER_FLAGS = ("input_norm", "output_norm", "residual_norm", "embedding_norm", "final_norm")
-_USER_FACTORS = ("alpha", "s", "c")
-
-
-def _nearest(name: Any, known: Sequence[str]) -> str:
-    close = get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}? " if close else ""
-
-
-def evaluate_rule(rule: float | str, layer: int, num_layers: int, field: str = "rule") -> float:
-    """The value of a number or a named rule at `layer` (1 to `num_layers`).
-
-    Raises:
-        ValueError: the rule has no such name, or is no finite number.
-    """
-    if isinstance(rule, str):
-        if rule not in RULES:
-            raise ValueError(
-                f"{field}={rule!r} is no known rule: {_nearest(rule, list(RULES))}use one of {list(RULES)}"
-            )
-        return RULES[rule](layer, num_layers)
-    if isinstance(rule, bool) or not isinstance(rule, (int, float)) or not math.isfinite(rule):
-        raise ValueError(f"{field}={rule!r} must be a finite number or one of the rules {list(RULES)}")
-    return float(rule)
+_FLAGS = ("input_norm", "output_norm", "residual_norm")
+_ENDS = ("embedding_norm", "final_norm")
+_PROJECTIONS = ("q_norm", "k_norm", "v_norm")
+_INNER = ("attn_inner_norm", "mlp_inner_norm")
+_FACTORS = ("alpha", "s", "c")
+_USER_KEYS = (*_FLAGS, *_ENDS, *_FACTORS, "attn", "mlp", *_PROJECTIONS, *_INNER)
 
 
 def get_placement(name: str | Mapping[str, Any], field: str = "norm_placement") -> Placement:
     """The row called `name`, or the row that a mapping of the user's own describes.
 
-    A mapping has the keys `input_norm`, `output_norm`, `residual_norm`, `embedding_norm`, `final_norm`
-    (bool) and `alpha`, `s`, `c` (a number or a rule's name); what it leaves out is off, or 1.
+    A mapping has the keys `input_norm`, `output_norm`, `residual_norm`, `embedding_norm`, `final_norm`,
+    `attn_inner_norm`, `mlp_inner_norm` (slots), `q_norm`, `k_norm`, `v_norm`, the factors `alpha`, `s`, `c`, and `attn`
+    and `mlp`, mappings that override A, B, C and the factors for one sublayer. What it leaves out is off, or 1.
 
     Raises:
         ValueError: unknown name, key, rule, or a value of the wrong type; the message names the field.
     """
     if isinstance(name, str):
-        if name in MIXTURES:
-            raise ValueError(
-                f"{field}={name!r} is a placement of whole models: a layer takes one of {list(PLACEMENTS)}"
-            )
-        if name not in PLACEMENTS:
-            whole = field == "norm_placement"
-            known = PLACEMENT_NAMES if whole else tuple(PLACEMENTS)
-            raise ValueError(
-                f"{field}={name!r} is no known placement: {_nearest(name, known)}use one of {list(known)}"
-                + (" or a mapping" if whole else "")
-            )
-        return PLACEMENTS[name]
+        return _named(name, field)
     if not isinstance(name, Mapping):
         raise ValueError(f"{field}={name!r} must be a placement's name or a mapping")
-    for key, value in name.items():
-        if key in _USER_FLAGS:
-            if not isinstance(value, bool):
-                raise ValueError(f"{field}[{key!r}]={value!r} must be true or false")
-        elif key in _USER_FACTORS:
-            evaluate_rule(value, 1, 1, field=f"{field}[{key!r}]")
-        else:
-            known = (*_USER_FLAGS, *_USER_FACTORS)
-            raise ValueError(f"{field} has an unknown key {key!r}: {_nearest(key, known)}use {list(known)}")
+    _check(name, _USER_KEYS, field)
+    for sublayer in ("attn", "mlp"):
+        _check(name.get(sublayer, {}), (*_FLAGS, *_FACTORS), f"{field}[{sublayer!r}]")
     return Placement(**{"final_norm": False, **name})
+
+
+def _named(name: str, field: str) -> Placement:
+    if name in REFUSED:
+        raise ValueError(f"{field}={name!r} is not a row of one stream's equation: {REFUSED[name]}")
+    if name in MIXTURES:
+        raise ValueError(f"{field}={name!r} is a placement of whole models: a layer takes one of {list(PLACEMENTS)}")
+    if name not in PLACEMENTS:
+        known = PLACEMENT_NAMES if field == "norm_placement" else tuple(PLACEMENTS)
+        raise ValueError(
+            f"{field}={name!r} is not a known placement: {nearest(name, known)}use one of {list(known)} or a mapping"
+        )
+    return PLACEMENTS[name]
+
+
+def _check(row: Any, known: Sequence[str], field: str) -> None:
+    """Every key is known, and every value is one that its key can have."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{field}={row!r} must be a mapping with keys of {list(known)}")
+    for key, value in row.items():
+        where = f"{field}[{key!r}]"
+        if key not in known:
+            if key in REFUSED:
+                raise ValueError(f"{field} has {key!r}, which one stream cannot have: {REFUSED[key]}")
+            raise ValueError(f"{field} has an unknown key {key!r}: {nearest(key, known)}use {list(known)}")
+        if key in ("attn", "mlp"):
+            continue
+        if key in _FACTORS:
+            if isinstance(read_factor(value, where), Learned) and key == "c":
+                raise ValueError(f"{where}={value!r}: c is a constant; a learned one is the input norm's gain")
+        elif key in _PROJECTIONS:
+            read_projection_norm(value, where)
+        else:
+            read_slot(value, where)
+
+
+# The plan: a row with its rules evaluated
+
+
+@dataclass(frozen=True)
+class SublayerPlan:
+    """The norms and factors of one sublayer in one layer; alpha and s may be learned, with a number to begin with."""
+
+    input_norm: Norm | None
+    output_norm: Norm | None
+    residual_norm: Norm | None
+    inner_norm: Norm | None
+    alpha: float | Learned
+    s: float | Learned
+    c: float
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """A placement with its rules evaluated for one layer: what a decoder layer is built from."""
+    """What a decoder layer is built from: the plans of its two sublayers, and the norms on q, k and v."""
 
-    input_norm: bool
-    output_norm: bool
-    residual_norm: bool
-    alpha: float
-    s: float
-    c: float
+    attn: SublayerPlan
+    mlp: SublayerPlan
+    q_norm: ProjectionNorm | None
+    k_norm: ProjectionNorm | None
+    v_norm: ProjectionNorm | None
     init_gain: float
+
+    @property
+    def sublayers(self) -> tuple[SublayerPlan, SublayerPlan]:
+        return self.attn, self.mlp
+
+    @property
+    def projections(self) -> dict[str, ProjectionNorm]:
+        """The norms there are on queries, keys and values, by slot."""
+        return {name: norm for name in _PROJECTIONS if (norm := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
 class StreamPlan:
     """The whole stream: the norms at its two ends and one plan for each layer."""
 
-    embedding_norm: bool
-    final_norm: bool
+    embedding_norm: Norm | None
+    final_norm: Norm | None
     layers: tuple[LayerPlan, ...]
 
 
-def _layer_plan(row: Placement, l: int, L: int, residual_scale: float | str) -> LayerPlan:  # noqa: E741
+def _factor(value: Any, scale: float, l: int, L: int, field: str) -> float | Learned:  # noqa: E741
+    """A factor in layer l, times `scale`."""
+    factor: Factor = read_factor(value, field)
+    if isinstance(factor, Learned):
+        return replace(factor, init=scale * evaluate_rule(factor.init, l, L, field))
+    return scale * evaluate_rule(factor, l, L, field)
+
+
+def _sublayer_plan(row: Placement, name: str, l: int, L: int, residual_scale: float) -> SublayerPlan:  # noqa: E741
+    given = {key: getattr(row, key) for key in (*_FLAGS, *_FACTORS)} | dict(getattr(row, name))
+    c = _factor(given["c"], 1.0, l, L, "c")
+    assert isinstance(c, float)
+    return SublayerPlan(
+        **{key: read_slot(given[key], key) for key in _FLAGS},
+        inner_norm=read_slot(getattr(row, f"{name}_inner_norm"), f"{name}_inner_norm"),
+        alpha=_factor(given["alpha"], 1.0, l, L, "alpha"),
+        s=_factor(given["s"], residual_scale, l, L, "s"),
+        c=c,
+    )
+
+
+def _layer_plan(
+    row: Placement,
+    l: int,  # noqa: E741
+    L: int,
+    residual_scale: float | str,
+    qk_norm: str | None,
+) -> LayerPlan:
     """The row in layer l of L (1 to L)."""
-
-    def value(name: str) -> float:
-        return evaluate_rule(getattr(row, name), l, L, name)
-
+    scale = evaluate_rule(residual_scale, l, L, field="residual_scale")
+    norms = {name: read_projection_norm(getattr(row, name), name) for name in _PROJECTIONS}
+    if qk_norm is not None:
+        if norms["q_norm"] or norms["k_norm"]:
+            raise ValueError(f"qk_norm={qk_norm!r}: the placement has norms on queries or keys already")
+        norms |= {name: ProjectionNorm(over=qk_norm) for name in ("q_norm", "k_norm")}
     return LayerPlan(
-        input_norm=row.input_norm,
-        output_norm=row.output_norm,
-        residual_norm=row.residual_norm,
-        alpha=value("alpha"),
-        s=value("s") * evaluate_rule(residual_scale, l, L, field="residual_scale"),
-        c=value("c"),
-        init_gain=value("init_gain"),
+        attn=_sublayer_plan(row, "attn", l, L, scale),
+        mlp=_sublayer_plan(row, "mlp", l, L, scale),
+        **norms,
+        init_gain=evaluate_rule(row.init_gain, l, L, "init_gain"),
     )
 
 
 def plan_stream(
     norm_placement: str | Mapping[str, Any],
     num_layers: int,
-    layer_placements: Sequence[str] | None = None,
+    layer_placements: Sequence[str | Mapping[str, Any]] | None = None,
     residual_scale: float | str = 1.0,
     embedding_norm: bool | None = None,
     final_norm: bool | None = None,
+    qk_norm: str | None = None,
 ) -> StreamPlan:
     """Evaluate a placement for `num_layers` layers.
 
-    `layer_placements` (one name a layer) overrides `norm_placement`; then, as with `mix`, the two ends are
-    those of the row `pre` unless given. `residual_scale` multiplies every layer's `s`.
+    `layer_placements` (one name or mapping a layer) overrides `norm_placement`; then, as with `mix`, the two ends are
+    those of the row `pre` unless given. `residual_scale` multiplies every layer's `s`, `qk_norm` puts a norm on
+    queries and keys.
 
     Raises:
         ValueError: as `get_placement` and `evaluate_rule`, or a list of the wrong length.
@@ -193,10 +288,21 @@ def plan_stream(
         if len(names) != num_layers:
             raise ValueError(f"layer_placements has {len(names)} entries for num_hidden_layers={num_layers}")
         rows = [get_placement(n, field=f"layer_placements[{i}]") for i, n in enumerate(names)]
+        for i, name in enumerate(names):
+            extra = [key for key in _ENDS if isinstance(name, Mapping) and key in name]
+            if extra:
+                raise ValueError(f"layer_placements[{i}] has {extra[0]!r}, which belongs to the whole stream")
         ends = PLACEMENTS["pre"]
-    layers = [_layer_plan(row, l, num_layers, residual_scale) for l, row in enumerate(rows, start=1)]  # noqa: E741
     return StreamPlan(
-        embedding_norm=ends.embedding_norm if embedding_norm is None else embedding_norm,
-        final_norm=ends.final_norm if final_norm is None else final_norm,
-        layers=tuple(layers),
+        embedding_norm=_end(ends.embedding_norm, embedding_norm, "embedding_norm"),
+        final_norm=_end(ends.final_norm, final_norm, "final_norm"),
+        layers=tuple(_layer_plan(row, l, num_layers, residual_scale, qk_norm) for l, row in enumerate(rows, start=1)),  # noqa: E741
     )
+
+
+def _end(row: Slot, override: bool | None, field: str) -> Norm | None:
+    """The norm at an end of the stream: the row's, unless the configuration switches it on or off."""
+    norm = read_slot(row, field)
+    if override is None:
+        return norm
+    return (norm or Norm()) if override else None

@@ -3,26 +3,13 @@
 Letters: L layers, H heads, D hidden size, F FFN width, Q = H x head size, K the same of keys, T sequence length.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # so that `scripts.plan --help` need not import torch
-    from modeling_periln import PeriLlamaConfig
-    from modeling_periln.placements import LayerPlan
-
-# Dense FP16/BF16 matrix FLOP/s with FP32 accumulation, and memory in GiB: the makers' data sheets.
-GPUS: dict[str, tuple[float, float]] = {
-    "v100": (125e12, 32),
-    "a100": (312e12, 80),
-    "h100": (989e12, 80),
-    "h200": (989e12, 141),
-    "b200": (2250e12, 180),
-    "l40s": (362e12, 48),
-    "rtx4090": (165e12, 24),
-    "mi300x": (1307e12, 192),
-}
+from modeling_periln import PeriLlamaConfig
+from modeling_periln.modeling_periln import FACTORS
+from modeling_periln.norms import PeriLlamaNorm
+from modeling_periln.placements import LayerPlan
+from modeling_periln.slots import Learned, Norm
 
 
 @dataclass(frozen=True)
@@ -41,18 +28,34 @@ class Parameters:
 
 
 def _layer_parameters(config: PeriLlamaConfig, plan: LayerPlan) -> tuple[int, int]:
-    """(in linear layers, in norms) of one layer."""
+    """(in linear layers, in norms and learned factors) of one layer."""
     d, f, q, k = widths(config)
     linear = 2 * d * q + 2 * d * k + 3 * d * f
     linear += (q + 2 * k + d) * config.attention_bias + (2 * f + d) * config.mlp_bias
-    learnable_outputs = plan.output_norm and config.output_norm_learnable
-    norms = 2 * d * (plan.input_norm + learnable_outputs + plan.residual_norm)
-    norms += {"full": q + k, "head": 2 * config.head_dim}.get(config.qk_norm, 0)
-    return linear, norms * vectors_of_a_norm(config)
+    others = 0
+    for sublayer, inner in ((plan.attn, q), (plan.mlp, f)):
+        others += _norm_parameters(config, sublayer.input_norm, d) + _norm_parameters(config, sublayer.residual_norm, d)
+        others += _norm_parameters(config, sublayer.output_norm, d, config.output_norm_learnable)
+        others += _norm_parameters(config, sublayer.inner_norm, inner)
+        others += sum(FACTORS[x.learned](d) for x in (sublayer.alpha, sublayer.s) if isinstance(x, Learned))
+    for slot, norm in plan.projections.items():
+        full = q if slot == "q_norm" else k
+        others += _norm_parameters(config, norm, full if norm.over == "full" else config.head_dim)
+    return linear, others
+
+
+def _norm_parameters(config: PeriLlamaConfig, norm: Norm | None, size: int, learnable: bool = True) -> int:
+    """The learnable parameters of one norm: its gain, its bias, and what DyT and Derf learn beside them."""
+    if norm is None:
+        return 0
+    kind, gain = norm.kind or config.norm_type, norm.gain or config.norm_gain
+    gains = {"channel": size, "centered": size, "scalar": 1, "head": config.num_attention_heads, "none": 0}[gain]
+    biases = size if kind in PeriLlamaNorm.BIASED and gain in ("channel", "centered") else 0
+    return (gains + biases) * learnable + {"dyt": 1, "derf": 2}.get(kind, 0)
 
 
 def vectors_of_a_norm(config: PeriLlamaConfig) -> int:
-    """Gamma, and for LayerNorm beta. As many statistics has a token: rms, or mean and deviation."""
+    """How many statistics of a token a norm keeps: its rms, or mean and deviation."""
     return 2 if config.norm_type == "layernorm" else 1
 
 
@@ -66,7 +69,7 @@ def count_parameters(config: PeriLlamaConfig) -> Parameters:
     """The model's learnable parameters, without building it."""
     plan, table = config.stream_plan(), config.vocab_size * config.hidden_size
     layers = [_layer_parameters(config, layer) for layer in plan.layers]
-    ends = (plan.embedding_norm + plan.final_norm) * config.hidden_size * vectors_of_a_norm(config)
+    ends = sum(_norm_parameters(config, norm, config.hidden_size) for norm in (plan.embedding_norm, plan.final_norm))
     return Parameters(
         embedding=table,
         head=0 if config.tie_word_embeddings else table,

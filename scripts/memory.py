@@ -12,6 +12,7 @@ from typing import Literal
 
 from modeling_periln import PeriLlamaConfig
 from modeling_periln.placements import LayerPlan
+from modeling_periln.slots import Learned
 
 from .costs import count_parameters, vectors_of_a_norm, widths
 from .recipe import Recipe
@@ -92,16 +93,19 @@ def layer_activations(config: PeriLlamaConfig, plan: LayerPlan, s: Situation) ->
     """Bytes a token that autograd keeps of one layer: everything its backward pass reads."""
     d, f, q, k = widths(config)
     kept = 0.0
-    for readers in (3, 2):
-        kept += _norm(d, s.stream, s, config) if plan.input_norm else 0
+    for sublayer, readers, inner in ((plan.attn, 3, q), (plan.mlp, 2, f)):
+        kept += _norm(d, s.stream, s, config) if sublayer.input_norm else 0
         kept += _read(d, s.stream, readers, s)
-        kept += _norm(d, s.module, s, config) if plan.output_norm else 0
-        kept += _norm(d, s.stream, s, config) if plan.residual_norm else 0
-    if config.qk_norm == "full":
-        kept += _norm(q, s.module, s, config) + _norm(k, s.module, s, config)
-    elif config.qk_norm == "head":
-        heads = config.num_attention_heads + config.num_key_value_heads
-        kept += heads * _norm(config.head_dim, s.module, s, config)
+        kept += _norm(inner, s.module, s, config) if sublayer.inner_norm else 0
+        kept += _norm(d, s.module, s, config) if sublayer.output_norm else 0
+        kept += _norm(d, s.stream, s, config) if sublayer.residual_norm else 0
+        kept += d * s.stream * sum(isinstance(factor, Learned) for factor in (sublayer.alpha, sublayer.s))
+    for slot, norm in plan.projections.items():
+        if norm.over == "full":
+            kept += _norm(q if slot == "q_norm" else k, s.module, s, config)
+        else:
+            heads = config.num_attention_heads if slot == "q_norm" else config.num_key_value_heads
+            kept += heads * _norm(config.head_dim, s.module, s, config)
     kept += (2 * q + 2 * k) * s.module + config.num_attention_heads * FP32  # q, k, v, output; log-sum-exp
     if s.document_masking:
         kept += s.length * s.module  # each layer turns the mask into numbers to add, and keeps them

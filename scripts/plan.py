@@ -28,7 +28,8 @@ from runkit.folder import read_json
 from runkit.process import start_stage
 from runkit.recipes import apply_overrides, from_mapping, read_yaml
 
-from .costs import GPUS, count_parameters, flops_per_token
+from .costs import count_parameters, flops_per_token
+from .gpus import GPUS
 from .memory import Moment, Situation, peak, situation
 from .recipe import Recipe
 

@@ -23,7 +23,8 @@ import json
 from runkit.folder import write_json
 from runkit.process import StopRequest, stop_with_parent
 
-from .costs import GPUS, flops_per_token
+from .costs import flops_per_token
+from .gpus import GPUS
 from .plan import short
 from .sweep_cells import Sweep, label, load_sweep
 from .sweep_run import Way, run_sweep

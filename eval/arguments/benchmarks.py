@@ -11,7 +11,9 @@ from .shared import add_settings, check_settings, task_names
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.benchmarks") -> argparse.Namespace:
     parser = make_parser(prog, "Score checkpoints on tasks of lm-evaluation-harness.")
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="run folders, checkpoints or ids of the Hub")
-    parser.add_argument("--tasks", default=",".join(SUITES["hub"]), metavar="A,B,...", help="any of lm-eval's, or mini")
+    parser.add_argument(
+        "--tasks", default=",".join(SUITES["hub"]), metavar="A,B,...", help="any of lm-eval's, mini, or your own"
+    )
     parser.add_argument("--check-data", action="store_true", help="only load the tasks' data, and stop")
     add_settings(parser)
     return parser.parse_args(argv)

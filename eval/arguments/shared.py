@@ -34,6 +34,14 @@ def batch_size(text: str) -> int | str:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The flags of `settings_of`, and of the models."""
+    parser.add_argument(
+        *("--include-path", "--include_path"),
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="tasks of your own, as .yaml files for lm-eval, of which the code is run; may be given several times",
+    )
     parser.add_argument("--num-fewshot", type=int, default=0, help="examples before each item")
     parser.add_argument("--limit", type=float, help="items a task, or a share of them below 1; all when left out")
     parser.add_argument("--batch-size", default="16", help="requests a batch, or auto: as many as the memory holds")

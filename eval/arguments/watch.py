@@ -13,7 +13,9 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.watch") -> 
     parser = make_parser(prog, "Score a run's checkpoints while it trains.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a pretraining run, begun or about to begin")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every n-th checkpoint, and the last")
-    parser.add_argument("--tasks", default=",".join(SUITES["hub"]), metavar="A,B,...", help="any of lm-eval's, or mini")
+    parser.add_argument(
+        "--tasks", default=",".join(SUITES["hub"]), metavar="A,B,...", help="any of lm-eval's, mini, or your own"
+    )
     parser.add_argument(
         "--wait", type=float, default=60, metavar="SECONDS", help="for a run that has stopped, or not begun, to go on"
     )

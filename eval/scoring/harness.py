@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from eval.own_tasks import OwnTasks
 from eval.suites import SUITES
 from eval.targets import Target
 from runkit.errors import UsageError, UserError, did_you_mean
@@ -70,11 +71,19 @@ class Settings:
 
 
 class Benchmarks:
-    """Tasks of the harness (or groups of them), loaded once and used for every checkpoint."""
+    """Tasks of the harness (or groups of them), loaded once and used for every checkpoint.
 
-    def __init__(self, tasks: Sequence[str], settings: Settings):
+    `include` are folders with tasks of the user's own.
+
+    Raises:
+        UsageError: see `Settings.check` and `OwnTasks`.
+    """
+
+    def __init__(self, tasks: Sequence[str], settings: Settings, include: Sequence[Path] = ()):
         settings.check()
         self.tasks, self.settings = tuple(dict.fromkeys(tasks)), settings
+        self.own = OwnTasks(include, [*FOLDERS, *SUITES["mini"]])
+        self.definitions = {name: self.own.definition(name) for name in self.tasks if name in self.own}
         self._loaded: dict[str, dict[str, Any]] = {}
 
     def load(self) -> None:
@@ -87,7 +96,7 @@ class Benchmarks:
         if not self._loaded:
             logging.getLogger("lm_eval").setLevel(logging.ERROR)
             quiet_hub()
-            manager = _manager_of(self.tasks)
+            manager = _manager_of(self.tasks, self.own)
             self._loaded = {name: self._load(manager, name) for name in self.tasks}
 
     def _load(self, manager: Any, name: str) -> dict[str, Any]:
@@ -143,7 +152,12 @@ class Benchmarks:
     def lacking(self, target: Target, file: Path, again: bool = False) -> list[str]:
         """The tasks that `file` has no result of for these weights and settings; `again`: all of them."""
         record = None if again else _matching(file, self._head(target))
-        return [name for name in self.tasks if record is None or name not in record["tasks"]]
+        return [name for name in self.tasks if record is None or not self.is_scored(record, name)]
+
+    def is_scored(self, record: dict[str, Any], name: str) -> bool:
+        """Whether a record has the task's result; for a task of the user's own, by the definition that it has now."""
+        old = (record.get("own_tasks") or {}).get(name) or {}
+        return name in record["tasks"] and old.get("sha256") == (self.definitions.get(name) or {}).get("sha256")
 
     def is_free(self, target: Target, file: Path) -> bool:
         """Whether `file` is missing, or holds results for these weights and settings."""
@@ -168,9 +182,12 @@ class Benchmarks:
 
     def _joined(self, old: dict[str, Any], name: str, answer: dict[str, Any], lm: Any) -> dict[str, Any]:
         """What a record holds beside its head, with the answer of one more task in it."""
-        new = _results(answer)
-        known = {(row["task"], row["metric"]) for row in new}
-        kept = [row for row in old.get("results", []) if (row["task"], row["metric"]) not in known]
+        new, own = _results(answer), dict(old.get("own_tasks", {}))
+        known = {row["task"] for row in new}
+        replaced = known | set(own.pop(name, {}).get("tasks", []))  # a definition may have had others in it
+        kept = [row for row in old.get("results", []) if row["task"] not in replaced]
+        if name in self.definitions:
+            own[name] = {**self.definitions[name], "tasks": sorted(known)}
         scored = [*(task for task in old.get("tasks", []) if task != name), name]
         sizes = old.get("batch_sizes", {})
         if self.settings.batch_size == "auto":
@@ -180,12 +197,13 @@ class Benchmarks:
             "tasks": scored,
             "dtype": str(lm.model.dtype).removeprefix("torch."),
             **({"batch_sizes": sizes} if sizes else {}),
+            **({"own_tasks": own} if own else {}),
             "results": kept + new,
         }
 
 
-def _manager_of(tasks: Sequence[str]) -> Any:
-    """The harness's list of its tasks; of a few folders where those hold all that is asked for.
+def _manager_of(tasks: Sequence[str], own: OwnTasks) -> Any:
+    """The harness's list of its tasks and the user's; of a few folders where those hold all that is asked for.
 
     Raises:
         UsageError: an unknown task; with the nearest name.
@@ -194,15 +212,15 @@ def _manager_of(tasks: Sequence[str]) -> Any:
 
     root = Path(lm_eval.tasks.__file__).parent
     folders = dict.fromkeys(FOLDERS[task] for task in tasks if task in FOLDERS)
-    few = [*(str(root / folder) for folder in folders), str(MINI_FOLDER)]
+    few = [*(str(root / folder) for folder in folders), str(MINI_FOLDER), *map(str, own.folders)]
     manager = lm_eval.tasks.TaskManager(include_path=few, include_defaults=False)
-    if all(name in manager.all_tasks for name in tasks):
+    if all(name in manager.all_tasks for name in tasks) and not own.has_group(tasks):
         return manager
-    manager = lm_eval.tasks.TaskManager(include_path=str(MINI_FOLDER))
+    manager = lm_eval.tasks.TaskManager(include_path=[str(MINI_FOLDER), *map(str, own.folders)])
     for name in tasks:
         if name not in manager.all_tasks:
             near = did_you_mean(name, [*SUITES, *manager.all_tasks])
-            raise UsageError(f"task {name!r} is unknown to lm-eval{near}")
+            raise UsageError(f"task {name!r} is unknown to lm-eval{near}{own.hint()}")
     return manager
 
 

@@ -68,8 +68,9 @@ class Anatomy:
         if isinstance(named, str) and not getattr(config, "layer_placements", None):
             return named
         places = {(bool(s.input_norm), bool(s.output_norm), bool(s.residual_norm)) for s in self.sublayers}
-        rows = ((name, (p.input_norm, p.output_norm, p.residual_norm)) for name, p in PLACEMENTS.items())
-        return next((name for name, row in rows if places == {row}), None)
+        # The older rows alone: what distinguishes the others (inner norms, factors) is not looked at here.
+        rows = ((name, PLACEMENTS[name]) for name in ("post", "pre", "peri", "output", "pre_post"))
+        return next((n for n, p in rows if places == {(p.input_norm, p.output_norm, p.residual_norm)}), None)
 
     def gain(self, norm: Norm | nn.Module) -> torch.Tensor | None:
         """The effective gamma (D,) of a norm, 1 + w for Gemma's; None where it has none."""

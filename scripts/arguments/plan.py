@@ -6,7 +6,7 @@ from pathlib import Path
 from runkit.errors import UsageError, make_parser
 from runkit.recipes import read_yaml
 
-from ..costs import GPUS
+from ..gpus import GPUS
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m scripts.plan") -> argparse.Namespace:

@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from small_models import make_model, make_run, make_tokenizer, serving, write_weights
 
 from eval import benchmarks
+from eval.own_tasks import OwnTasks
 from eval.scoring import harness
 from eval.scoring.harness import Benchmarks, Settings
 from eval.scoring.likelihood import ContinuationLM
@@ -213,7 +214,7 @@ def test_the_few_tasks_that_are_looked_up_without_the_whole_list_are_those_of_th
     import lm_eval.tasks
 
     whole = lm_eval.tasks.TaskManager()
-    few = harness._manager_of([*harness.FOLDERS, "mini_piqa"])
+    few = harness._manager_of([*harness.FOLDERS, "mini_piqa"], OwnTasks([], []))
     assert len(few.all_tasks) < 100 < len(whole.all_tasks)
     for name in harness.FOLDERS:
         assert few.task_index[name] == whole.task_index[name]

@@ -122,9 +122,9 @@ def test_a_checkpoint_that_went_unseen_is_named_at_the_end(trained, capsys):
 
 def test_a_curve_holds_one_setting_only(trained):
     assert call(trained.path, *TASKS) == 0
-    frame = watch.curve(trained, Settings(limit=4))
+    frame = watch.curve(trained, watch.Benchmarks(["mini_piqa"], Settings(limit=4)))
     assert list(frame[frame.metric == "acc"].step) == [3, 6, 9]
-    assert watch.curve(trained, Settings(limit=5)).empty
+    assert watch.curve(trained, watch.Benchmarks(["mini_piqa"], Settings(limit=5))).empty
     assert json.loads(json.dumps(list(frame.tokens))) == [step * 2 * 16 for step in frame.step]
 
 

@@ -5,10 +5,12 @@ import re
 
 import pytest
 import torch
+from test_literature_rows import ROWS
 from tiny_models import NORMS_OF, SIZES, random_ids, shaken_model, tiny_config, tiny_model
 
-from modeling_periln import PLACEMENT_NAMES, PLACEMENTS, PeriLlamaConfig, PeriLlamaForCausalLM
-from modeling_periln.placements import RULES, evaluate_rule, get_placement, plan_stream
+from modeling_periln import PLACEMENT_NAMES, PeriLlamaConfig, PeriLlamaForCausalLM
+from modeling_periln.placements import get_placement, plan_stream
+from modeling_periln.slots import RULES, Learned, evaluate_rule
 
 ONES = [1.0] * 8
 # name: norms A, B, C; alpha, s, c, init gain of layers 1 to 8; (embedding norm, final norm)
@@ -30,9 +32,25 @@ TABLE = {
 }
 
 
-def norms(layer) -> str:
-    flags = (("A", layer.input_norm), ("B", layer.output_norm), ("C", layer.residual_norm))
+def letters_of(sublayer) -> str:
+    flags = (("A", sublayer.input_norm), ("B", sublayer.output_norm), ("C", sublayer.residual_norm))
     return "".join(letter if on else "-" for letter, on in flags)
+
+
+def norms(layer) -> str:
+    """The letters of a layer whose sublayers are alike, or of both."""
+    both = [letters_of(sublayer) for sublayer in layer.sublayers]
+    return both[0] if both[0] == both[1] else " ".join(both)
+
+
+def factors(plan, name: str) -> list[float]:
+    """A factor of each layer, the same in both sublayers."""
+    assert [getattr(x.attn, name) for x in plan.layers] == [getattr(x.mlp, name) for x in plan.layers]
+    return [getattr(x.attn, name) for x in plan.layers]
+
+
+def ends_of(plan) -> tuple[bool, bool]:
+    return plan.embedding_norm is not None, plan.final_norm is not None
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -40,23 +58,23 @@ def test_row_says_what_the_paper_says(name):
     letters, alpha, s, c, gain, ends = TABLE[name]
     plan = plan_stream(name, 8)
     assert [norms(layer) for layer in plan.layers] == [letters] * 8
-    assert [layer.alpha for layer in plan.layers] == pytest.approx(alpha, rel=1e-5)
-    assert [layer.s for layer in plan.layers] == pytest.approx(s, rel=1e-5)
-    assert [layer.c for layer in plan.layers] == pytest.approx(c, rel=1e-5)
+    assert factors(plan, "alpha") == pytest.approx(alpha, rel=1e-5)
+    assert factors(plan, "s") == pytest.approx(s, rel=1e-5)
+    assert factors(plan, "c") == pytest.approx(c, rel=1e-5)
     assert [layer.init_gain for layer in plan.layers] == pytest.approx([gain] * 8, rel=1e-5)
-    assert (plan.embedding_norm, plan.final_norm) == ends
+    assert ends_of(plan) == ends
 
 
 def test_there_is_no_row_without_an_expectation_here():
-    assert set(PLACEMENTS) == set(TABLE) == set(NORMS_OF)
-    assert set(PLACEMENT_NAMES) == {*TABLE, "mix"}
+    assert set(TABLE) == set(NORMS_OF) and not set(TABLE) & set(ROWS)
+    assert set(PLACEMENT_NAMES) == {*TABLE, *ROWS, "mix"}
 
 
 @pytest.mark.parametrize(("num_layers", "post"), [(1, 1), (2, 1), (4, 1), (7, 1), (8, 2), (24, 6), (32, 8)])
 def test_mix_is_post_in_the_first_quarter_and_pre_in_the_rest(num_layers, post):
     plan = plan_stream("mix", num_layers)
     assert [norms(layer) for layer in plan.layers] == ["--C"] * post + ["A--"] * (num_layers - post)
-    assert (plan.embedding_norm, plan.final_norm) == (False, True)
+    assert ends_of(plan) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +84,8 @@ def test_mix_is_post_in_the_first_quarter_and_pre_in_the_rest(num_layers, post):
         ("1/sqrt(L)", 1 / 3),
         ("1/sqrt(2L)", 0.2357023),
         ("1/L", 1 / 9),
+        ("2L", 18.0),
+        ("sqrt(log(2L))", 1.7001093),
         ("(2L)^(1/4)", 2.0597671),
         ("(8L)^(-1/4)", 0.3432945),
     ],
@@ -75,14 +95,15 @@ def test_rule_at_layer_4_of_9(rule, value):
 
 
 def test_every_rule_was_checked_and_a_number_is_itself():
-    assert set(RULES) == {"1/sqrt(l)", "1/sqrt(L)", "1/sqrt(2L)", "1/L", "(2L)^(1/4)", "(8L)^(-1/4)"}
+    checked = {"1/sqrt(l)", "1/sqrt(L)", "1/sqrt(2L)", "1/L", "2L", "(2L)^(1/4)", "(8L)^(-1/4)", "sqrt(log(2L))"}
+    assert set(RULES) == checked
     assert evaluate_rule(0.25, 4, 9) == 0.25
     assert evaluate_rule(3, 4, 9) == 3.0
 
 
 @pytest.mark.parametrize("code", ["l", "1/l", "1/sqrt(l) ", "2*L", "__import__('os').getcwd()"])
 def test_rules_are_looked_up_and_never_evaluated(code):
-    with pytest.raises(ValueError, match="no known rule"):
+    with pytest.raises(ValueError, match="not a known rule"):
         evaluate_rule(code, 1, 1)
 
 
@@ -92,17 +113,17 @@ def test_rules_are_looked_up_and_never_evaluated(code):
 def test_layer_placements_gives_each_layer_its_row_and_its_own_place_in_the_rules():
     plan = plan_stream("peri", 4, layer_placements=["deepnorm", "post", "lns", "peri"])
     assert [norms(layer) for layer in plan.layers] == ["--C", "--C", "A--", "AB-"]
-    assert [layer.alpha for layer in plan.layers] == pytest.approx([8**0.25, 1, 1, 1])
-    assert [layer.c for layer in plan.layers] == pytest.approx([1, 1, 3**-0.5, 1])
+    assert factors(plan, "alpha") == pytest.approx([8**0.25, 1, 1, 1])
+    assert factors(plan, "c") == pytest.approx([1, 1, 3**-0.5, 1])
     assert [layer.init_gain for layer in plan.layers] == pytest.approx([32**-0.25, 1, 1, 1])
 
 
 def test_layer_placements_has_the_ends_of_pre_unless_they_are_given():
     names = ["peri"] * 3
-    assert plan_stream("peri", 3, layer_placements=names).embedding_norm is False
-    assert plan_stream("post", 3, layer_placements=names).final_norm is True
+    assert ends_of(plan_stream("peri", 3, layer_placements=names))[0] is False
+    assert ends_of(plan_stream("post", 3, layer_placements=names))[1] is True
     given = plan_stream("peri", 3, layer_placements=names, embedding_norm=True, final_norm=False)
-    assert (given.embedding_norm, given.final_norm) == (True, False)
+    assert ends_of(given) == (True, False)
 
 
 def test_mix_is_the_same_model_as_its_list():
@@ -119,8 +140,8 @@ def test_mix_is_the_same_model_as_its_list():
 def test_an_end_that_is_given_overrides_the_row_and_nothing_else(name, end, value):
     changed, row = plan_stream(name, 8, **{end: value}), plan_stream(name, 8)
     other = {"embedding_norm": "final_norm", "final_norm": "embedding_norm"}[end]
-    assert getattr(changed, end) is value
-    assert getattr(changed, other) is getattr(row, other)
+    assert (getattr(changed, end) is not None) is value
+    assert getattr(changed, other) == getattr(row, other)
     assert changed.layers == row.layers
 
 
@@ -133,14 +154,16 @@ def test_an_end_that_is_given_overrides_the_row_and_nothing_else(name, end, valu
 )
 def test_residual_scale_multiplies_s_and_nothing_else(name, scale, expected):
     scaled, plain = plan_stream(name, 4, residual_scale=scale), plan_stream(name, 4)
-    assert [layer.s for layer in scaled.layers] == pytest.approx(expected, rel=1e-5)
-    for field in ("input_norm", "output_norm", "residual_norm", "alpha", "c", "init_gain"):
-        assert [getattr(x, field) for x in scaled.layers] == [getattr(x, field) for x in plain.layers]
+    assert factors(scaled, "s") == pytest.approx(expected, rel=1e-5)
+    for field in ("input_norm", "output_norm", "residual_norm", "inner_norm", "alpha", "c"):
+        for changed, row in zip(scaled.layers, plain.layers, strict=True):
+            assert [getattr(x, field) for x in changed.sublayers] == [getattr(x, field) for x in row.sublayers]
+    assert [x.init_gain for x in scaled.layers] == [x.init_gain for x in plain.layers]
 
 
 def test_residual_scale_multiplies_the_s_of_a_row_of_the_users_own():
     plan = plan_stream({"input_norm": True, "s": 0.5}, 8, residual_scale="1/sqrt(2L)")
-    assert [layer.s for layer in plan.layers] == pytest.approx([0.125] * 8)
+    assert factors(plan, "s") == pytest.approx([0.125] * 8)
 
 
 # A row of the user's own
@@ -158,17 +181,18 @@ SANDWICH = {
 def test_what_a_users_row_leaves_out_is_off_or_one():
     plan = plan_stream({}, 2)
     assert [norms(layer) for layer in plan.layers] == ["---"] * 2
-    assert {(x.alpha, x.s, x.c, x.init_gain) for x in plan.layers} == {(1.0, 1.0, 1.0, 1.0)}
-    assert (plan.embedding_norm, plan.final_norm) == (False, False)
+    assert {(s.alpha, s.s, s.c) for x in plan.layers for s in x.sublayers} == {(1.0, 1.0, 1.0)}
+    assert {x.init_gain for x in plan.layers} == {1.0}
+    assert ends_of(plan) == (False, False)
 
 
 def test_a_users_row_is_evaluated_like_any_other():
     plan = plan_stream(SANDWICH, 8)
     assert [norms(layer) for layer in plan.layers] == ["AB-"] * 8
-    assert {layer.alpha for layer in plan.layers} == {0.75}
-    assert [layer.s for layer in plan.layers] == pytest.approx([0.25] * 8)
-    assert [layer.c for layer in plan.layers] == pytest.approx(TABLE["lns"][3], rel=1e-5)
-    assert (plan.embedding_norm, plan.final_norm) == (False, True)
+    assert set(factors(plan, "alpha")) == {0.75}
+    assert factors(plan, "s") == pytest.approx([0.25] * 8)
+    assert factors(plan, "c") == pytest.approx(TABLE["lns"][3], rel=1e-5)
+    assert ends_of(plan) == (False, True)
 
 
 def test_peri_spelt_out_is_peri():
@@ -197,8 +221,16 @@ def test_factors_of_the_plan_are_those_in_the_layers(name):
     plan = model.config.stream_plan()
     assert len(model.model.layers) == len(plan.layers) == 4
     for layer, row in zip(model.model.layers, plan.layers, strict=True):
-        assert (layer.attn_residual.alpha, layer.attn_residual.s, layer.c) == (row.alpha, row.s, row.c)
-        assert (layer.mlp_residual.alpha, layer.mlp_residual.s) == (row.alpha, row.s)
+        for name, sublayer in (("attn", row.attn), ("mlp", row.mlp)):
+            residual = getattr(layer, f"{name}_residual")
+            for factor in ("alpha", "s"):
+                expected, found = getattr(sublayer, factor), getattr(residual, factor)
+                if isinstance(expected, Learned):
+                    assert isinstance(found, torch.nn.Parameter)
+                    assert torch.equal(found, torch.full_like(found, expected.init))
+                else:
+                    assert found == expected
+            assert getattr(layer, f"{name}_c") == sublayer.c
 
 
 # Errors name the field, the value and the nearest name

@@ -22,8 +22,8 @@ from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM, PeriLlamaMode
 
 PACKAGE = Path(modeling_periln.__file__).parent
 CODE = {
-    *("configuration_periln.py", "modeling_periln.py", "arguments.py"),
-    *("norms.py", "placements.py", "loss.py", "rotary.py"),
+    *("configuration_periln.py", "modeling_periln.py", "arguments.py", "registration.py"),
+    *("norms.py", "placements.py", "slots.py", "loss.py", "rotary.py"),
 }
 WEIGHTS = {"config.json", "generation_config.json", "model.safetensors"}
 MODELS = {
@@ -51,7 +51,12 @@ def test_the_base_model_carries_the_same_code(tmp_path):
 
 def test_a_saved_config_carries_what_the_config_needs(tmp_path):
     tiny_config().save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "configuration_periln.py", "placements.py"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "config.json",
+        "configuration_periln.py",
+        "placements.py",
+        "slots.py",
+    }
 
 
 def test_the_model_file_reaches_every_file_that_is_shipped_and_no_other():

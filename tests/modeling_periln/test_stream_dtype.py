@@ -5,7 +5,8 @@ import torch
 from tiny_models import random_ids, shaken_model, tiny_config, tiny_model
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
-from modeling_periln.modeling_periln import NORMS, PeriLlamaResidual
+from modeling_periln.modeling_periln import PeriLlamaResidual
+from modeling_periln.norms import NORMS
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
