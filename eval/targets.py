@@ -18,7 +18,6 @@ from runkit.errors import UsageError, UserError
 from runkit.folder import RunFolder, weights_hash
 from runkit.models import FoundModel, check_loadable, find_model, is_local, load_causal_lm, not_loaded, step_of
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")  # auto: as saved
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 

@@ -5,16 +5,23 @@ arXiv 2502.02732, Table 2 and Tables 6 to 11) marked as the paper's. They stand 
 which is for what a repository's own weights were measured to do.
 """
 
+import sys
+
+from periln.start import start
+
+from .arguments.paper import check, parse
+
+if __name__ == "__main__":
+    sys.exit(start("model_cards.paper", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData
 
-from runkit.errors import UsageError, make_parser, run_command
 from runkit.folder import write_text
 from runkit.process import start_stage
 from runkit.recipes import flatten, read_yaml
@@ -104,21 +111,9 @@ def render_paper_card(size: str, placement: str) -> str:
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    if args.out.exists() and not args.out.is_dir():
-        raise UsageError(f"--out {args.out} is not a folder")
+    check(args)
     for size in SIZES:
         for placement in PLACEMENTS:
             file = args.out / f"{recipe_of(size, placement)[1]['name']}.md"
             write_text(file, render_paper_card(size, placement))
             print(file)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m model_cards.paper", "Write the cards of the paper's nine models, as recipes.")
-    parser.add_argument("--out", type=Path, default=Path("model_cards/paper"), help="folder to write to")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

@@ -43,7 +43,9 @@ class HalfMatmul(TorchDispatchMode):
     Nothing else is touched: no other dtype, no other operator, no other device.
     """
 
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func not in _PRODUCTS or not (_is_half(args[0]) and args[0].device.type == "cpu"):
             return func(*args, **kwargs)
@@ -60,7 +62,7 @@ class HalfMatmul(TorchDispatchMode):
         return tuple(x.half() for x in result)
 
 
-def make_fp16_real(accelerator: Any, scaler_options: dict[str, Any] | None = None) -> AbstractContextManager:
+def make_fp16_real(accelerator: Any, scaler_options: dict[str, Any] | None = None) -> AbstractContextManager[Any]:
     """Make an `accelerate.Accelerator` with `mixed_precision="fp16"` train in FP16 on a CPU as on a GPU.
 
     Call it before `prepare`, and do forward and backward inside the context manager that it returns (on a GPU

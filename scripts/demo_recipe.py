@@ -12,8 +12,6 @@ from .corpus import INSTALLED
 from .prepare_data import check_vocab_size
 from .recipe import Recipe
 
-HUB_LIMIT = 100
-
 
 @dataclass
 class Text:

@@ -3,16 +3,24 @@
 Under `torchrun` or `accelerate launch` the same command runs on several processes; see scripts/launch/.
 """
 
+import sys
+
+from periln.start import start
+
+from .arguments.pretrain import check, parse
+
+if __name__ == "__main__":
+    sys.exit(start("scripts.pretrain", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
 
-from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
+from runkit.errors import StoppedBySignal, UsageError, UserError
 from runkit.folder import RunFolder, room_for
 from runkit.process import StopRequest, start_stage
 from runkit.progress import progress_bar
@@ -65,6 +73,7 @@ def open_data(recipe: Recipe, path: Path) -> TokenData:
 
 
 def main(args: argparse.Namespace) -> None:
+    check(args)
     if LAUNCHED and args.stop_with_parent is None:
         args.stop_with_parent = os.getppid()  # Accelerate's launcher leaves its child behind when it is stopped
     start_stage(args)
@@ -135,19 +144,3 @@ def _train_one(trainer: Trainer, stop: StopRequest, bar: tqdm) -> None:
         except (OSError, UserError):
             pass  # a full disk, say: the error itself is what counts
         raise
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m scripts.pretrain", "Pretrain the runs that recipes describe, one after another.")
-    parser.add_argument("--config", type=Path, nargs="+", action="extend", required=True, help="recipes (YAML)")
-    more = "recipe fields of all of them, such as seed=2 optimizer.learning_rate=1e-3"
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=more)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder in which the run folders stand")
-    go_on = "auto: from the newest whole checkpoint, or the start; must: refuse without a checkpoint; never: with a run"
-    parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto", help=go_on)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

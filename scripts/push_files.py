@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from model_cards import CardOptions, Subject, render_card
+from model_cards.cards import CardOptions, render_card
+from model_cards.subject import Subject
 from runkit.errors import UsageError, UserError
 from runkit.folder import read_json
 from runkit.public import found_in, local_roots, path_in, public, secrets

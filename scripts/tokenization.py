@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from runkit.control_tokens import END_OF_TEXT, PAD, ROLES, control_tokens, ignore_joiners
 from runkit.errors import UsageError, UserError
 
-BPE = "bpe"
 # The roles are reserved from the start, so that fine-tuning on conversations adds no row to the embedding.
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, *ROLES)
 # Words with their leading space, numbers in groups of three, punctuation, white space.

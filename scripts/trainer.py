@@ -28,10 +28,11 @@ from runkit.spikes import count_spikes
 from runkit.steps import StepRecord, final_loss, finite
 
 from .checkpoint import BEST, load_trainer_state, save_checkpoint
-from .costs import GPUS, flops_per_token
+from .costs import flops_per_token
 from .data import FixedOrder, TokenData
 from .engine import Engine
 from .flight import FlightRecorder
+from .gpus import GPUS
 from .heldout import heldout_loss, heldout_sequences
 from .layer_stats import LayerStats, drop_rows, write_rows
 from .memory_meter import peak_rss

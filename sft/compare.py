@@ -6,12 +6,20 @@ A pure function of the run folders: scores are those that `eval.benchmarks` wrot
 loss and answers those of `eval/before_after.json`. After is the checkpoint that `sft.select` chose, else the last.
 """
 
-import argparse
 import sys
+
+from periln.start import start
+
+from .arguments.compare import check, parse
+
+if __name__ == "__main__":
+    sys.exit(start("sft.compare", parse, check))  # parses before the imports below, which take seconds
+
+import argparse
 from pathlib import Path
 from typing import Any
 
-from runkit.errors import UserError, make_parser, run_command
+from runkit.errors import UserError
 from runkit.folder import RunFolder, read_json, weights_hash, write_if_free
 from runkit.scores import protocol, that_count
 
@@ -90,21 +98,10 @@ def report(run: RunFolder) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    check(args)
     text = "\n".join(report(find_run(path)) for path in args.runs)
     if args.out is None:
         print(text, end="")
         return
     write_if_free(args.out, text)
     print(args.out)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m sft.compare", "Report on fine-tunings: before and after.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="fine-tuning runs, or runs that hold one")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the Markdown there and not to the terminal")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

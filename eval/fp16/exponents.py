@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from runkit.errors import UserError
 from runkit.number_format import FP16
 
-from .layout import FIXED, SLOTS, Layout
+from .families import SLOTS
+from .layout import FIXED, Layout
 from .peaks import Peak
 
 TYPICAL_WEIGHT = 0.02  # the usual standard deviation of a fresh matrix

@@ -14,7 +14,8 @@ from modeling_periln.configuration_periln import LAYER_NORM_SLOTS, STREAM_NORM_S
 from runkit.errors import UserError
 
 from .exponents import Plan
-from .layout import SLOTS, Layout, NormUse, names_of
+from .families import SLOTS
+from .layout import Layout, NormUse, names_of
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from eval.figures import Drawing, draw_all
+from eval.figures.drawing import Drawing, draw_all
 from eval.records.derived import differing
 from eval.records.frames import Frames
 from eval.tables.report_tables import MISSING, build, suites

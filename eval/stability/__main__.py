@@ -2,10 +2,9 @@
 
 import sys
 
-from runkit.errors import run_command
+from periln.start import start
 
-from .command import main, parse
+from ..arguments.stability import check, parse
 
 if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))
+    sys.exit(start("eval.stability", parse, check))

@@ -10,6 +10,7 @@ import torch
 from small_models import make_model, make_run, make_tokenizer, serving, write_weights
 
 from eval import loss
+from eval.arguments.tables import parse as tables_parse
 from eval.tables import command as tables
 from eval.texts import documents
 from eval.texts.documents import KNOWN, Source, choose
@@ -123,7 +124,7 @@ def test_c4_loss_is_the_mean_over_chosen_documents_streamed_from_the_hub(hub, tm
     assert call(run.path, "--documents", 20, "--seed", 5, "--context", 64) == 0  # is there: only shown
     assert f"{by_name['loss']['value']:.4f} ± " in capsys.readouterr().out
     # ... and Table 2 takes it.
-    assert run_command(tables.main, tables.parse([str(run.path), "--format", "csv"])) == 0
+    assert run_command(tables.main, tables_parse([str(run.path), "--format", "csv"])) == 0
     head, row = (line.split(",") for line in capsys.readouterr().out.splitlines()[-2:])
     cells = dict(zip(head, row, strict=True))
     assert float(cells["c4_loss"]) == pytest.approx(by_name["loss"]["value"], abs=0.01)

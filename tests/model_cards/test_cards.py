@@ -11,9 +11,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from model_cards import CardOptions, Subject, find_subject, render_card
 from model_cards import render as render_command
+from model_cards.cards import CardOptions, render_card
 from model_cards.placement import diagram, plan_of
+from model_cards.subject import Subject, find_subject
 from runkit.errors import UserError, run_command
 from runkit.folder import RunFolder
 

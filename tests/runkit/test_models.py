@@ -8,12 +8,12 @@ import torch
 from small_models import make_model, make_run, make_tokenizer
 
 from eval.targets import find_measured, find_target
-from model_cards import find_subject
+from model_cards.subject import find_subject
 from runkit.checkpoints import write_checkpoint
 from runkit.errors import UserError
 from runkit.folder import RunFolder, write_json, write_text
 from runkit.models import find_model, load_causal_lm
-from sft.serve import check
+from sft.serve import resolve
 from sft.train import _source_of
 
 
@@ -92,7 +92,7 @@ def test_serving_takes_a_run_folder(run, monkeypatch):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert "chat_template.jinja" not in manifest
     words = [str(run.path), "--port", "8000"]
-    check(words)
+    resolve(words)
     assert words == [str(folder.resolve()), "--port", "8000"]
 
 

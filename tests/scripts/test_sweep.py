@@ -305,8 +305,8 @@ def test_the_table_is_written_as_csv_markdown_and_png(swept):
 
 
 def test_colours_and_markers_are_those_of_the_report():
-    figures = pytest.importorskip("eval.figures")
-    assert (figures.colour_of, figures.marker_of) == (placements.colour_of, placements.marker_of)
+    selection = pytest.importorskip("eval.figures.selection")
+    assert (selection.colour_of, selection.marker_of) == (placements.colour_of, placements.marker_of)
     assert len(set(placements.COLOURS.values())) == len(set(placements.MARKERS.values())) == len(placements.COLOURS)
 
 

@@ -13,7 +13,9 @@ import pandas as pd
 import pytest
 from synthetic_bench import write_any, write_bench
 
-from eval.figures import CATALOGUE, Drawing, __main__, depth, draw, drawings, headroom, pieces, sweeps
+from eval.figures import __main__, depth, headroom, pieces, sweeps
+from eval.figures.catalogue import CATALOGUE
+from eval.figures.drawing import Drawing, draw, drawings
 from eval.figures.layer_rows import layer_rows, source_words
 from eval.figures.measured_models import load_measured
 from eval.figures.pieces import NotRecorded

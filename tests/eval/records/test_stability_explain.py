@@ -210,7 +210,8 @@ def test_a_line_cut_by_a_crash_ends_the_events(overflow):
 
 
 def test_the_command_tells_the_same(overflow, capsys):
-    from eval.stability.command import main, parse
+    from eval.arguments.stability import parse
+    from eval.stability.command import main
 
     main(parse(["--explain", str(overflow)]))
     assert capsys.readouterr().out.strip() == explain(overflow)

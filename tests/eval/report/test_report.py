@@ -12,9 +12,11 @@ import pytest
 from browser import CHROMIUM, look
 from synthetic_runs import TASKS, write_demo, write_run, write_sample, write_scores, write_sft
 
-from eval.figures import CATALOGUE, draw_all
+from eval.arguments.report import parse
+from eval.figures.catalogue import CATALOGUE
+from eval.figures.drawing import draw_all
 from eval.records.frames import load
-from eval.report.command import main, parse
+from eval.report.command import main
 from eval.report.page import adds_text, evidence, render, write
 from eval.report.verdict import noise, verdict
 from eval.tables.run_stability import stability

@@ -17,7 +17,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from eval.stability.command import main, parse
+from eval.arguments.stability import parse
+from eval.stability.command import main
 from eval.targets import find_measured
 from runkit.checkpoints import write_checkpoint
 from runkit.errors import UsageError, UserError

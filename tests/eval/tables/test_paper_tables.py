@@ -12,9 +12,10 @@ import synthetic_runs
 from synthetic_runs import TASKS as MINI
 from synthetic_runs import write_json, write_run, write_scores, write_sft
 
+from eval.arguments.tables import parse
 from eval.records.frames import load_all
 from eval.tables.beside_paper import FOLDER, by_seed, table_2
-from eval.tables.command import main, parse
+from eval.tables.command import main
 from eval.tables.paired import t_interval
 from eval.tables.paper_tables import means_table
 from eval.tables.score_csv import read_scores

@@ -286,9 +286,9 @@ def test_the_names_of_placements_are_those_of_the_family():
 
 
 def test_the_suites_are_those_that_are_evaluated():
-    from eval import benchmarks
+    from eval import evaluate
 
-    assert benchmarks.SUITES == SUITES
+    assert evaluate.SUITES == SUITES
 
 
 # --- names and rendering -------------------------------------------------------------------------------------
