@@ -8,9 +8,8 @@ of a bootstrap over pairs. Every log-likelihood of every pair is compared, and o
 
 import sys
 
+from periln.eval.arguments.bench import check, parse
 from periln.start import start
-
-from .arguments.bench import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("eval.bench", parse, check))  # parses before the imports below, which take seconds
@@ -25,16 +24,15 @@ import pandas as pd
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.scoring.harness import Benchmarks
-from runkit.errors import UsageError, UserError
-from runkit.folder import write_text
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-
-from .arguments.shared import task_names
-from .options import settings_of
-from .targets import Target, find_target
-from .text_table import Table, to_terminal
+from periln.eval.arguments.shared import task_names
+from periln.eval.options import settings_of
+from periln.eval.scoring.harness import Benchmarks
+from periln.eval.targets import Target, find_target
+from periln.eval.text_table import Table, to_terminal
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import write_text
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
 
 OURS, THEIRS = "documents/s", "HFLM's"
 

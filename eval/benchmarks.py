@@ -10,9 +10,8 @@ others are asked for beside it.
 
 import sys
 
+from periln.eval.arguments.benchmarks import check, is_one_file, parse
 from periln.start import start
-
-from .arguments.benchmarks import check, is_one_file, parse
 
 if __name__ == "__main__":
     sys.exit(start("eval.benchmarks", parse, check))  # parses before the imports below, which take seconds
@@ -25,16 +24,15 @@ import pandas as pd
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.scoring.harness import Benchmarks, result_file
-from runkit.errors import UserError
-from runkit.folder import called
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-
-from .arguments.shared import task_names
-from .options import settings_of
-from .targets import find_target
-from .text_table import Table, to_terminal, values
+from periln.eval.arguments.shared import task_names
+from periln.eval.options import settings_of
+from periln.eval.scoring.harness import Benchmarks, result_file
+from periln.eval.targets import find_target
+from periln.eval.text_table import Table, to_terminal, values
+from periln.runkit.errors import UserError
+from periln.runkit.folder import called
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
 
 
 def table(records: list[tuple[str, dict[str, Any]]]) -> Table:

@@ -7,9 +7,8 @@ What the demo runs. Tasks, dtypes and models of one's choice: `eval.benchmarks`,
 
 import sys
 
+from periln.eval.arguments.evaluate import check, parse
 from periln.start import start
-
-from .arguments.evaluate import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("eval.evaluate", parse, check))  # parses before the imports below, which take seconds
@@ -24,15 +23,14 @@ from typing import Any
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.scoring.generation import generate_samples
-from eval.scoring.harness import Benchmarks, Settings
-from eval.texts.windows import heldout_loss, read_texts
-from runkit.folder import called, read_json, weights_hash, write_json
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-from runkit.tasks import SUITES
-
-from .targets import Target, find_target
+from periln.eval.scoring.generation import generate_samples
+from periln.eval.scoring.harness import Benchmarks, Settings
+from periln.eval.targets import Target, find_target
+from periln.eval.texts.windows import heldout_loss, read_texts
+from periln.runkit.folder import called, read_json, weights_hash, write_json
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
+from periln.runkit.tasks import SUITES
 
 PROMPTS = ("The function returns", "import os\n")
 CHAT_PROMPTS = ("How do I boil an egg?", "Write a Python function that adds two numbers.")

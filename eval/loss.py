@@ -9,9 +9,8 @@ compare between tokenizers. What a kill leaves is gone on from; a result that is
 
 import sys
 
+from periln.eval.arguments.loss import CONTEXT, check, parse
 from periln.start import start
-
-from .arguments.loss import CONTEXT, check, parse
 
 if __name__ == "__main__":
     sys.exit(start("eval.loss", parse, check))  # parses before the imports below, which take seconds
@@ -28,18 +27,17 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.scoring.likelihood import fitting_batch_size
-from eval.texts.documents import METHOD, Sample, draw, named, read_sample, write_sample
-from eval.texts.windows import Sums, make_windows, sum_losses, summarized
-from runkit.errors import UsageError, UserError
-from runkit.folder import called, read_json, write_json
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-
-from .arguments.shared import batch_size
-from .options import device_of
-from .targets import Target, find_target
-from .text_table import Table, to_terminal, values
+from periln.eval.arguments.shared import batch_size
+from periln.eval.options import device_of
+from periln.eval.scoring.likelihood import fitting_batch_size
+from periln.eval.targets import Target, find_target
+from periln.eval.text_table import Table, to_terminal, values
+from periln.eval.texts.documents import METHOD, Sample, draw, named, read_sample, write_sample
+from periln.eval.texts.windows import Sums, make_windows, sum_losses, summarized
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import called, read_json, write_json
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
 
 SAVE_EVERY = 50  # batches
 

@@ -4,10 +4,9 @@ import argparse
 
 import torch
 
-from eval.scoring.harness import Settings
-from runkit.errors import UsageError
-
-from .arguments.shared import batch_size
+from periln.eval.arguments.shared import batch_size
+from periln.eval.scoring.harness import Settings
+from periln.runkit.errors import UsageError
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

@@ -10,9 +10,8 @@ killed, the same command goes on.
 
 import sys
 
+from periln.eval.arguments.watch import check, parse
 from periln.start import start
-
-from .arguments.watch import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("eval.watch", parse, check))  # parses before the imports below, which take seconds
@@ -33,16 +32,15 @@ import pandas as pd
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.scoring.harness import Benchmarks, Settings, result_file
-from runkit.errors import StoppedBySignal, UsageError, UserError
-from runkit.figure_style import STYLE
-from runkit.folder import RunFolder, write_bytes, write_text
-from runkit.process import StopRequest, start_stage
-from runkit.progress import progress_bar
-
-from .arguments.shared import task_names
-from .options import settings_of
-from .targets import Target
+from periln.eval.arguments.shared import task_names
+from periln.eval.options import settings_of
+from periln.eval.scoring.harness import Benchmarks, Settings, result_file
+from periln.eval.targets import Target
+from periln.runkit.errors import StoppedBySignal, UsageError, UserError
+from periln.runkit.figure_style import STYLE
+from periln.runkit.folder import RunFolder, write_bytes, write_text
+from periln.runkit.process import StopRequest, start_stage
+from periln.runkit.progress import progress_bar
 
 POLL_SECONDS = 0.1
 

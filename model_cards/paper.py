@@ -7,9 +7,8 @@ which is for what a repository's own weights were measured to do.
 
 import sys
 
+from periln.model_cards.arguments.paper import check, parse
 from periln.start import start
-
-from .arguments.paper import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("model_cards.paper", parse, check))  # parses before the imports below, which take seconds
@@ -22,14 +21,13 @@ from typing import Any
 import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData
 
-from runkit.folder import write_text
-from runkit.process import start_stage
-from runkit.recipes import flatten, read_yaml
-from runkit.tasks import TASKS
-
-from .cards import LIBRARY, PAPER, PIPELINE, TEMPLATES, normalized
-from .facts import markdown, text
-from .placement import EQUATION, diagram, norms_in_words, plan_of
+from periln.model_cards.cards import LIBRARY, PAPER, PIPELINE, TEMPLATES, normalized
+from periln.model_cards.facts import markdown, text
+from periln.model_cards.placement import EQUATION, diagram, norms_in_words, plan_of
+from periln.runkit.folder import write_text
+from periln.runkit.process import start_stage
+from periln.runkit.recipes import flatten, read_yaml
+from periln.runkit.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "scripts" / "recipes"

@@ -6,21 +6,19 @@ that stands there is only replaced if a card was rendered there before, or with 
 
 import sys
 
+from periln.model_cards.arguments.render import check, parse
 from periln.start import start
-
-from .arguments.render import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("model_cards.render", parse, check))  # parses before the imports below, which take seconds
 
 import argparse
 
-from runkit.errors import UserError
-from runkit.folder import write_text
-from runkit.process import start_stage
-
-from .cards import CardOptions, render_card
-from .subject import find_subject
+from periln.model_cards.cards import CardOptions, render_card
+from periln.model_cards.subject import find_subject
+from periln.runkit.errors import UserError
+from periln.runkit.folder import write_text
+from periln.runkit.process import start_stage
 
 CARD = "README.md"
 MARK = 'what was not recorded reads "not measured"'  # stands in every card of ours

@@ -6,9 +6,8 @@ an export. A pure function of the folders: the same records give the same bytes.
 
 import sys
 
+from periln.model_cards.arguments.zoo import check, parse
 from periln.start import start
-
-from .arguments.zoo import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("model_cards.zoo", parse, check))  # parses before the imports below, which take seconds
@@ -21,14 +20,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from runkit.errors import UsageError
-from runkit.folder import RunFolder, write_text
-from runkit.placements import placement_name
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-
-from .cards import TEMPLATES
-from .facts import (
+from periln.model_cards.cards import TEMPLATES
+from periln.model_cards.facts import (
     MISSING,
     bench_headroom,
     best_results,
@@ -41,7 +34,12 @@ from .facts import (
     tokens_seen,
     training_headroom,
 )
-from .subject import IN_A_RUN, Subject, listed_checkpoint
+from periln.model_cards.subject import IN_A_RUN, Subject, listed_checkpoint
+from periln.runkit.errors import UsageError
+from periln.runkit.folder import RunFolder, write_text
+from periln.runkit.placements import placement_name
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
 
 HEAD = (
     "model",

@@ -5,11 +5,10 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from periln.family import part
 from periln.runkit.errors import USAGE, did_you_mean
-
-from .family import part
-from .start import start
-from .verbs import VERBS, Verb, install_line
+from periln.start import start
+from periln.verbs import VERBS, Verb, install_line
 
 
 def overview() -> str:

@@ -3,9 +3,8 @@
 import argparse
 import sys
 
+from periln.family import part
 from periln.runkit.errors import UsageError
-
-from .family import part
 
 _ARGUMENTS = part("convert_options")
 parse = _ARGUMENTS["parse"]
@@ -26,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
 
 def command() -> int:
     """The entry point `periln-convert`."""
-    from .start import start
+    from periln.start import start
 
     return start("convert", parse, check)
 

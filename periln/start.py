@@ -9,8 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from periln.runkit.errors import INTERRUPTED, UserError, run_command
-
-from .verbs import extra_of, install_line
+from periln.verbs import extra_of, install_line
 
 
 def start(

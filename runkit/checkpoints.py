@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .control_tokens import END_OF_TURN
-from .errors import UserError
-from .folder import RunFolder, read_json, sha256_of, write_folder, write_json
+from periln.runkit.control_tokens import END_OF_TURN
+from periln.runkit.errors import UserError
+from periln.runkit.folder import RunFolder, read_json, sha256_of, write_folder, write_json
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from .errors import UserError
+from periln.runkit.errors import UserError
 
 PIECE = 1 << 18  # characters encoded at once: the library takes about 150 bytes of memory for each
 BACK = 1 << 15  # characters before a cut whose words are found to try it: more than any run of one kind has

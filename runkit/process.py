@@ -10,8 +10,7 @@ import time
 from types import FrameType
 
 import periln
-
-from .errors import INTERRUPTED, TERMINATED
+from periln.runkit.errors import INTERRUPTED, TERMINATED
 
 
 class StopRequest:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .errors import UsageError, UserError, did_you_mean
+from periln.runkit.errors import UsageError, UserError, did_you_mean
 
 T = TypeVar("T")
 

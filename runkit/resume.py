@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import PurePath
 from typing import Any, Generic, TypeVar
 
-from .recipes import differing_fields, from_mapping, merge, section_of, to_mapping
+from periln.runkit.recipes import differing_fields, from_mapping, merge, section_of, to_mapping
 
 RESULT = "result"  # may not change
 BITS = "bits"  # may change: the same computation, rounded in another way

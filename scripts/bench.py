@@ -13,9 +13,8 @@ The training step is forward, loss, backward and AdamW; labels are the ids, no p
 
 import sys
 
+from periln.scripts.arguments.bench import check, parse
 from periln.start import start
-
-from .arguments.bench import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("scripts.bench", parse, check))  # parses before the imports below, which take seconds
@@ -41,11 +40,11 @@ from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from modeling_periln.conversions import export_recipe
 from modeling_periln.convert import to_native
 from modeling_periln.norms import PeriLlamaRMSNorm
-from runkit.environment import describe_environment
-from runkit.errors import UsageError, UserError, did_you_mean
-from runkit.folder import read_json, write_json, write_text
-from runkit.process import python_m, start_stage
-from runkit.progress import progress_bar
+from periln.runkit.environment import describe_environment
+from periln.runkit.errors import UsageError, UserError, did_you_mean
+from periln.runkit.folder import read_json, write_json, write_text
+from periln.runkit.process import python_m, start_stage
+from periln.runkit.progress import progress_bar
 
 WARM_UP = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -8,9 +8,8 @@ moment, it goes on where it was when it is started again.
 
 import sys
 
+from periln.scripts.arguments.demo import HUB_LIMIT, check, parse
 from periln.start import start
-
-from .arguments.demo import HUB_LIMIT, check, parse
 
 if __name__ == "__main__":
     sys.exit(start("scripts.demo", parse, check))  # parses before the imports below, which take seconds
@@ -26,15 +25,14 @@ from pathlib import Path
 
 import torch
 
-from runkit.errors import StoppedBySignal, UsageError, UserError
-from runkit.folder import RunFolder, write_text
-from runkit.process import StopRequest, python_m, stop_with_parent
-from runkit.recipes import dump_yaml, from_mapping, read_yaml, to_mapping
-from runkit.resume import resumption
-
-from .demo_recipe import DemoRecipe
-from .recipe import Recipe
-from .same_data import check_same_source
+from periln.runkit.errors import StoppedBySignal, UsageError, UserError
+from periln.runkit.folder import RunFolder, write_text
+from periln.runkit.process import StopRequest, python_m, stop_with_parent
+from periln.runkit.recipes import dump_yaml, from_mapping, read_yaml, to_mapping
+from periln.runkit.resume import resumption
+from periln.scripts.demo_recipe import DemoRecipe
+from periln.scripts.recipe import Recipe
+from periln.scripts.same_data import check_same_source
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 

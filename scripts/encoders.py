@@ -22,9 +22,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import periln
-from runkit.encoding import TextEncoder
-from runkit.errors import UserError
-from runkit.process import python_m
+from periln.runkit.encoding import TextEncoder
+from periln.runkit.errors import UserError
+from periln.runkit.process import python_m
 
 T = TypeVar("T")
 ROOT = Path(periln.__file__).resolve().parents[1]

@@ -32,11 +32,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from modeling_periln import PeriLlamaForCausalLM
-from runkit.errors import UsageError
-from runkit.fp16 import HalfMatmul, make_fp16_real
-
-from .recipe import Recipe
-from .zero import Zero, zero_stage
+from periln.runkit.errors import UsageError
+from periln.runkit.fp16 import HalfMatmul, make_fp16_real
+from periln.scripts.recipe import Recipe
+from periln.scripts.zero import Zero, zero_stage
 
 LAUNCHED = "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

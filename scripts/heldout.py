@@ -6,11 +6,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from runkit.errors import UserError
-
-from .data import TokenData
-from .encoders import Encoder
-from .engine import Engine
+from periln.runkit.errors import UserError
+from periln.scripts.data import TokenData
+from periln.scripts.encoders import Encoder
+from periln.scripts.engine import Engine
 
 
 def heldout_sequences(

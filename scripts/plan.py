@@ -7,9 +7,8 @@ the second.
 
 import sys
 
+from periln.scripts.arguments.plan import check, parse
 from periln.start import start
-
-from .arguments.plan import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("scripts.plan", parse, check))  # parses before the imports below, which take seconds
@@ -23,15 +22,14 @@ from typing import Any
 
 from modeling_periln import PeriLlamaConfig
 from modeling_periln.conversions import admissible_exports
-from runkit.errors import UserError
-from runkit.folder import read_json
-from runkit.process import start_stage
-from runkit.recipes import apply_overrides, from_mapping, read_yaml
-
-from .costs import count_parameters, flops_per_token
-from .gpus import GPUS
-from .memory import Moment, Situation, peak, situation
-from .recipe import Recipe
+from periln.runkit.errors import UserError
+from periln.runkit.folder import read_json
+from periln.runkit.process import start_stage
+from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
+from periln.scripts.costs import count_parameters, flops_per_token
+from periln.scripts.gpus import GPUS
+from periln.scripts.memory import Moment, Situation, peak, situation
+from periln.scripts.recipe import Recipe
 
 GIB = 2**30
 CONVENTION = "6N + 12 L H Q T (PaLM, appendix B); N: all matrices and the LM head, not the embedding table"
@@ -184,7 +182,7 @@ def measure(recipe: Recipe, config: PeriLlamaConfig) -> dict[str, Any]:
     Raises:
         UserError: the plan says that it does not fit this machine's free memory.
     """
-    from .memory_meter import measure_step  # with Accelerate, which a plan alone does not need
+    from periln.scripts.memory_meter import measure_step  # with Accelerate, which a plan alone does not need
 
     expected = peak(config, situation(recipe, device="cpu"))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -11,9 +11,8 @@ are 16 to 32 bytes a document for its hash, and what `datasets` and `pyarrow` ho
 
 import sys
 
+from periln.scripts.arguments.prepare_data import BPE, SAVE_SECONDS, check, parse
 from periln.start import start
-
-from .arguments.prepare_data import BPE, SAVE_SECONDS, check, parse
 
 if __name__ == "__main__":
     sys.exit(start("scripts.prepare_data", parse, check))  # parses before the imports below, which take seconds
@@ -37,24 +36,23 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from runkit.encoding import PIECE, added_around, begin_documents_with
-from runkit.errors import UsageError, UserError
-from runkit.folder import read_json, room_for, sha256_of, write_folder, write_json
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-from runkit.resume import PLACE, setting
-from runkit.texts import without_long_runs
-
-from .corpus import Batch, Corpus, Limits, Mark, Records
-from .data import TokenData
-from .encoders import Encoded, Encoders
-from .same_data import check_same_options, content_of, without_places
-from .shards import LARGEST_SHARD, ShardWriter, token_dtype
-from .sources import HUB, INSTALLED, InstalledPython, Source, open_source
-from .tokenization import SPECIAL_TOKENS as SPECIAL_TOKENS
-from .tokenization import check_vocab_size as check_vocab_size
-from .tokenization import load_tokenizer, vocabulary_size
-from .tokenization import train_tokenizer as train_tokenizer
+from periln.runkit.encoding import PIECE, added_around, begin_documents_with
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import read_json, room_for, sha256_of, write_folder, write_json
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
+from periln.runkit.resume import PLACE, setting
+from periln.runkit.texts import without_long_runs
+from periln.scripts.corpus import Batch, Corpus, Limits, Mark, Records
+from periln.scripts.data import TokenData
+from periln.scripts.encoders import Encoded, Encoders
+from periln.scripts.same_data import check_same_options, content_of, without_places
+from periln.scripts.shards import LARGEST_SHARD, ShardWriter, token_dtype
+from periln.scripts.sources import HUB, INSTALLED, InstalledPython, Source, open_source
+from periln.scripts.tokenization import SPECIAL_TOKENS as SPECIAL_TOKENS
+from periln.scripts.tokenization import check_vocab_size as check_vocab_size
+from periln.scripts.tokenization import load_tokenizer, vocabulary_size
+from periln.scripts.tokenization import train_tokenizer as train_tokenizer
 
 DOCUMENT = "document.json"  # what stands around each document, in a folder of unfinished work
 SAMPLE_RUN = 1000  # characters of one kind in a row; a BPE is trained in time quadratic in them

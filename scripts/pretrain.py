@@ -5,9 +5,8 @@ Under `torchrun` or `accelerate launch` the same command runs on several process
 
 import sys
 
+from periln.scripts.arguments.pretrain import check, parse
 from periln.start import start
-
-from .arguments.pretrain import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("scripts.pretrain", parse, check))  # parses before the imports below, which take seconds
@@ -20,18 +19,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runkit.errors import StoppedBySignal, UsageError, UserError
-from runkit.folder import RunFolder, room_for
-from runkit.process import StopRequest, start_stage
-from runkit.progress import progress_bar
-from runkit.recipes import apply_overrides, from_mapping, read_yaml
-
-from .data import FixedOrder, TokenData
-from .engine import LAUNCHED, Engine, pick_device, process_count, process_rank
-from .recipe import Recipe
-from .tracking import check_trackers
-from .trainer import Trainer
-from .zero import check_zero
+from periln.runkit.errors import StoppedBySignal, UsageError, UserError
+from periln.runkit.folder import RunFolder, room_for
+from periln.runkit.process import StopRequest, start_stage
+from periln.runkit.progress import progress_bar
+from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
+from periln.scripts.data import FixedOrder, TokenData
+from periln.scripts.engine import LAUNCHED, Engine, pick_device, process_count, process_rank
+from periln.scripts.recipe import Recipe
+from periln.scripts.tracking import check_trackers
+from periln.scripts.trainer import Trainer
+from periln.scripts.zero import check_zero
 
 LARGEST_PADDING = 255  # rows of the embedding that no token uses, for a round number
 

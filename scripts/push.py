@@ -8,9 +8,8 @@ HF_ENDPOINT, and HF_TOKEN or `hf auth login`.
 
 import sys
 
+from periln.scripts.arguments.push import check, parse
 from periln.start import start
-
-from .arguments.push import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("scripts.push", parse, check))  # parses before the imports below, which take seconds
@@ -31,13 +30,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import sha
 
-from model_cards.cards import CardOptions
-from model_cards.subject import Subject, find_subject
-from runkit.errors import UsageError, UserError
-from runkit.folder import sha256_of
-from runkit.process import start_stage
-
-from .push_files import WEIGHTS, Upload, check, files_of, is_ours
+from periln.model_cards.cards import CardOptions
+from periln.model_cards.subject import Subject, find_subject
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import sha256_of
+from periln.runkit.process import start_stage
+from periln.scripts.push_files import WEIGHTS, Upload, check, files_of, is_ours
 
 MAIN = "main"
 

@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from model_cards.cards import CardOptions, render_card
-from model_cards.subject import Subject
-from runkit.errors import UsageError, UserError
-from runkit.folder import read_json
-from runkit.public import found_in, local_roots, path_in, public, secrets
-from runkit.recipes import dump_yaml, read_yaml
+from periln.model_cards.cards import CardOptions, render_card
+from periln.model_cards.subject import Subject
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import read_json
+from periln.runkit.public import found_in, local_roots, path_in, public, secrets
+from periln.runkit.recipes import dump_yaml, read_yaml
 
 WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")

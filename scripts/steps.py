@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from runkit.spikes import SpikeCounter, Spikes
-
-from .recipe import Divergence, Optimizer
+from periln.runkit.spikes import SpikeCounter, Spikes
+from periln.scripts.recipe import Divergence, Optimizer
 
 
 def learning_rate(step: int, steps: int, recipe: Optimizer) -> float:

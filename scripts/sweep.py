@@ -10,9 +10,8 @@ What a sweep file holds stands in sweep_cells.py; examples in scripts/recipes/sw
 
 import sys
 
+from periln.scripts.arguments.sweep import check, parse
 from periln.start import start
-
-from .arguments.sweep import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("scripts.sweep", parse, check))  # parses before the imports below, which take seconds
@@ -20,15 +19,14 @@ if __name__ == "__main__":
 import argparse
 import json
 
-from runkit.folder import write_json
-from runkit.process import StopRequest, stop_with_parent
-
-from .costs import flops_per_token
-from .gpus import GPUS
-from .plan import short
-from .sweep_cells import Sweep, label, load_sweep
-from .sweep_run import Way, run_sweep
-from .sweep_table import best_rates, describe_best, write_tables
+from periln.runkit.folder import write_json
+from periln.runkit.process import StopRequest, stop_with_parent
+from periln.scripts.costs import flops_per_token
+from periln.scripts.gpus import GPUS
+from periln.scripts.plan import short
+from periln.scripts.sweep_cells import Sweep, label, load_sweep
+from periln.scripts.sweep_run import Way, run_sweep
+from periln.scripts.sweep_table import best_rates, describe_best, write_tables
 
 
 def _aligned(rows: list[list[str]]) -> str:

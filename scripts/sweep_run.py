@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runkit.errors import INTERRUPTED, USAGE, StoppedBySignal, UserError
-from runkit.folder import RunFolder
-from runkit.process import StopRequest, python_m
-
-from .sweep_cells import Cell, Sweep
+from periln.runkit.errors import INTERRUPTED, USAGE, StoppedBySignal, UserError
+from periln.runkit.folder import RunFolder
+from periln.runkit.process import StopRequest, python_m
+from periln.scripts.sweep_cells import Cell, Sweep
 
 FINISHED = ("completed", "diverged")
 

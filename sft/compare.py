@@ -8,9 +8,8 @@ loss and answers those of `eval/before_after.json`. After is the checkpoint that
 
 import sys
 
+from periln.sft.arguments.compare import check, parse
 from periln.start import start
-
-from .arguments.compare import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("sft.compare", parse, check))  # parses before the imports below, which take seconds
@@ -19,12 +18,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from runkit.errors import UserError
-from runkit.folder import RunFolder, read_json, weights_hash, write_if_free
-from runkit.scores import protocol, that_count
-
-from .before_after import FILE
-from .select import BEST, find_run
+from periln.runkit.errors import UserError
+from periln.runkit.folder import RunFolder, read_json, weights_hash, write_if_free
+from periln.runkit.scores import protocol, that_count
+from periln.sft.before_after import FILE
+from periln.sft.select import BEST, find_run
 
 MISSING = "not evaluated"
 METRIC = "acc"

@@ -11,9 +11,8 @@ again after an interruption, what is there is not computed again.
 
 import sys
 
+from periln.sft.arguments.select import TASKS, check, parse
 from periln.start import start
-
-from .arguments.select import TASKS, check, parse
 
 if __name__ == "__main__":
     sys.exit(start("sft.select", parse, check))  # parses before the imports below, which take seconds
@@ -32,13 +31,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from runkit.checkpoints import damage_of
-from runkit.errors import StoppedBySignal, UsageError, UserError
-from runkit.folder import RunFolder, read_json, weights_hash, write_json
-from runkit.process import StopRequest, python_m, start_stage
-from runkit.progress import progress_bar
-
-from .checkpointing import ADAPTER, step_of
+from periln.runkit.checkpoints import damage_of
+from periln.runkit.errors import StoppedBySignal, UsageError, UserError
+from periln.runkit.folder import RunFolder, read_json, weights_hash, write_json
+from periln.runkit.process import StopRequest, python_m, start_stage
+from periln.runkit.progress import progress_bar
+from periln.sft.checkpointing import ADAPTER, step_of
 
 METRIC = "acc"
 RULE = "plain mean of acc over the tasks; of equal ones the earlier epoch"
@@ -167,7 +165,7 @@ class Selection:
         """The checkpoint, or of an adapter the merged model, which stays only as long as it is needed."""
         if not (one.path / ADAPTER).exists():
             return one.path
-        from . import lora
+        from periln.sft import lora
 
         out = self.run.path / "merged" / one.path.name
         if not out.exists() or damage_of(out) is not None:

@@ -9,9 +9,8 @@ in Transformers alone and does not find one that is registered or brought along 
 
 import sys
 
+from periln.sft.arguments.serve import check, parse
 from periln.start import start
-
-from .arguments.serve import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("sft.serve", parse, check))  # parses before the imports below, which take seconds
@@ -23,9 +22,9 @@ from pathlib import Path
 from transformers.utils.import_utils import is_serve_available
 
 from modeling_periln import PeriLlamaForCausalLM
-from runkit.control_tokens import END_OF_TURN
-from runkit.errors import UsageError
-from runkit.models import check_loadable, find_model, is_local
+from periln.runkit.control_tokens import END_OF_TURN
+from periln.runkit.errors import UsageError
+from periln.runkit.models import check_loadable, find_model, is_local
 
 
 def resolve(words: list[str]) -> None:

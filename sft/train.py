@@ -8,9 +8,8 @@ interrupted, it goes on from its newest checkpoint when it is started again, and
 
 import sys
 
+from periln.sft.arguments.train import check, parse
 from periln.start import start
-
-from .arguments.train import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("sft.train", parse, check))  # parses before the imports below, which take seconds
@@ -32,24 +31,23 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
-from runkit.checkpoints import chosen_checkpoint, damage_of
-from runkit.errors import StoppedBySignal, UsageError, UserError
-from runkit.folder import RunFolder, called, read_json, room_for, weights_hash, write_json
-from runkit.fp16 import make_fp16_real
-from runkit.models import check_loadable, find_model, load_causal_lm
-from runkit.process import StopRequest, start_stage
-from runkit.progress import progress_bar
-from runkit.recipes import apply_overrides, from_mapping, read_yaml
-from runkit.steps import final_loss
-from runkit.steps import finite as finite_or_none
-
-from . import lora
-from .before_after import record_before_after
-from .checkpointing import latest_resumable
-from .conversations import Conversations, load_conversations
-from .recipe import Lora, Recipe
-from .tokens import Tokens, chat_tokenizer, knows_turns, marked, tokenize
-from .trainer import ExactTrainer, Recorder, arguments
+from periln.runkit.checkpoints import chosen_checkpoint, damage_of
+from periln.runkit.errors import StoppedBySignal, UsageError, UserError
+from periln.runkit.folder import RunFolder, called, read_json, room_for, weights_hash, write_json
+from periln.runkit.fp16 import make_fp16_real
+from periln.runkit.models import check_loadable, find_model, load_causal_lm
+from periln.runkit.process import StopRequest, start_stage
+from periln.runkit.progress import progress_bar
+from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
+from periln.runkit.steps import final_loss
+from periln.runkit.steps import finite as finite_or_none
+from periln.sft import lora
+from periln.sft.before_after import record_before_after
+from periln.sft.checkpointing import latest_resumable
+from periln.sft.conversations import Conversations, load_conversations
+from periln.sft.recipe import Lora, Recipe
+from periln.sft.tokens import Tokens, chat_tokenizer, knows_turns, marked, tokenize
+from periln.sft.trainer import ExactTrainer, Recorder, arguments
 
 
 @dataclass

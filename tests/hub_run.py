@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import modeling_periln
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
-from runkit.checkpoints import write_checkpoint
+from periln.runkit.checkpoints import write_checkpoint
 
 WORDS = ["the", "a", "of", "to", "in", "is", "function", "returns", "value", "egg", "boil", "how", "do", "hello"]
 SPECIAL = ["<|endoftext|>", "<|user|>", "<|end|>"]

@@ -2,9 +2,8 @@
 
 import argparse
 
-from runkit.errors import UsageError, make_parser
-
-from .shared import add_settings, check_least, check_settings, task_names
+from periln.eval.arguments.shared import add_settings, check_least, check_settings, task_names
+from periln.runkit.errors import UsageError, make_parser
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.bench") -> argparse.Namespace:

@@ -3,10 +3,9 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import UsageError, did_you_mean, make_parser
-from runkit.tasks import SUITES
-
-from .shared import check_settings
+from periln.eval.arguments.shared import check_settings
+from periln.runkit.errors import UsageError, did_you_mean, make_parser
+from periln.runkit.tasks import SUITES
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.evaluate") -> argparse.Namespace:

@@ -3,10 +3,9 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import UsageError, did_you_mean, make_parser
-
-from ..figures.titles import TITLES
-from .shared import check_folder
+from periln.eval.arguments.shared import check_folder
+from periln.eval.figures.titles import TITLES
+from periln.runkit.errors import UsageError, did_you_mean, make_parser
 
 KINDS = ("png", "svg")
 EXPLAINED = "\n".join(f"  {name:9} {title}" for name, title in TITLES.items())

@@ -3,10 +3,9 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import UsageError, make_parser
-
-from ..fp16.families import EPSILON_OF
-from .shared import check_data, check_least, check_model, check_new_folder, check_tokenizer
+from periln.eval.arguments.shared import check_data, check_least, check_model, check_new_folder, check_tokenizer
+from periln.eval.fp16.families import EPSILON_OF
+from periln.runkit.errors import UsageError, make_parser
 
 TOKENS = 512  # a sample, where nothing else is asked for
 

@@ -3,10 +3,9 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import UsageError, make_parser
-
-from ..texts.documents import KNOWN
-from .shared import add_model_options, batch_size, check_least
+from periln.eval.arguments.shared import add_model_options, batch_size, check_least
+from periln.eval.texts.documents import KNOWN
+from periln.runkit.errors import UsageError, make_parser
 
 CONTEXT = 2048  # tokens a window, where the model has as many positions
 

@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import make_parser
-
-from .shared import check_folder
+from periln.eval.arguments.shared import check_folder
+from periln.runkit.errors import make_parser
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.report") -> argparse.Namespace:

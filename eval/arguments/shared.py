@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import UsageError, did_you_mean
-from runkit.models import is_local
-from runkit.tasks import SUITES
+from periln.runkit.errors import UsageError, did_you_mean
+from periln.runkit.models import is_local
+from periln.runkit.tasks import SUITES
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")  # auto: as saved
 TOKENS = 256  # a sample of text, where nothing else is asked for

@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import UsageError, make_parser
-
-from .shared import TOKENS, check_data, check_folder, check_least, check_model, check_tokenizer
+from periln.eval.arguments.shared import TOKENS, check_data, check_folder, check_least, check_model, check_tokenizer
+from periln.runkit.errors import UsageError, make_parser
 
 DTYPES = ("float32", "bfloat16", "float16")
 

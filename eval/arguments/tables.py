@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import UsageError, make_parser
-from runkit.tasks import METRICS, SUITES
+from periln.runkit.errors import UsageError, make_parser
+from periln.runkit.tasks import METRICS, SUITES
 
 TABLES = ("means", "seeds", "paired", "paper")
 FORMATS = ("terminal", "markdown", "csv", "latex")

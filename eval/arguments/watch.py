@@ -3,10 +3,9 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import UsageError, make_parser
-from runkit.tasks import SUITES
-
-from .shared import add_settings, check_settings, task_names
+from periln.eval.arguments.shared import add_settings, check_settings, task_names
+from periln.runkit.errors import UsageError, make_parser
+from periln.runkit.tasks import SUITES
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.watch") -> argparse.Namespace:

@@ -2,9 +2,8 @@
 
 import sys
 
+from periln.eval.arguments.bounds import check, parse
 from periln.start import start
-
-from ..arguments.bounds import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("eval.bounds", parse, check))

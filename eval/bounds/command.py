@@ -10,22 +10,21 @@ import pandas as pd
 import torch
 from transformers.utils import logging as transformers_logging
 
-from eval.arguments.bounds import check
-from eval.records.words import number
-from eval.structure.anatomy import find_anatomy
-from eval.targets import find_measured
-from eval.text_table import Table, to_markdown, to_terminal
-from eval.texts.samples import find_samples
-from runkit.environment import describe_environment
-from runkit.errors import UsageError
-from runkit.folder import json_number, write_folder, write_json, write_text
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-
-from .certificate import certify
-from .residual_step import said, steps_of, token_steps
-from .residual_step import summary as step_summary
-from .token_bounds import SLACK, broken_assumptions, summary, token_bounds
+from periln.eval.arguments.bounds import check
+from periln.eval.bounds.certificate import certify
+from periln.eval.bounds.residual_step import said, steps_of, token_steps
+from periln.eval.bounds.residual_step import summary as step_summary
+from periln.eval.bounds.token_bounds import SLACK, broken_assumptions, summary, token_bounds
+from periln.eval.records.words import number
+from periln.eval.structure.anatomy import find_anatomy
+from periln.eval.targets import find_measured
+from periln.eval.text_table import Table, to_markdown, to_terminal
+from periln.eval.texts.samples import find_samples
+from periln.runkit.environment import describe_environment
+from periln.runkit.errors import UsageError
+from periln.runkit.folder import json_number, write_folder, write_json, write_text
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
 
 NOTES = (
     "measured: a token's share of |dL/dW2|_F, |dL/da| |h|; bound: from |dL/dx|, |h| and |a| (or |x + a|); the loss is "

@@ -2,9 +2,8 @@
 
 import sys
 
+from periln.eval.arguments.figures import KINDS, check, names_of, parse
 from periln.start import start
-
-from ..arguments.figures import KINDS, check, names_of, parse
 
 if __name__ == "__main__":
     sys.exit(start("eval.figures", parse, check))  # parses before the imports below, which take seconds
@@ -13,13 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from runkit.errors import UsageError, UserError
-from runkit.folder import write_bytes, write_text
-from runkit.progress import progress_bar
-
-from .drawing import Drawing, draw, drawings
-from .measured_models import load_measured
-from .selection import view_of
+from periln.eval.figures.drawing import Drawing, draw, drawings
+from periln.eval.figures.measured_models import load_measured
+from periln.eval.figures.selection import view_of
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import write_bytes, write_text
+from periln.runkit.progress import progress_bar
 
 
 def write_drawing(drawing: Drawing, out: Path) -> list[Path]:

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from runkit.number_format import FP16
-
-from . import depth, headroom, redundancy, sweeps, training
-from .pieces import Drawn
-from .selection import View
+from periln.eval.figures import depth, headroom, redundancy, sweeps, training
+from periln.eval.figures.pieces import Drawn
+from periln.eval.figures.selection import View
+from periln.runkit.number_format import FP16
 
 _PRETRAIN = training.PRETRAIN
 

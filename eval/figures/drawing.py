@@ -7,12 +7,11 @@ nothing is read from the user's Matplotlib settings, and the files carry no date
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from eval.records.frames import Frames
-
-from .catalogue import CATALOGUE, Entry
-from .pieces import NotRecorded, image_bytes, settings
-from .selection import View, of_size, plain_placements, sizes, view_of
-from .titles import TITLES
+from periln.eval.figures.catalogue import CATALOGUE, Entry
+from periln.eval.figures.pieces import NotRecorded, image_bytes, settings
+from periln.eval.figures.selection import View, of_size, plain_placements, sizes, view_of
+from periln.eval.figures.titles import TITLES
+from periln.eval.records.frames import Frames
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ The written model loads with its stock class; it is loaded again and compared in
 
 import sys
 
+from periln.eval.arguments.fp16 import TOKENS, check, parse
 from periln.start import start
-
-from ..arguments.fp16 import TOKENS, check, parse
 
 if __name__ == "__main__":
     sys.exit(start("eval.fp16", parse, check))  # parses before the imports below, which take seconds
@@ -27,17 +26,16 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging as transformers_logging
 
-from eval.targets import Checkpoint, Model, find_measured
-from eval.texts.samples import find_samples
-from runkit.checkpoints import save_tokenizer
-from runkit.environment import describe_environment
-from runkit.errors import UsageError
-from runkit.folder import write_folder, write_json, write_text
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-
-from .cure import Wish, check_announced, cure, logits_of
-from .table import as_markdown
+from periln.eval.fp16.cure import Wish, check_announced, cure, logits_of
+from periln.eval.fp16.table import as_markdown
+from periln.eval.targets import Checkpoint, Model, find_measured
+from periln.eval.texts.samples import find_samples
+from periln.runkit.checkpoints import save_tokenizer
+from periln.runkit.environment import describe_environment
+from periln.runkit.errors import UsageError
+from periln.runkit.folder import write_folder, write_json, write_text
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
 
 
 def find_tokenizer(args: argparse.Namespace, model: Model) -> tuple[Any, str]:

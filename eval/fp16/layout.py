@@ -22,14 +22,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from eval.structure.anatomy import Anatomy
-from eval.structure.inside import Unknown, linear_maps
-from eval.structure.norms import NormFacts
-from eval.structure.points import Point
-from eval.structure.sublayers import Norm, Sublayer
-from runkit.errors import UserError, did_you_mean
-
-from .families import EPSILON_OF
+from periln.eval.fp16.families import EPSILON_OF
+from periln.eval.structure.anatomy import Anatomy
+from periln.eval.structure.inside import Unknown, linear_maps
+from periln.eval.structure.norms import NormFacts
+from periln.eval.structure.points import Point
+from periln.eval.structure.sublayers import Norm, Sublayer
+from periln.runkit.errors import UserError, did_you_mean
 
 FIXED = "fixed"
 

@@ -2,9 +2,8 @@
 
 import sys
 
+from periln.eval.arguments.report import check, parse
 from periln.start import start
-
-from ..arguments.report import check, parse
 
 if __name__ == "__main__":
     sys.exit(start("eval.report", parse, check))

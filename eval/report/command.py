@@ -9,13 +9,12 @@ the same bytes.
 import argparse
 import shutil
 
-from eval.arguments.report import check
-from eval.records.frames import load
-from eval.tables.report_tables import build, suites
-from eval.tables.run_stability import stability
-from eval.text_table import to_terminal
-
-from .page import write
+from periln.eval.arguments.report import check
+from periln.eval.records.frames import load
+from periln.eval.report.page import write
+from periln.eval.tables.report_tables import build, suites
+from periln.eval.tables.run_stability import stability
+from periln.eval.text_table import to_terminal
 
 
 def main(args: argparse.Namespace) -> None:

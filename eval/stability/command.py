@@ -13,21 +13,20 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.arguments.stability import check
-from eval.bounds.certificate import certify
-from eval.records.explain import explain
-from eval.records.words import number
-from eval.targets import Checkpoint, Model, find_measured
-from eval.text_table import Table, to_terminal
-from eval.texts.samples import Samples, find_samples
-from runkit.environment import describe_environment
-from runkit.errors import UsageError
-from runkit.number_format import FP16
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-
-from .files import Records, wide_table
-from .measure import Measured, Options, measure, units
+from periln.eval.arguments.stability import check
+from periln.eval.bounds.certificate import certify
+from periln.eval.records.explain import explain
+from periln.eval.records.words import number
+from periln.eval.stability.files import Records, wide_table
+from periln.eval.stability.measure import Measured, Options, measure, units
+from periln.eval.targets import Checkpoint, Model, find_measured
+from periln.eval.text_table import Table, to_terminal
+from periln.eval.texts.samples import Samples, find_samples
+from periln.runkit.environment import describe_environment
+from periln.runkit.errors import UsageError
+from periln.runkit.number_format import FP16
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
 
 
 def _options(args: argparse.Namespace) -> Options:

@@ -17,19 +17,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from eval.arguments.tables import check
-from eval.records.frames import load_all
-from eval.text_table import Table, to_csv, to_latex, to_markdown, to_terminal
-from runkit.errors import UsageError, UserError
-from runkit.folder import write_text
-
-from .beside_paper import compare
-from .footnotes import limit_words, notes
-from .paired import paired_table
-from .paper_tables import means_table, seed_tables, seeds_csv
-from .report_tables import recipe_notes, suites
-from .score_csv import read_scores
-from .scores import Scores, from_runs
+from periln.eval.arguments.tables import check
+from periln.eval.records.frames import load_all
+from periln.eval.tables.beside_paper import compare
+from periln.eval.tables.footnotes import limit_words, notes
+from periln.eval.tables.paired import paired_table
+from periln.eval.tables.paper_tables import means_table, seed_tables, seeds_csv
+from periln.eval.tables.report_tables import recipe_notes, suites
+from periln.eval.tables.score_csv import read_scores
+from periln.eval.tables.scores import Scores, from_runs
+from periln.eval.text_table import Table, to_csv, to_latex, to_markdown, to_terminal
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import write_text
 
 
 def _from_arguments(args: argparse.Namespace) -> list[tuple[Scores, list[str]]]:

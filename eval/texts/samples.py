@@ -11,11 +11,10 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from runkit.encoding import added_around, text_ids
-from runkit.errors import UsageError, UserError
-from runkit.texts import usable
-
-from ..arguments.shared import TOKENS, check_data
+from periln.eval.arguments.shared import TOKENS, check_data
+from periln.runkit.encoding import added_around, text_ids
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.texts import usable
 
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 _ENOUGH = 16  # characters of text read for every token asked for

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import UsageError, make_parser
+from periln.runkit.errors import UsageError, make_parser
 
 
 def add_card_arguments(parser: argparse.ArgumentParser) -> None:

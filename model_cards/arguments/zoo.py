@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import UsageError, make_parser
+from periln.runkit.errors import UsageError, make_parser
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m model_cards.zoo") -> argparse.Namespace:

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import UserError, make_parser
-from runkit.folder import RunFolder
-from runkit.recipes import read_yaml
+from periln.runkit.errors import UserError, make_parser
+from periln.runkit.folder import RunFolder
+from periln.runkit.recipes import read_yaml
 
 HUB_LIMIT = 100  # items a task, where --hub is given without --limit
 

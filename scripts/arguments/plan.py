@@ -3,10 +3,9 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import UsageError, make_parser
-from runkit.recipes import read_yaml
-
-from ..gpus import GPUS
+from periln.runkit.errors import UsageError, make_parser
+from periln.runkit.recipes import read_yaml
+from periln.scripts.gpus import GPUS
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m scripts.plan") -> argparse.Namespace:

@@ -4,9 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
-from runkit.errors import UsageError, did_you_mean, make_parser
-
-from ..sources import HUB, INSTALLED
+from periln.runkit.errors import UsageError, did_you_mean, make_parser
+from periln.scripts.sources import HUB, INSTALLED
 
 BPE = "bpe"  # the tokenizer that is trained on the text
 CL100K = "cl100k_base"

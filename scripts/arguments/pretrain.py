@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import UsageError, make_parser
-from runkit.recipes import read_yaml
+from periln.runkit.errors import UsageError, make_parser
+from periln.runkit.recipes import read_yaml
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m scripts.pretrain") -> argparse.Namespace:

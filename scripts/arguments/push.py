@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from model_cards.arguments.render import add_card_arguments
-from runkit.errors import UsageError, make_parser
+from periln.model_cards.arguments.render import add_card_arguments
+from periln.runkit.errors import UsageError, make_parser
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m scripts.push") -> argparse.Namespace:

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from runkit.errors import UsageError, make_parser
-from runkit.recipes import read_yaml
+from periln.runkit.errors import UsageError, make_parser
+from periln.runkit.recipes import read_yaml
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from small_models import make_model, make_run, make_tokenizer, serving, write_weights
 
-from eval import loss
-from eval.arguments.tables import parse as tables_parse
-from eval.tables import command as tables
-from eval.texts import documents
-from eval.texts.documents import KNOWN, Source, choose
-from eval.texts.windows import NO_DOCUMENT, make_windows
-from runkit.errors import run_command
+from periln.eval import loss
+from periln.eval.arguments.tables import parse as tables_parse
+from periln.eval.tables import command as tables
+from periln.eval.texts import documents
+from periln.eval.texts.documents import KNOWN, Source, choose
+from periln.eval.texts.windows import NO_DOCUMENT, make_windows
+from periln.runkit.errors import run_command
 
 DOCUMENTS = [f"document {i} about {'water and eggs ' * (i % 9 + 1)}" for i in range(60)]
 CARD = """---

@@ -8,9 +8,9 @@ from pathlib import Path
 import hub_run
 import pytest
 
-from model_cards import zoo
 from modeling_periln.convert import convert
-from runkit.errors import run_command
+from periln.model_cards import zoo
+from periln.runkit.errors import run_command
 
 
 class Cells(HTMLParser):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from modeling_periln import convert
-from runkit.errors import StoppedBySignal, UsageError, UserError, run_command
-from runkit.folder import called
+from periln.runkit.errors import StoppedBySignal, UsageError, UserError, run_command
+from periln.runkit.folder import called
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING, OUT = "<missing>", "<out>"

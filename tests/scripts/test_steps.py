@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
-from scripts.recipe import Divergence, Optimizer
-from scripts.steps import StepBook, learning_rate, make_optimizer
+from periln.scripts.recipe import Divergence, Optimizer
+from periln.scripts.steps import StepBook, learning_rate, make_optimizer
 
 
 def test_warm_up_is_linear_and_cosine_ends_at_its_share():

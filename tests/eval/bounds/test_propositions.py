@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from propositions import PaperNetwork, proposition
 from stability_families import FAMILIES, PLACEMENTS, VOCABULARY, build
 
-from eval.arguments.bounds import parse
-from eval.bounds import command as command
-from eval.bounds.token_bounds import SLACK, broken_assumptions, summary, token_bounds
-from eval.structure.anatomy import find_anatomy
-from runkit.errors import run_command
+from periln.eval.arguments.bounds import parse
+from periln.eval.bounds import command as command
+from periln.eval.bounds.token_bounds import SLACK, broken_assumptions, summary, token_bounds
+from periln.eval.structure.anatomy import find_anatomy
+from periln.runkit.errors import run_command
 
 IDS = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(2))
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stability_families import FAMILIES, PLACEMENTS, VOCABULARY, build
 
-from eval.arguments.bounds import parse
-from eval.bounds import command as bounds
-from eval.bounds.certificate import certify
-from eval.bounds.residual_step import Step, angle_between, said, steps_of, summary, token_steps
-from eval.structure.anatomy import find_anatomy
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
+from periln.eval.arguments.bounds import parse
+from periln.eval.bounds import command as bounds
+from periln.eval.bounds.certificate import certify
+from periln.eval.bounds.residual_step import Step, angle_between, said, steps_of, summary, token_steps
+from periln.eval.structure.anatomy import find_anatomy
 
 IDS = torch.randint(0, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(2))
 

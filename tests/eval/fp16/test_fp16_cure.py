@@ -11,15 +11,15 @@ import torch
 from stability_families import VOCABULARY, build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval.fp16 import __main__ as command
-from eval.fp16.cure import Wish, cure, logits_of
-from eval.fp16.exponents import NoExactRewrite, Plan
-from eval.fp16.families import SLOTS
-from eval.fp16.layout import FIXED, find_layout
-from eval.fp16.rewrite import apply
-from eval.structure.anatomy import find_anatomy
-from runkit.errors import UserError, run_command
-from runkit.fp16 import HalfMatmul
+from periln.eval.fp16 import __main__ as command
+from periln.eval.fp16.cure import Wish, cure, logits_of
+from periln.eval.fp16.exponents import NoExactRewrite, Plan
+from periln.eval.fp16.families import SLOTS
+from periln.eval.fp16.layout import FIXED, find_layout
+from periln.eval.fp16.rewrite import apply
+from periln.eval.structure.anatomy import find_anatomy
+from periln.runkit.errors import UserError, run_command
+from periln.runkit.fp16 import HalfMatmul
 
 IDS = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(5))
 OUTPUT_NORMS = {
