@@ -59,7 +59,7 @@ def test_the_stale_installation_is_one(stale, tmp_path):
 
 def test_the_work_of_a_command_is_the_clones_too(clone, stale, tmp_path):
     code = (
-        "import sys; from pathlib import Path; import eval.records, runkit.folder\n"
+        "from pathlib import Path; import sys, eval.records, runkit.folder\n"
         "ours = [m for m in list(sys.modules.values()) if (getattr(m, '__name__', '') + '.').startswith('periln.')]\n"
         "assert len(ours) > 5\n"
         "files = {m.__name__: m.__file__ for m in ours}\n"
@@ -77,7 +77,7 @@ def test_another_copy_that_is_imported_already_is_refused(clone, stale, tmp_path
 
 def test_both_names_are_one_module(clone, tmp_path):
     code = (
-        "import eval.text_table, periln.eval.text_table, periln.runkit.errors, runkit.errors\n"
+        "import periln.eval.text_table, eval.text_table, periln.runkit.errors, runkit.errors\n"
         "import runkit, periln.runkit, eval.fp16.families as a, periln.eval.fp16.families as b\n"
         "assert eval.text_table is periln.eval.text_table and runkit.errors is periln.runkit.errors\n"
         "assert runkit is periln.runkit and a is b\n"
@@ -117,10 +117,10 @@ def test_spawned_children_run_the_clone_and_share_its_classes(clone, stale):
 def test_a_checkout_elsewhere_on_the_disk_is_not_asked_for_its_commit(tmp_path):
     """Installed into a virtual environment inside somebody's repository, the code has no commit of its own."""
     site = copy_to(tmp_path / "project" / "site-packages" / "periln", "runkit")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import runkit.environment as e; print(e._commit())"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import periln.runkit.environment as e; print(e._commit())"
     (tmp_path / "project").joinpath("file").write_text("")
     for words in (("init", "-q"), ("add", "file"), ("-c", "user.name=x", "-c", "user.email=x@y", "commit", "-qm", "x")):
         assert run("git", "-C", tmp_path / "project", *words, cwd=tmp_path).returncode == 0
     (site / "runkit" / "__init__.py").write_text("")
-    done = run(*BARE, "-c", code, site, cwd=tmp_path, PYTHONPATH=path_of())
+    done = run(*BARE, "-c", code, site.parent, cwd=tmp_path, PYTHONPATH=path_of())
     assert done.stdout == "{'commit': None, 'uncommitted_changes': None}\n", done.stderr
