@@ -2,9 +2,9 @@
 
 import pytest
 
+from periln.eval.arguments.tables import parse as tables_parse
 from periln.eval.records.frames import load
 from periln.eval.tables.command import main as tables_main
-from periln.eval.tables.command import parse as tables_parse
 from periln.eval.tables.scores import from_runs
 from periln.model_cards.facts import mean_accuracy
 from periln.model_cards.subject import Subject
