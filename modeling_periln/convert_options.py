@@ -4,13 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 TARGETS = ("llama", "olmo2", "hyperclovax", "glm4", "peri_llama")
 WIKITEXT, NO_TEXT = "wikitext", "none"
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
 

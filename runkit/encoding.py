@@ -76,7 +76,8 @@ class TextEncoder:
 
     def ids(self, text: str) -> list[int]:
         """The ids of one text."""
-        return self([text])[0][0].tolist()
+        ids: list[int] = self([text])[0][0].tolist()
+        return ids
 
     def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
         """Pieces that join to the text, and whether the cut behind each changes no id."""

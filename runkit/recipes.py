@@ -141,7 +141,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 def section_of(hint: Any) -> type | None:
     """The dataclass of a field that is a section, also of one that may be null; None for any other field."""
-    return next((kind for kind in _kinds(hint) if dataclasses.is_dataclass(kind)), None)
+    return next((kind for kind in _kinds(hint) if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
 
 
 def _may_be_section(hint: Any) -> bool:
@@ -211,7 +211,7 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "") -> T:
     hints = typing.get_type_hints(cls)
     fields: Any = cls  # a dataclass, which no type variable can say
     known = {f.name: f for f in dataclasses.fields(fields)}
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in mapping.items():
         if name not in known:
             raise UsageError(f"unknown field {where}{name}{did_you_mean(name, list(known))}")
