@@ -35,7 +35,7 @@ from periln.model_cards.subject import Subject, find_subject
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import sha256_of
 from periln.runkit.process import start_stage
-from periln.scripts.push_files import WEIGHTS, Upload, check, files_of, is_ours
+from periln.scripts.push_files import WEIGHTS, Upload, check_uploads, files_of, is_ours
 
 MAIN = "main"
 
@@ -86,7 +86,7 @@ def plan(args: argparse.Namespace) -> list[Push]:
         card = CardOptions(args.repo, revision=None if name == MAIN else name, **options)
         pushes.append(Push(each, name, files_of(each, card)))
     for push in pushes:
-        check(push.files, push.subject, get_token())
+        check_uploads(push.files, push.subject, get_token())
     return pushes
 
 

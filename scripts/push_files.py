@@ -170,7 +170,7 @@ def _records(subject: Subject) -> list[Upload]:
     return found
 
 
-def check(uploads: list[Upload], subject: Subject, token: str | None) -> None:
+def check_uploads(uploads: list[Upload], subject: Subject, token: str | None) -> None:
     """Search every byte for tokens and local paths, before any of them is sent.
 
     In what is generated or configured here, and in what safetensors calls metadata, any absolute path counts; in
