@@ -75,9 +75,10 @@ test-hf: $(STAMP) ## Transformers' own common model tests; TRANSFORMERS_SRC=/pat
 test-vllm: $(STAMP) ## every placement and export in vLLM; VLLM_PYTHON=/path/to/its/python, see README.md
 	VLLM_PYTHON="$(VLLM_PYTHON)" $(BIN)/python -m pytest tests/modeling_periln/test_vllm.py $(PYTEST_ARGS)
 
-lint: $(STAMP) ## ruff: lint and format
+lint: $(STAMP) ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/check_types.py
 
 clean: ## remove the virtual environments (runs/ stays)
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest

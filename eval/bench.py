@@ -6,6 +6,14 @@ Both answer the same requests in turn, each pair in a changed order; the ratio i
 of a bootstrap over pairs. Every log-likelihood of every pair is compared, and one that differs by a bit is an error.
 """
 
+import sys
+
+from periln.eval.arguments.bench import check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("eval.bench", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import sys
 import time
@@ -16,15 +24,15 @@ import pandas as pd
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.scoring.harness import Benchmarks
-from runkit.errors import UsageError, UserError, make_parser, run_command
-from runkit.folder import write_text
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-
-from .options import add_settings, settings_of, task_names
-from .targets import Target, find_target
-from .text_table import Table, to_terminal
+from periln.eval.arguments.shared import task_names
+from periln.eval.options import settings_of
+from periln.eval.scoring.harness import Benchmarks
+from periln.eval.targets import Target, find_target
+from periln.eval.text_table import Table, to_terminal
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import write_text
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
 
 OURS, THEIRS = "documents/s", "HFLM's"
 
@@ -115,13 +123,10 @@ def table(frame: pd.DataFrame, benchmarks: Benchmarks, pairs: int) -> Table:
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    if args.pairs < 1:
-        raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
+    check(args)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     settings, names = settings_of(args), task_names(args.tasks)
-    if settings.batch_size == "auto" or (settings.limit or 1) < 1:
-        raise UsageError("the bench wants a --batch-size and a --limit in whole numbers")
     target = find_target(args.target, args.revision, args.trust_remote_code, args.out)
     if target is None:
         raise UserError(f"{args.target} has diverged: there is nothing to measure with")
@@ -131,17 +136,3 @@ def main(args: argparse.Namespace) -> None:
     print(to_terminal(table(frame, benchmarks, args.pairs), 100))
     if args.out is not None:
         write_text(args.out / "eval_bench.csv", frame.to_csv(index=False))
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m eval.bench", "Compare the speed of evaluation with lm-eval's own HFLM.")
-    parser.add_argument("target", metavar="TARGET", help="a run folder, a checkpoint or an id of the Hub")
-    parser.add_argument("--tasks", default="mini", metavar="A,B,...", help="any of lm-eval's that are log-likelihoods")
-    parser.add_argument("--pairs", type=int, default=15, help="measurements of each")
-    add_settings(parser)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

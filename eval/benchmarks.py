@@ -8,6 +8,14 @@ same batch size the scores are those of `lm_eval --tasks TASK` to the last digit
 others are asked for beside it.
 """
 
+import sys
+
+from periln.eval.arguments.benchmarks import check, is_one_file, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("eval.benchmarks", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import sys
 from typing import Any
@@ -16,16 +24,15 @@ import pandas as pd
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.scoring.harness import Benchmarks, result_file
-from runkit.errors import UsageError, UserError, make_parser, run_command
-from runkit.folder import called
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-from runkit.tasks import SUITES
-
-from .options import add_settings, settings_of, task_names
-from .targets import find_target
-from .text_table import Table, to_terminal, values
+from periln.eval.arguments.shared import task_names
+from periln.eval.options import settings_of
+from periln.eval.scoring.harness import Benchmarks, result_file
+from periln.eval.targets import find_target
+from periln.eval.text_table import Table, to_terminal, values
+from periln.runkit.errors import UserError
+from periln.runkit.folder import called
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
 
 
 def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
@@ -48,14 +55,11 @@ def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    if not args.targets and not args.check_data:
-        raise UsageError("name at least one run folder, checkpoint or Hub id")
+    check(args)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     settings, names = settings_of(args), task_names(args.tasks)
-    one_file = args.out is not None and args.out.suffix == ".json"
-    if one_file and len(args.targets) != 1:
-        raise UsageError(f"--out {args.out} holds the results of one target, not of {len(args.targets)}")
+    one_file = is_one_file(args)
     out = args.out.parent if one_file else args.out
     found = [(name, find_target(name, args.revision, args.trust_remote_code, out)) for name in args.targets]
     benchmarks = Benchmarks(names, settings, args.include_path)
@@ -79,18 +83,3 @@ def main(args: argparse.Namespace) -> None:
             records.append((f"{target.name}, {record['evaluated']['path']} -> {file}", record))
     if records:
         print(to_terminal(table(records), 100))
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m eval.benchmarks", "Score checkpoints on tasks of lm-evaluation-harness.")
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help="run folders, checkpoints or ids of the Hub")
-    tasks = ",".join(SUITES["hub"])
-    parser.add_argument("--tasks", default=tasks, metavar="A,B,...", help="any of lm-eval's, mini, or your own")
-    parser.add_argument("--check-data", action="store_true", help="only load the tasks' data, and stop")
-    add_settings(parser)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

@@ -5,6 +5,14 @@
 What the demo runs. Tasks, dtypes and models of one's choice: `eval.benchmarks`, through the same `harness.Benchmarks`.
 """
 
+import sys
+
+from periln.eval.arguments.evaluate import check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("eval.evaluate", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import hashlib
 import sys
@@ -15,16 +23,14 @@ from typing import Any
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.scoring.generation import generate_samples
-from eval.scoring.harness import Benchmarks, Settings
-from eval.texts.windows import heldout_loss, read_texts
-from runkit.errors import UsageError, did_you_mean, make_parser, run_command
-from runkit.folder import called, read_json, weights_hash, write_json
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-from runkit.tasks import SUITES
-
-from .targets import Target, find_target
+from periln.eval.scoring.generation import generate_samples
+from periln.eval.scoring.harness import Benchmarks, Settings
+from periln.eval.targets import Target, find_target
+from periln.eval.texts.windows import heldout_loss, read_texts
+from periln.runkit.folder import called, read_json, weights_hash, write_json
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
+from periln.runkit.tasks import SUITES
 
 PROMPTS = ("The function returns", "import os\n")
 CHAT_PROMPTS = ("How do I boil an egg?", "Write a Python function that adds two numbers.")
@@ -77,13 +83,7 @@ def evaluate_target(
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    if args.batch_size < 1 or args.context < 1:
-        raise UsageError(f"batch size and context must be at least 1, not {args.batch_size} and {args.context}")
-    if not args.targets and not args.check_data:
-        raise UsageError("name at least one run or checkpoint folder")
-    if args.suite not in SUITES:
-        near = did_you_mean(args.suite, list(SUITES))
-        raise UsageError(f"suite {args.suite!r} is unknown{near}: use {', '.join(SUITES)}")
+    check(args)
     settings = Settings(args.num_fewshot, args.limit, args.batch_size, "auto", args.device)
     settings.check()
     transformers_logging.disable_progress_bar()
@@ -104,22 +104,3 @@ def main(args: argparse.Namespace) -> None:
                 continue
             bar.set_postfix_str(target.name)
             evaluate_target(target, benchmarks, texts, args, bar)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m eval.evaluate", "Benchmarks, held-out loss and samples of checkpoints.")
-    parser.add_argument("targets", type=Path, nargs="*", metavar="RUN_OR_CHECKPOINT", help="run or checkpoint folders")
-    parser.add_argument("--check-data", action="store_true", help="only load the tasks' data, and stop")
-    parser.add_argument("--suite", default="mini", help="'mini' (our own items) or 'hub' (the real tasks)")
-    parser.add_argument("--limit", type=int, default=None, help="items a task; all of them when left out")
-    parser.add_argument("--num-fewshot", type=int, default=0, help="examples before each item")
-    parser.add_argument("--batch-size", type=int, default=16, help="requests a batch")
-    parser.add_argument("--heldout", type=Path, default=None, help="a .jsonl with texts for the held-out loss")
-    parser.add_argument("--context", type=int, default=256, help="tokens a window of the held-out loss")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to evaluate")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

@@ -7,6 +7,14 @@ Mean loss over all tokens of the documents, in nats, with its standard error ove
 compare between tokenizers. What a kill leaves is gone on from; a result that is there is not computed again.
 """
 
+import sys
+
+from periln.eval.arguments.loss import CONTEXT, check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("eval.loss", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import hashlib
 import json
@@ -19,19 +27,18 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.scoring.likelihood import fitting_batch_size
-from eval.texts.documents import KNOWN, METHOD, Sample, draw, named, read_sample, write_sample
-from eval.texts.windows import Sums, make_windows, sum_losses, summarized
-from runkit.errors import UsageError, UserError, make_parser, run_command
-from runkit.folder import called, read_json, write_json
-from runkit.process import start_stage
-from runkit.progress import progress_bar
+from periln.eval.arguments.shared import batch_size
+from periln.eval.options import device_of
+from periln.eval.scoring.likelihood import fitting_batch_size
+from periln.eval.targets import Target, find_target
+from periln.eval.text_table import Table, to_terminal, values
+from periln.eval.texts.documents import METHOD, Sample, draw, named, read_sample, write_sample
+from periln.eval.texts.windows import Sums, make_windows, sum_losses, summarized
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import called, read_json, write_json
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
 
-from .options import add_model_options, batch_size, device_of
-from .targets import Target, find_target
-from .text_table import Table, to_terminal, values
-
-CONTEXT = 2048  # tokens a window, where the model has as many positions
 SAVE_EVERY = 50  # batches
 
 
@@ -145,13 +152,8 @@ def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    if args.documents < 1:
-        raise UsageError(f"--documents must be at least 1, not {args.documents}")
-    if args.context is not None and args.context < 1:
-        raise UsageError(f"--context must be at least 1, not {args.context}")
+    check(args)
     device_of(args.device)
-    if (size := batch_size(args.batch_size)) != "auto" and size < 1:
-        raise UsageError(f"--batch-size must be at least 1, or auto, not {size}")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     found = [(name, find_target(name, args.revision, args.trust_remote_code, args.out)) for name in args.targets]
@@ -172,26 +174,3 @@ def main(args: argparse.Namespace) -> None:
             records.append((target.name, record))
     if records:
         print(to_terminal(table(records), 100))
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m eval.loss", "Measure the loss on random documents, C4's unless told otherwise.")
-    parser.add_argument("targets", nargs="+", metavar="TARGET", help="run folders, checkpoints or ids of the Hub")
-    parser.add_argument("--dataset", default="c4", help=f"{', '.join(KNOWN)}, or a data set's id on the Hub")
-    parser.add_argument("--config", help="configuration of the data set; en for C4")
-    parser.add_argument("--split", help="split of the data set; validation when left out (wikitext: test)")
-    parser.add_argument("--column", help="column of the texts; text when left out (wikitext: page)")
-    parser.add_argument("--dataset-revision", metavar="COMMIT", help="of the data set; its newest when left out")
-    parser.add_argument("--documents", type=int, default=10_000, help="how many, chosen at random")
-    parser.add_argument("--seed", type=int, default=0, help="of that choice")
-    parser.add_argument("--sample", type=Path, metavar="FILE", help="keep the documents there, or take them from there")
-    parser.add_argument("--packed", action="store_true", help="read over the documents' ends; else each by itself")
-    parser.add_argument("--context", type=int, help=f"tokens a window; when left out the model's, at most {CONTEXT}")
-    parser.add_argument("--batch-size", default="8", help="windows a batch, or auto: as many as the memory holds")
-    add_model_options(parser)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

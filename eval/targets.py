@@ -13,12 +13,11 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
-from runkit.encoding import added_around, begin_documents_with
-from runkit.errors import UsageError, UserError
-from runkit.folder import RunFolder, weights_hash
-from runkit.models import FoundModel, check_loadable, find_model, is_local, load_causal_lm, not_loaded, step_of
+from periln.runkit.encoding import added_around, begin_documents_with
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import RunFolder, weights_hash
+from periln.runkit.models import FoundModel, check_loadable, find_model, is_local, load_causal_lm, not_loaded, step_of
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")  # auto: as saved
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 

@@ -8,6 +8,14 @@ soon as it appears, so that the trainer may remove it meanwhile (`keep_last`). T
 killed, the same command goes on.
 """
 
+import sys
+
+from periln.eval.arguments.watch import check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("eval.watch", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import os
 import shutil
@@ -24,16 +32,15 @@ import pandas as pd
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.scoring.harness import Benchmarks, Settings, result_file
-from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
-from runkit.figure_style import STYLE
-from runkit.folder import RunFolder, write_bytes, write_text
-from runkit.process import StopRequest, start_stage
-from runkit.progress import progress_bar
-from runkit.tasks import SUITES
-
-from .options import add_settings, settings_of, task_names
-from .targets import Target
+from periln.eval.arguments.shared import task_names
+from periln.eval.options import settings_of
+from periln.eval.scoring.harness import Benchmarks, Settings, result_file
+from periln.eval.targets import Target
+from periln.runkit.errors import StoppedBySignal, UsageError, UserError
+from periln.runkit.figure_style import STYLE
+from periln.runkit.folder import RunFolder, write_bytes, write_text
+from periln.runkit.process import StopRequest, start_stage
+from periln.runkit.progress import progress_bar
 
 POLL_SECONDS = 0.1
 
@@ -265,8 +272,7 @@ def watch(run: RunFolder, benchmarks: Benchmarks, args: argparse.Namespace, bar:
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    if args.revision or args.out:
-        raise UsageError("--revision and --out are not for a watch: a run's results stand in its eval/")
+    check(args)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     run, deadline = RunFolder(args.run), time.monotonic() + args.wait
@@ -284,21 +290,3 @@ def main(args: argparse.Namespace) -> None:
         steps = ", ".join(map(str, missed))
         print(f"warning: removed before they could be held, hence not scored: steps {steps}", file=sys.stderr)
     print(f"{why}; {bar.n} checkpoints scored: {run.path / 'eval' / 'watch.csv'}, watch.png")
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m eval.watch", "Score a run's checkpoints while it trains.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a pretraining run, begun or about to begin")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="every n-th checkpoint, and the last")
-    tasks = ",".join(SUITES["hub"])
-    parser.add_argument("--tasks", default=tasks, metavar="A,B,...", help="any of lm-eval's, mini, or your own")
-    parser.add_argument(
-        "--wait", type=float, default=60, metavar="SECONDS", help="for a run that has stopped, or not begun, to go on"
-    )
-    add_settings(parser)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

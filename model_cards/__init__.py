@@ -1,10 +1,11 @@
 """Model cards and the index of a zoo: pure functions of run folders on disk.
 
-Below the stages: this package imports `modeling_periln` and `runkit` only; of it `scripts.push` uses `render_card`,
-`Subject` and `find_subject`, and nothing else.
+Below the stages: this package imports `modeling_periln` and `runkit` only; of it `scripts.push` uses `cards`, `subject`
+and the options of `render`, and nothing else.
 """
 
-from .cards import CardOptions, render_card
-from .subject import Subject, find_subject
+if __name__ == "model_cards":  # a folder of a checkout, whose modules are those of `periln.model_cards`
+    import runpy
+    from pathlib import Path
 
-__all__ = ["CardOptions", "Subject", "find_subject", "render_card"]
+    runpy.run_path(str(Path(__file__).parents[1] / "periln" / "checkout.py"))["bind"](__name__)

@@ -8,11 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from runkit.placements import placement_name
-from runkit.public import public
-from runkit.tasks import TASKS
-
-from .facts import (
+from periln.model_cards.facts import (
     MISSING,
     best_results,
     hardware,
@@ -27,8 +23,11 @@ from .facts import (
     tokens_seen,
     verdict,
 )
-from .placement import EQUATION, diagram, norms_in_words, plan_of
-from .subject import Subject
+from periln.model_cards.placement import EQUATION, diagram, norms_in_words, plan_of
+from periln.model_cards.subject import Subject
+from periln.runkit.placements import placement_name
+from periln.runkit.public import public
+from periln.runkit.tasks import TASKS
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PAPER = "2502.02732"

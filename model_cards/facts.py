@@ -7,17 +7,16 @@ from typing import Any
 
 import pandas as pd
 
-from runkit import steps
-from runkit.errors import UserError
-from runkit.folder import RunFolder, read_json
-from runkit.number_format import FP16
-from runkit.public import public
-from runkit.recipes import differing_fields
-from runkit.scores import protocol, that_count
-from runkit.spikes import rules_of, spike_steps
-from runkit.tasks import COUNT, SUITES, TASKS
-
-from .subject import Subject, listed_checkpoint
+from periln.model_cards.subject import Subject, listed_checkpoint
+from periln.runkit import steps
+from periln.runkit.errors import UserError
+from periln.runkit.folder import RunFolder, read_json
+from periln.runkit.number_format import FP16
+from periln.runkit.public import public
+from periln.runkit.recipes import differing_fields
+from periln.runkit.scores import protocol, that_count
+from periln.runkit.spikes import rules_of, spike_steps
+from periln.runkit.tasks import COUNT, SUITES, TASKS
 
 MISSING = "not measured"
 FP16_TENSORS = ("stream", "residual_add", "branch")  # what is held in the residual stream's dtype

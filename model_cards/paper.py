@@ -5,24 +5,29 @@ arXiv 2502.02732, Table 2 and Tables 6 to 11) marked as the paper's. They stand 
 which is for what a repository's own weights were measured to do.
 """
 
+import sys
+
+from periln.model_cards.arguments.paper import check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("model_cards.paper", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData
 
-from runkit.errors import UsageError, make_parser, run_command
-from runkit.folder import write_text
-from runkit.process import start_stage
-from runkit.recipes import flatten, read_yaml
-from runkit.tasks import TASKS
-
-from .cards import LIBRARY, PAPER, PIPELINE, TEMPLATES, normalized
-from .facts import markdown, text
-from .placement import EQUATION, diagram, norms_in_words, plan_of
+from periln.model_cards.cards import LIBRARY, PAPER, PIPELINE, TEMPLATES, normalized
+from periln.model_cards.facts import markdown, text
+from periln.model_cards.placement import EQUATION, diagram, norms_in_words, plan_of
+from periln.runkit.folder import write_text
+from periln.runkit.process import start_stage
+from periln.runkit.recipes import flatten, read_yaml
+from periln.runkit.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "scripts" / "recipes"
@@ -104,21 +109,9 @@ def render_paper_card(size: str, placement: str) -> str:
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    if args.out.exists() and not args.out.is_dir():
-        raise UsageError(f"--out {args.out} is not a folder")
+    check(args)
     for size in SIZES:
         for placement in PLACEMENTS:
             file = args.out / f"{recipe_of(size, placement)[1]['name']}.md"
             write_text(file, render_paper_card(size, placement))
             print(file)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m model_cards.paper", "Write the cards of the paper's nine models, as recipes.")
-    parser.add_argument("--out", type=Path, default=Path("model_cards/paper"), help="folder to write to")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

@@ -8,9 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from runkit.checkpoints import checked, chosen_checkpoint, named_best
-from runkit.errors import UsageError, UserError
-from runkit.folder import RunFolder, read_json
+from periln.runkit.checkpoints import checked, chosen_checkpoint, named_best
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import RunFolder, read_json
 
 IN_A_RUN = ("checkpoints", "merged")  # folders of a run in which model folders stand
 

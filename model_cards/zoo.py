@@ -4,23 +4,24 @@ A row is a run with its newest checkpoint (a fine-tuning: its chosen one), or a 
 an export. A pure function of the folders: the same records give the same bytes.
 """
 
+import sys
+
+from periln.model_cards.arguments.zoo import check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("model_cards.zoo", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from runkit.errors import UsageError, make_parser, run_command
-from runkit.folder import RunFolder, write_text
-from runkit.placements import placement_name
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-
-from .cards import TEMPLATES
-from .facts import (
+from periln.model_cards.cards import TEMPLATES
+from periln.model_cards.facts import (
     MISSING,
     bench_headroom,
     best_results,
@@ -33,7 +34,12 @@ from .facts import (
     tokens_seen,
     training_headroom,
 )
-from .subject import IN_A_RUN, Subject, listed_checkpoint
+from periln.model_cards.subject import IN_A_RUN, Subject, listed_checkpoint
+from periln.runkit.errors import UsageError
+from periln.runkit.folder import RunFolder, write_text
+from periln.runkit.placements import placement_name
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
 
 HEAD = (
     "model",
@@ -159,21 +165,8 @@ def render_html(rows: Sequence[dict[str, str]]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    if args.out.exists() and not args.out.is_dir():
-        raise UsageError(f"--out {args.out} is not a folder")
+    check(args)
     rows = collect(args.folders, args)
     write_text(args.out / "zoo.html", render_html(rows))
     write_text(args.out / "zoo.md", render_markdown(rows))
     print(f"{len(rows)} models: {args.out / 'zoo.html'}, {args.out / 'zoo.md'}")
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m model_cards.zoo", "Write an index page of local checkpoints (HTML and Markdown).")
-    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders with runs or models")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for zoo.html and zoo.md")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

@@ -47,8 +47,9 @@ from .conversions import (
     native_config,
     periln_config,
 )
+from .convert_options import NO_TEXT, WIKITEXT, parse
 from .modeling_periln import PeriLlamaForCausalLM
-from .proof import NO_TEXT, TOLERANCE, WIKITEXT, ConversionFailed, compare, in_words, model_class
+from .proof import TOLERANCE, ConversionFailed, compare, in_words, model_class
 from .refresh import refresh_code
 from .sources import ADAPTER_CONFIG, COMPANIONS, base_of, check_whole, checkpoint_of, is_adapter, merge, read_json
 from .version import __version__
@@ -344,29 +345,15 @@ def _bytes(size: int | str) -> int:
 # The command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0; 1 if the conversion failed; 2 if it was refused. SIGTERM exits with 143."""
-    if "--refresh-code" in (sys.argv[1:] if argv is None else argv):
-        return _refresh(argv)
-    more = "periln-convert --refresh-code CHECKPOINT... replaces the code in PeriLlama checkpoints by this package's"
-    about = "Convert a checkpoint between PeriLlama and a stock class."
-    parser = _Parser(prog="periln-convert", description=about, epilog=more)
-    parser.add_argument("src", metavar="SRC", help="model, run or adapter folder, or Hub id")
-    parser.add_argument("dst", type=Path, metavar="DST", help="new folder; must not exist, or be empty")
-    parser.add_argument("--to", required=True, choices=[*ARCHITECTURES, PERI_LLAMA], help="architecture of DST")
-    parser.add_argument("--revision", help="of a Hub id: branch, tag or commit (default: main)")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: %(default)s)")
-    text = (
-        "compare on this text too: a file, wikitext, or none (default: wikitext, if the Hub has it and can be reached)"
-    )
-    parser.add_argument("--text", metavar="FILE", help=text)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
+    return run(parse(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do as the arguments say, and print what came of it or one sentence of what did not. See `main`."""
+    if args.refresh_code:
+        return _refresh(args)
     transformers.utils.logging.disable_progress_bar()
     # SIGTERM unwinds the stack, as SIGINT does, so that the unfinished folder is removed.
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -390,11 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _refresh(argv: Sequence[str] | None) -> int:
-    parser = _Parser(prog="periln-convert", description="Replace the code in PeriLlama checkpoints by this package's.")
-    parser.add_argument("--refresh-code", required=True, nargs="+", type=Path, metavar="CHECKPOINT", help="folders")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
+def _refresh(args: argparse.Namespace) -> int:
     for folder in args.refresh_code:
         try:
             changed = refresh_code(folder)
@@ -413,7 +396,16 @@ def _failed(error: Exception, debug: bool) -> int:
     return 2 if isinstance(error, ConversionRefused) else 1
 
 
-__all__ = ["ConversionFailed", "ConversionRefused", "admissible_exports", "convert", "from_native", "main", "to_native"]
+__all__ = [
+    "ConversionFailed",
+    "ConversionRefused",
+    "admissible_exports",
+    "convert",
+    "from_native",
+    "main",
+    "run",
+    "to_native",
+]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,13 +15,14 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from .configuration_periln import PeriLlamaConfig
 from .conversions import ARCHITECTURES, ConversionRefused
+from .convert_options import NO_TEXT, WIKITEXT
 from .modeling_periln import PeriLlamaForCausalLM
 
 TOLERANCE = 1e-5  # of the largest logit
 CHECKED_SHAPES = ((1, 1), (2, 7), (3, 33))  # batch, tokens
 SEED = 20250202
 TEXT_WINDOWS, TEXT_LENGTH = 2, 256
-WIKITEXT, NO_TEXT = "wikitext", "none"
+
 WIKITEXT_FILE = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
 
 

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .control_tokens import END_OF_TURN
-from .errors import UserError
-from .folder import RunFolder, read_json, sha256_of, write_folder, write_json
+from periln.runkit.control_tokens import END_OF_TURN
+from periln.runkit.errors import UserError
+from periln.runkit.folder import RunFolder, read_json, sha256_of, write_folder, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig,
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
     """The ids that end a generation: those that the model knows, and the text's and the turn's, if there are turns."""
-    known = model.generation_config.eos_token_id
+    known: int | list[int] | None = model.generation_config.eos_token_id
     turn = tokenizer.get_added_vocab().get(END_OF_TURN)
     if turn is None:
         return known

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from .fp16 import PRODUCTS, is_half
+from periln.runkit.fp16 import PRODUCTS, is_half
 
 
 class TensorCoreProducts(CustomGraphPass):

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, normalizers
 
-from .errors import UserError
+from periln.runkit.errors import UserError
 
 END_OF_TEXT, PAD = "<|end_of_text|>", "<|pad|>"
 END_OF_TURN = "<|end_of_turn|>"

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from .errors import UserError
+from periln.runkit.errors import UserError
 
 PIECE = 1 << 18  # characters encoded at once: the library takes about 150 bytes of memory for each
 BACK = 1 << 15  # characters before a cut whose words are found to try it: more than any run of one kind has
@@ -76,7 +76,8 @@ class TextEncoder:
 
     def ids(self, text: str) -> list[int]:
         """The ids of one text."""
-        return self([text])[0][0].tolist()
+        ids: list[int] = self([text])[0][0].tolist()
+        return ids
 
     def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
         """Pieces that join to the text, and whether the cut behind each changes no id."""

@@ -2,11 +2,13 @@
 
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "lm-eval", "peft", "trl", "safetensors")
 
@@ -28,6 +30,8 @@ def _commit() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    if not (root / ".git").exists():  # an installed copy, perhaps inside somebody else's repository
+        return {"commit": None, "uncommitted_changes": None}
     changed = git("status", "--porcelain")
     return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": None if changed is None else bool(changed)}
 
@@ -67,7 +71,7 @@ class DtypeWitness:
         self.model = model
         self.residual_adds: dict[str, dict[str, str]] = {}
         self.linear_outputs: dict[str, str] = {}
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "DtypeWitness":
         for name, module in self.model.named_modules():
@@ -85,15 +89,15 @@ class DtypeWitness:
     def _name(x: torch.Tensor) -> str:
         return str(x.dtype).removeprefix("torch.")
 
-    def _see_add(self, name: str):
-        def hook(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+    def _see_add(self, name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             seen = zip(("stream", "branch", "output"), (*args, output), strict=True)
             self.residual_adds[name] = {k: self._name(x) for k, x in seen}
 
         return hook
 
-    def _see_linear(self, name: str):
-        def hook(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+    def _see_linear(self, name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             self.linear_outputs[name] = self._name(output)
 
         return hook

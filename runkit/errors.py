@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from typing import NoReturn
 
 USAGE, FAILURE = 2, 1
 INTERRUPTED, TERMINATED = 130, 143
@@ -47,7 +48,7 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"error: {message}\n")
 
 

@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import UsageError, UserError
-from .recipes import dump_yaml, read_yaml, to_mapping
-from .resume import Resumption, resumption
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.recipes import dump_yaml, read_yaml, to_mapping
+from periln.runkit.resume import Resumption, resumption
 
 T = TypeVar("T")
 CLAIM = {"recipe.yaml", "summary.json", "data.json"}  # what may stand in a folder before the first step

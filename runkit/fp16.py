@@ -51,7 +51,9 @@ class HalfMatmul(TorchDispatchMode):
         """True: torch.compile works under this mode, and does not look at it. (Else it runs everything eagerly.)"""
         return True
 
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func not in PRODUCTS or not (is_half(args[0]) and args[0].device.type == "cpu"):
             return func(*args, **kwargs)
@@ -68,7 +70,7 @@ class HalfMatmul(TorchDispatchMode):
         return tuple(x.half() for x in result)
 
 
-def make_fp16_real(accelerator: Any, scaler_options: dict[str, Any] | None = None) -> AbstractContextManager:
+def make_fp16_real(accelerator: Any, scaler_options: dict[str, Any] | None = None) -> AbstractContextManager[Any]:
     """Make an `accelerate.Accelerator` with `mixed_precision="fp16"` train in FP16 on a CPU as on a GPU.
 
     Call it before `prepare`, and do forward and backward inside the context manager that it returns (on a GPU

@@ -3,7 +3,7 @@
 import os
 import re
 
-from .errors import UsageError, UserError
+from periln.runkit.errors import UsageError, UserError
 
 
 def quiet_hub() -> None:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints import checked, chosen_checkpoint, named_best, whole_checkpoints
-from .errors import UsageError, UserError
-from .folder import RunFolder
-from .hub import hub_error, quiet_hub
+from periln.runkit.checkpoints import checked, chosen_checkpoint, named_best, whole_checkpoints
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import RunFolder
+from periln.runkit.hub import hub_error, quiet_hub
 
 if TYPE_CHECKING:
     import torch

@@ -17,6 +17,8 @@ def _table() -> ModuleType:
     if TABLE_NAME in sys.modules:
         return sys.modules[TABLE_NAME]
     found = importlib.util.find_spec("modeling_periln")
+    if found is None or found.submodule_search_locations is None:
+        raise ModuleNotFoundError("modeling_periln is not installed beside periln", name="modeling_periln")
     package = ModuleType("_placement_table")
     package.__path__ = list(found.submodule_search_locations)
     sys.modules.setdefault(package.__name__, package)
@@ -26,7 +28,7 @@ def _table() -> ModuleType:
 _ROWS = _table().PLACEMENTS
 PLACEMENTS: tuple[str, ...] = tuple(_table().PLACEMENT_NAMES)  # their order everywhere
 # One a row of the table, in its order; a placement beyond them gets OTHER_COLOUR and OTHER_MARKER.
-_PALETTE = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+_PALETTE: tuple[str, ...] = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 # Beyond it Tol's muted palette, and the first one's yellow, darkened: on white it cannot be read.
 _PALETTE += ("#332288", "#117733", "#882255", "#AA4499", "#44AA99", "#661100", "#6699CC", "#8C7A00", "#999933")
 _SHAPES = ("o", "s", "^", "D", "v", "P", "*", "<", ">", "p", "X", "H", "8", "1", "h", "2")

@@ -9,9 +9,8 @@ import threading
 import time
 from types import FrameType
 
-import torch
-
-from .errors import INTERRUPTED, TERMINATED
+import periln
+from periln.runkit.errors import INTERRUPTED, TERMINATED
 
 
 class StopRequest:
@@ -42,9 +41,19 @@ class StopRequest:
         self.exit_code = INTERRUPTED if number == signal.SIGINT else TERMINATED
 
 
+def python_m(command: str) -> list[str]:
+    """The first words of a child process that runs a command, `eval.benchmarks` say, of this copy of the code.
+
+    An installed copy does not look into the working folder, which may be a checkout.
+    """
+    return [sys.executable, *([] if periln.IS_CHECKOUT else ["-P"]), "-m", f"periln.{command}"]
+
+
 def start_stage(args: argparse.Namespace) -> None:
     """What every stage does first: heed `--threads` and `--stop-with-parent`."""
     if args.threads is not None:
+        import torch
+
         torch.set_num_threads(args.threads)
     stop_with_parent(args.stop_with_parent)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any, TextIO
 from weakref import WeakSet
 
@@ -14,11 +15,11 @@ class LogBar(tqdm):
     """A bar for a file: each time it shows itself it adds a line, and it moves no cursor."""
 
     # Of its own, so that another library's bar beside it, and `tqdm.write`, do not take it for a line to go around.
-    _instances = WeakSet()
+    _instances: WeakSet[Any] = WeakSet()
     monitor = None
 
     @staticmethod
-    def status_printer(file: TextIO):
+    def status_printer(file: TextIO) -> Callable[[str], None]:
         def show(text: str) -> None:
             if text.strip():
                 file.write(f"{text.rstrip()}\n")

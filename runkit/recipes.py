@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .errors import UsageError, UserError, did_you_mean
+from periln.runkit.errors import UsageError, UserError, did_you_mean
 
 T = TypeVar("T")
 
@@ -18,8 +18,8 @@ T = TypeVar("T")
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which `2e-3` is a number (YAML 1.1 wants a dot) and no key stands twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        mapping = super().construct_mapping(node, deep)
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         if len(mapping) != len(node.value):
             names = [self.construct_object(key) for key, _ in node.value]
             twice = next(name for name in names if names.count(name) > 1)
@@ -80,9 +80,11 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def at_path(dotted: str, value: Any) -> dict[str, Any]:
     """`a.b.c` and a value as nested sections."""
-    for name in reversed(dotted.split(".")):
-        value = {name: value}
-    return value
+    *sections, last = dotted.split(".")
+    nested = {last: value}
+    for name in reversed(sections):
+        nested = {name: nested}
+    return nested
 
 
 def apply_overrides(mapping: dict[str, Any], assignments: list[str], schema: type | None = None) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 def section_of(hint: Any) -> type | None:
     """The dataclass of a field that is a section, also of one that may be null; None for any other field."""
-    return next((kind for kind in _kinds(hint) if dataclasses.is_dataclass(kind)), None)
+    return next((kind for kind in _kinds(hint) if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
 
 
 def _may_be_section(hint: Any) -> bool:
@@ -191,7 +193,7 @@ def _spell(hint: Any) -> str:
     )
 
 
-def _has_default(field: dataclasses.Field) -> bool:
+def _has_default(field: dataclasses.Field[Any]) -> bool:
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
@@ -207,8 +209,9 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "") -> T:
     if not isinstance(mapping, dict):
         raise UsageError(f"{where.rstrip('.') or 'the recipe'} must be a section with fields, not {mapping!r}")
     hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    values = {}
+    fields: Any = cls  # a dataclass, which no type variable can say
+    known = {f.name: f for f in dataclasses.fields(fields)}
+    values: dict[str, Any] = {}
     for name, value in mapping.items():
         if name not in known:
             raise UsageError(f"unknown field {where}{name}{did_you_mean(name, list(known))}")
@@ -238,7 +241,8 @@ def to_mapping(recipe: Any) -> dict[str, Any]:
 
 def dump_yaml(mapping: dict[str, Any]) -> str:
     """YAML text with the fields in their order."""
-    return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=100)
+    return text
 
 
 def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import PurePath
 from typing import Any, Generic, TypeVar
 
-from .recipes import differing_fields, from_mapping, merge, section_of, to_mapping
+from periln.runkit.recipes import differing_fields, from_mapping, merge, section_of, to_mapping
 
 RESULT = "result"  # may not change
 BITS = "bits"  # may change: the same computation, rounded in another way
@@ -81,7 +81,7 @@ def resumption(old: dict[str, Any], recipe: T) -> Resumption[T]:
     return found
 
 
-def _compare(found: Resumption, cls: type, old: dict[str, Any], new: dict[str, Any], where: str) -> dict[str, Any]:
+def _compare(found: Resumption[Any], cls: type, old: dict[str, Any], new: dict[str, Any], where: str) -> dict[str, Any]:
     """Fill `found` from two mappings of one section; returns the mapping to go on with."""
     fields, hints, settled = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls), dict(new)
     for name, one in fields.items():
@@ -103,7 +103,7 @@ def _compare(found: Resumption, cls: type, old: dict[str, Any], new: dict[str, A
     return settled
 
 
-def _judge(found: Resumption, decides: str, name: str, old: Any, new: Any) -> None:
+def _judge(found: Resumption[Any], decides: str, name: str, old: Any, new: Any) -> None:
     if old is MISSING:
         found.different.append(f"{name}: not named -> {new!r}")
     elif decides == PLACE and old is not None and new is not None and PurePath(old) == PurePath(new):
@@ -114,13 +114,13 @@ def _judge(found: Resumption, decides: str, name: str, old: Any, new: Any) -> No
         found.changes.append(Change(name, old, new, decides))
 
 
-def _usual(one: dataclasses.Field) -> Any:
+def _usual(one: dataclasses.Field[Any]) -> Any:
     """A field's default as plain data."""
     value = one.default_factory() if one.default_factory is not MISSING else one.default
     return to_mapping(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
-def _before(one: dataclasses.Field) -> Any:
+def _before(one: dataclasses.Field[Any]) -> Any:
     """What runs did before the field existed; MISSING for a field that has always had to be given."""
     if "before" not in one.metadata:
         return _usual(one)

@@ -32,7 +32,7 @@ def precedence(score: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def that_count(scores: Iterable[Mapping[str, Any]], by: tuple[str, ...] = ("task", "metric")) -> list[int]:
     """The positions of the scores that count, one for each combination of the keys in `by`, ascending."""
-    best: dict[tuple, tuple[tuple, int]] = {}
+    best: dict[tuple[Any, ...], tuple[tuple[Any, ...], int]] = {}
     for at, score in enumerate(scores):
         key, value = tuple(score.get(name) for name in by), (precedence(score), at)
         if key not in best or value > best[key]:

@@ -40,16 +40,16 @@ class SpikeCounter:
 
     def record(self, grad_norm: float | None) -> bool:
         """Enter the next step's gradient norm (before clipping); whether it is a spike."""
-        finite = grad_norm is not None and math.isfinite(grad_norm)
+        finite = grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None
         before = [norm for norm in self._window if norm is not None]
         spike = False
-        if finite and len(before) >= max(1, min(LEAST, self.rules.window)):
+        if finite is not None and len(before) >= max(1, min(LEAST, self.rules.window)):
             mean = fmean(before)
             deviation = math.sqrt(fmean((norm - mean) ** 2 for norm in before))
-            spike = grad_norm > mean + self.rules.sigmas * deviation
+            spike = finite > mean + self.rules.sigmas * deviation
         if spike:
             self.steps.append(self.seen)
-        self._window.append(grad_norm if finite else None)
+        self._window.append(finite)
         self.seen += 1
         return spike
 

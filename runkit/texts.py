@@ -27,14 +27,16 @@ def long_runs(text: str, longest: int = LONGEST_RUN) -> Iterator[tuple[int, int]
     while at <= len(text):
         kind = next((kind for kind in _KINDS if kind.fullmatch(text, at - probe, at)), None)
         if kind is not None:
-            start, stop = _start(kind, text, at - probe), kind.match(text, at - probe).end()
+            found = kind.match(text, at - probe)
+            assert found is not None  # the probe is of that kind
+            start, stop = _start(kind, text, at - probe), found.end()
             if stop - start > longest:
                 yield start, stop
             at = stop
         at += step
 
 
-def _start(kind: re.Pattern, text: str, inside: int) -> int:
+def _start(kind: re.Pattern[str], text: str, inside: int) -> int:
     """Where the run begins that `inside` stands in or ends before."""
     while inside:
         back = max(0, inside - 4096)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from .data import FixedOrder
-from .engine import Engine
-from .recipe import Recipe
+from periln.scripts.data import FixedOrder
+from periln.scripts.engine import Engine
+from periln.scripts.recipe import Recipe
 
 
 def document_mask(position_ids: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,14 @@ What is in it, of this machine and with as many pairs at least, is not measured 
 The training step is forward, loss, backward and AdamW; labels are the ids, no padding.
 """
 
+import sys
+
+from periln.scripts.arguments.bench import check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("scripts.bench", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import ctypes
 import gc
@@ -18,11 +26,9 @@ import json
 import resource
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,11 +40,11 @@ from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from modeling_periln.conversions import export_recipe
 from modeling_periln.convert import to_native
 from modeling_periln.norms import PeriLlamaRMSNorm
-from runkit.environment import describe_environment
-from runkit.errors import UsageError, UserError, did_you_mean, make_parser, run_command
-from runkit.folder import read_json, write_json, write_text
-from runkit.process import start_stage
-from runkit.progress import progress_bar
+from periln.runkit.environment import describe_environment
+from periln.runkit.errors import UsageError, UserError, did_you_mean
+from periln.runkit.folder import read_json, write_json, write_text
+from periln.runkit.process import python_m, start_stage
+from periln.runkit.progress import progress_bar
 
 WARM_UP = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -277,7 +283,7 @@ def measure_memory(device: torch.device, args: argparse.Namespace) -> dict[str, 
     with progress_bar(args, 4, MEMORY_CASE, "process") as bar:
         for i in range(4):
             side = "ours" if i % 2 == 0 else "llama"
-            command = [sys.executable, "-m", "scripts.bench", "--peak-memory-of", side, "--device", device.type]
+            command = [*python_m("scripts.bench"), "--peak-memory-of", side, "--device", device.type]
             if args.threads:
                 command += ["--threads", str(args.threads)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -347,7 +353,11 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.list:
+        print(json.dumps({n: f"{c.what} against {c.against}" for n, c in CASES.items()}, indent=2))
+        return
     start_stage(args)
+    check(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -360,13 +370,6 @@ def main(args: argparse.Namespace) -> None:
     for name in wanted:
         if name not in known:
             raise UsageError(f"--cases {name!r} is no case{did_you_mean(name, known)}: use some of {known}")
-    if args.pairs < 2:
-        raise UsageError(f"--pairs {args.pairs} is too few for an interval: give at least 2 (30 for a result to quote)")
-    if args.pairs_a_build < 1:
-        raise UsageError(f"--pairs-a-build {args.pairs_a_build}: give at least 1")
-    if args.tokens and (args.tokens[0] < 1 or args.tokens[1] < 2):
-        given = " ".join(map(str, args.tokens))
-        raise UsageError(f"--tokens {given}: a batch has at least 1 sequence, and that 2 tokens (one to predict)")
     environment = describe_environment(device)
     file = args.out / "bench.json"
     record: dict[str, Any] = {"environment": environment, "cases": {}}
@@ -392,32 +395,3 @@ def main(args: argparse.Namespace) -> None:
         write_text(args.out / "bench.md", table(record) + "\n")
     print(table(record))
     print(f"\n{file}")
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = make_parser("python -m scripts.bench", "Speed and memory of PeriLlama beside Transformers' own models.")
-    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of bench.json and bench.md")
-    parser.add_argument("--cases", nargs="*", metavar="NAME", help="only these; all when left out (--list names them)")
-    parser.add_argument("--pairs", type=int, default=30, help="interleaved pairs a case")
-    parser.add_argument("--pairs-a-build", type=int, default=10, help="pairs until both models are built anew")
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        nargs=2,
-        metavar=("BATCH", "SEQUENCE"),
-        help="of the training steps, in place of each case's own; decoding, norms and memory stay as they are",
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one, when left out")
-    parser.add_argument("--again", action="store_true", help="measure what bench.json holds once more")
-    parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    parser.add_argument("--peak-memory-of", choices=["ours", "llama"], help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    if arguments.list:
-        print(json.dumps({n: f"{c.what} against {c.against}" for n, c in CASES.items()}, indent=2))
-        sys.exit(0)
-    sys.exit(run_command(main, arguments))

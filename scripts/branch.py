@@ -9,13 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from runkit.checkpoints import damage_of
-from runkit.errors import UsageError, UserError
-from runkit.folder import RunFolder, write_folder, write_text
-from runkit.recipes import flatten, to_mapping
-
-from .recipe import Recipe
-from .schedules import decay_start
+from periln.runkit.checkpoints import damage_of
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import RunFolder, write_folder, write_text
+from periln.runkit.recipes import flatten, to_mapping
+from periln.scripts.recipe import Recipe
+from periln.scripts.schedules import decay_start
 
 # In these the two may differ: where a run ends and what it does on the way there, what it keeps, watches and runs on.
 FREE = {"name", "data", "steps", "branch_from", "compile", "device", "deterministic", "micro_batch_size", "trackers"}

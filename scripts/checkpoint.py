@@ -10,11 +10,10 @@ import safetensors.torch as safetensors
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from runkit.checkpoints import remove_checkpoint, write_checkpoint
-from runkit.errors import UserError
-from runkit.folder import RunFolder, read_json, write_json
-
-from .engine import Engine, sharded_like, whole
+from periln.runkit.checkpoints import remove_checkpoint, write_checkpoint
+from periln.runkit.errors import UserError
+from periln.runkit.folder import RunFolder, read_json, write_json
+from periln.scripts.engine import Engine, sharded_like, whole
 
 BEST = "best.json"
 

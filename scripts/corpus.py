@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from runkit.errors import UserError
-from runkit.texts import problem_of
-
-from .sources import INSTALLED as INSTALLED
-from .sources import LONGEST, TOO_LONG, UNDECODABLE, Document, Source, digest64
+from periln.runkit.errors import UserError
+from periln.runkit.texts import problem_of
+from periln.scripts.sources import INSTALLED as INSTALLED
+from periln.scripts.sources import LONGEST, TOO_LONG, UNDECODABLE, Document, Source, digest64
 
 BATCH_DOCUMENTS, BATCH_BYTES = 256, 1 << 20
 LISTED = 10_000  # names listed for each reason of skipping; all are counted

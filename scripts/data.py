@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from runkit.errors import UsageError, UserError
-from runkit.folder import read_json, sha256_of
-
-from .shards import ENDS, token_dtype
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import read_json, sha256_of
+from periln.scripts.shards import ENDS, token_dtype
 
 KEYS = ("dtype", "tokens", "vocab_size", "documents", "shard_tokens", "shards", "fingerprint")
 

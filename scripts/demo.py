@@ -6,11 +6,18 @@ Each stage is a process of its own; what one hands to the next is run folders on
 moment, it goes on where it was when it is started again.
 """
 
+import sys
+
+from periln.scripts.arguments.demo import HUB_LIMIT, check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("scripts.demo", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +25,14 @@ from pathlib import Path
 
 import torch
 
-from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
-from runkit.folder import RunFolder, write_text
-from runkit.process import StopRequest, stop_with_parent
-from runkit.recipes import dump_yaml, from_mapping, read_yaml, to_mapping
-from runkit.resume import resumption
-
-from .demo_recipe import HUB_LIMIT, DemoRecipe
-from .recipe import Recipe
-from .same_data import check_same_source
+from periln.runkit.errors import StoppedBySignal, UsageError, UserError
+from periln.runkit.folder import RunFolder, write_text
+from periln.runkit.process import StopRequest, python_m, stop_with_parent
+from periln.runkit.recipes import dump_yaml, from_mapping, read_yaml, to_mapping
+from periln.runkit.resume import resumption
+from periln.scripts.demo_recipe import DemoRecipe
+from periln.scripts.recipe import Recipe
+from periln.scripts.same_data import check_same_source
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
@@ -57,12 +63,9 @@ def resolve_recipe(args: argparse.Namespace) -> DemoRecipe:
         UserError: the folder belongs to another recipe than was asked for.
         UsageError: see `DemoRecipe.check`.
     """
+    check(args)
     kept = args.out / "recipe.yaml"
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"{args.out} is a file, not a folder; it is left alone: give another folder")
     others = kept.exists() and read_yaml(kept).get("stage") != "demo"
-    if others and RunFolder(args.out).began:
-        raise UserError(f"{args.out} is not a demo's folder (its recipe.yaml has another stage): give another folder")
     # A demo that failed before it had its data (bad text, say) need not repeat the mistake.
     fresh = others or not kept.exists() or (not _started(args.out) and RunFolder(args.out).status == "failed")
     mapping = read_yaml((args.recipe or DEFAULT_RECIPE) if fresh or args.recipe else kept)
@@ -117,8 +120,8 @@ def plan_stages(recipe: DemoRecipe, out: Path) -> list[Stage]:
     # The bundled sets need no network, and are kept from looking for one.
     offline = [] if hub else ["env", "HF_HUB_OFFLINE=1", "HF_DATASETS_OFFLINE=1"]
 
-    def python(*words: object) -> list[str]:
-        return [*offline, sys.executable, "-m", *map(str, words)]
+    def python(command: str, *words: object) -> list[str]:
+        return [*offline, *python_m(command), *map(str, words)]
 
     # On a CPU, runs go side by side with one thread each: more steps a second than one run with all threads, and
     # a second busy process on the machine slows them by its share instead of stalling every parallel region.
@@ -253,20 +256,3 @@ def _run_stages(stages: list[Stage], stop: StopRequest, args: argparse.Namespace
             raise
         planned_done += stage.seconds
     run.set_status("completed", seconds_since_last_start=round(time.monotonic() - start, 1))
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m scripts.demo", "Post-LN, Pre-LN and Peri-LN side by side, in FP16, to a report.")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo")
-    parser.add_argument("--recipe", type=Path, help="demo recipe; scripts/recipes/demo.yaml, or the folder's own")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the recipe's")
-    parser.add_argument("--text", metavar="PATH", help="folder of .txt/.jsonl/.parquet in place of the recipe's text")
-    parser.add_argument("--placements", metavar="A,B,...", help="placements to compare; default: the recipe's")
-    parser.add_argument("--hub", action="store_true", help="the real lm-eval tasks and the real GAIR/lima")
-    parser.add_argument("--limit", type=int, metavar="N", help=f"items a task, 0 for all; {HUB_LIMIT} with --hub")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modeling_periln import PLACEMENT_NAMES
-from runkit.errors import UsageError, did_you_mean
-from runkit.resume import BITS, NOTHING, PLACE, setting
-
-from .corpus import INSTALLED
-from .prepare_data import check_vocab_size
-from .recipe import Recipe
-
-HUB_LIMIT = 100
+from periln.runkit.errors import UsageError, did_you_mean
+from periln.runkit.resume import BITS, NOTHING, PLACE, setting
+from periln.scripts.corpus import INSTALLED
+from periln.scripts.prepare_data import check_vocab_size
+from periln.scripts.recipe import Recipe
 
 
 @dataclass

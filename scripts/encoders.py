@@ -21,11 +21,13 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
-from runkit.encoding import TextEncoder
-from runkit.errors import UserError
+import periln
+from periln.runkit.encoding import TextEncoder
+from periln.runkit.errors import UserError
+from periln.runkit.process import python_m
 
 T = TypeVar("T")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(periln.__file__).resolve().parents[1]
 AHEAD = 1 << 25  # characters of text that wait for workers or are with them, beside one document of any length
 
 
@@ -94,7 +96,7 @@ class Encoders:
             self._encode = Encoder(tokenizer_json, begin, end, dtype)
             return
         ids = (json.dumps(list(begin)), json.dumps(list(end)))
-        command = [sys.executable, "-m", "scripts.encoders", str(tokenizer_json.resolve()), *ids, dtype.str]
+        command = [*python_m("scripts.encoders"), str(tokenizer_json.resolve()), *ids, dtype.str]
         # One core each: the tokenizer's own threads would fight with the other workers.
         env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()

@@ -34,11 +34,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from modeling_periln import PeriLlamaForCausalLM
 from modeling_periln.loss import softmax_part
-from runkit.errors import UsageError
-from runkit.fp16 import HalfMatmul, make_fp16_real
-
-from .recipe import Recipe
-from .zero import Zero, zero_stage
+from periln.runkit.errors import UsageError
+from periln.runkit.fp16 import HalfMatmul, make_fp16_real
+from periln.scripts.recipe import Recipe
+from periln.scripts.zero import Zero, zero_stage
 
 LAUNCHED = "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -197,7 +196,7 @@ class Engine:
         base = model.model
         self._compiled = [base.embed_norm, *base.layers, base.final_norm] if recipe.compile else []
         if recipe.compile:
-            from runkit.compiled import compile_options  # takes seconds to import
+            from periln.runkit.compiled import compile_options  # takes seconds to import
 
             options = compile_options(recipe.precision.mode, self.device.type)
             for module in self._compiled:

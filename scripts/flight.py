@@ -20,11 +20,10 @@ from typing import Any
 
 from torch import Tensor
 
-from runkit.folder import RunFolder, write_text
-
-from .engine import Engine
-from .layer_stats import Activations, LayerStats, drop_rows, gradient_places, step_of, write_rows
-from .recipe import Recipe
+from periln.runkit.folder import RunFolder, write_text
+from periln.scripts.engine import Engine
+from periln.scripts.layer_stats import Activations, LayerStats, drop_rows, gradient_places, step_of, write_rows
+from periln.scripts.recipe import Recipe
 
 
 class FlightRecorder:

@@ -8,12 +8,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modeling_periln.loss import IGNORE_INDEX
-from runkit.errors import UserError
-from runkit.folder import sha256_of
-
-from .data import TokenData
-from .encoders import Encoder
-from .engine import Engine
+from periln.runkit.errors import UserError
+from periln.runkit.folder import sha256_of
+from periln.scripts.data import TokenData
+from periln.scripts.encoders import Encoder
+from periln.scripts.engine import Engine
 
 
 def heldout_sequences(

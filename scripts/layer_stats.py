@@ -25,9 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from runkit.folder import write_bytes
-
-from .engine import Engine
+from periln.runkit.folder import write_bytes
+from periln.scripts.engine import Engine
 
 COLUMNS = ["step", "layer", "sublayer", "tensor", "stat", "value"]
 

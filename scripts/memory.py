@@ -13,9 +13,8 @@ from typing import Literal
 from modeling_periln import PeriLlamaConfig
 from modeling_periln.placements import LayerPlan
 from modeling_periln.slots import Learned
-
-from .costs import count_parameters, vectors_of_a_norm, widths
-from .recipe import Recipe
+from periln.scripts.costs import count_parameters, vectors_of_a_norm, widths
+from periln.scripts.recipe import Recipe
 
 FP32, INT64 = 4, 8
 CHUNK_TOKENS = 1024  # of modeling_periln.loss

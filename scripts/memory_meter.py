@@ -15,11 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
-
-from .engine import Engine
-from .peak import peak_rss
-from .recipe import Recipe
-from .steps import make_optimizer
+from periln.scripts.engine import Engine
+from periln.scripts.peak import peak_rss
+from periln.scripts.recipe import Recipe
+from periln.scripts.steps import make_optimizer
 
 
 class LiveTensors(TorchDispatchMode):

@@ -5,24 +5,31 @@ and no data need be there. `--measure` trains two steps of a small recipe on thi
 the second.
 """
 
+import sys
+
+from periln.scripts.arguments.plan import check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("scripts.plan", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from modeling_periln import PeriLlamaConfig
 from modeling_periln.conversions import admissible_exports
-from runkit.errors import UsageError, UserError, make_parser, run_command
-from runkit.folder import read_json
-from runkit.process import start_stage
-from runkit.recipes import apply_overrides, from_mapping, read_yaml
-
-from .costs import GPUS, count_parameters, flops_per_token
-from .memory import Moment, Situation, peak, situation
-from .recipe import Recipe
+from periln.runkit.errors import UserError
+from periln.runkit.folder import read_json
+from periln.runkit.process import start_stage
+from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
+from periln.scripts.costs import count_parameters, flops_per_token
+from periln.scripts.gpus import GPUS
+from periln.scripts.memory import Moment, Situation, peak, situation
+from periln.scripts.recipe import Recipe
 
 GIB = 2**30
 CONVENTION = "6N + 12 L H Q T (PaLM, appendix B); N: all matrices and the LM head, not the embedding table"
@@ -175,7 +182,7 @@ def measure(recipe: Recipe, config: PeriLlamaConfig) -> dict[str, Any]:
     Raises:
         UserError: the plan says that it does not fit this machine's free memory.
     """
-    from .memory_meter import measure_step  # with Accelerate, which a plan alone does not need
+    from periln.scripts.memory_meter import measure_step  # with Accelerate, which a plan alone does not need
 
     expected = peak(config, situation(recipe, device="cpu"))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -196,14 +203,7 @@ def measure(recipe: Recipe, config: PeriLlamaConfig) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    if args.flops_per_gpu is not None and args.flops_per_gpu <= 0:
-        raise UsageError(f"--flops-per-gpu must be above 0, not {args.flops_per_gpu}")
-    if not 0 < args.mfu <= 1:
-        raise UsageError(f"--mfu is a share, above 0 and at most 1, not {args.mfu}")
-    if args.gpus is not None and args.gpus < 1:
-        raise UsageError(f"--gpus must be at least 1, not {args.gpus}")
-    if args.memory is not None and args.memory <= 0:
-        raise UsageError(f"--memory must be above 0, not {args.memory}")
+    check(args)
     device = args.device or from_mapping(Recipe, apply_overrides(read_yaml(args.recipe), args.set, Recipe)).device
     device = "cuda" if device == "auto" else device
     gpus = args.gpus or (1 if device == "cpu" else 8)
@@ -225,26 +225,3 @@ def main(args: argparse.Namespace) -> None:
         print(f"  {_gib(m['counted_bytes'])}  live tensors at their peak")
         print(f"  {_gib(m['planned_bytes'])}  planned for this CPU ({m['planned_at']}): {m['error']:+.1%}")
         print(f"  {_gib(m['rss_bytes'])}  resident set of the process (with Python and its libraries)")
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m scripts.plan", "Parameters, FLOPs, memory, time and exports of a recipe.")
-    parser.add_argument("recipe", type=Path, help="recipe (YAML)")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="change the recipe"
-    )
-    parser.add_argument("--gpus", type=int, metavar="N", help="processes, one a GPU; 8, or 1 on a CPU, when left out")
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="kind of GPU: its FLOP/s and memory")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="memory a GPU; the GPU's own when left out")
-    parser.add_argument("--flops-per-gpu", type=float, metavar="X", help="peak FLOP/s; the GPU's own when left out")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that the model's FLOPs reach")
-    parser.add_argument("--engine", choices=("ddp", "fsdp2"), default="fsdp2", help="where there are several GPUs")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="the recipe's when left out, where `auto` is cuda")
-    parser.add_argument("--measure", action="store_true", help="count the live tensors of a step on this CPU as well")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

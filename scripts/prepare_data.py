@@ -9,6 +9,14 @@ workers up to `encoders.AHEAD` characters, and a worker encodes `encoding.PIECE`
 are 16 to 32 bytes a document for its hash, and what `datasets` and `pyarrow` hold of a row.
 """
 
+import sys
+
+from periln.scripts.arguments.prepare_data import BPE, SAVE_SECONDS, check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("scripts.prepare_data", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import errno
 import fcntl
@@ -17,7 +25,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,27 +36,24 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from runkit.encoding import PIECE, added_around, begin_documents_with
-from runkit.errors import UsageError, UserError, make_parser, run_command
-from runkit.folder import read_json, room_for, sha256_of, write_folder, write_json
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-from runkit.resume import PLACE, setting
-from runkit.texts import without_long_runs
+from periln.runkit.encoding import PIECE, added_around, begin_documents_with
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import read_json, room_for, sha256_of, write_folder, write_json
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
+from periln.runkit.resume import PLACE, setting
+from periln.runkit.texts import without_long_runs
+from periln.scripts.corpus import Batch, Corpus, Limits, Mark, Records
+from periln.scripts.data import TokenData
+from periln.scripts.encoders import Encoded, Encoders
+from periln.scripts.same_data import check_same_options, content_of, without_places
+from periln.scripts.shards import LARGEST_SHARD, ShardWriter, token_dtype
+from periln.scripts.sources import HUB, INSTALLED, InstalledPython, Source, open_source
+from periln.scripts.tokenization import SPECIAL_TOKENS as SPECIAL_TOKENS
+from periln.scripts.tokenization import check_vocab_size as check_vocab_size
+from periln.scripts.tokenization import load_tokenizer, vocabulary_size
+from periln.scripts.tokenization import train_tokenizer as train_tokenizer
 
-from .corpus import Batch, Corpus, Limits, Mark, Records
-from .data import TokenData
-from .encoders import Encoded, Encoders
-from .same_data import check_same_options, content_of, without_places
-from .shards import LARGEST_SHARD, ShardWriter, token_dtype
-from .sources import HUB, INSTALLED, InstalledPython, Source, open_source
-from .tokenization import BPE, TIKTOKEN, load_tokenizer, vocabulary_size
-from .tokenization import SPECIAL_TOKENS as SPECIAL_TOKENS
-from .tokenization import check_vocab_size as check_vocab_size
-from .tokenization import train_tokenizer as train_tokenizer
-
-DEFAULT_SOURCE = HUB + "mlfoundations/dclm-baseline-1.0"
-SAVE_SECONDS = 20.0
 DOCUMENT = "document.json"  # what stands around each document, in a folder of unfinished work
 SAMPLE_RUN = 1000  # characters of one kind in a row; a BPE is trained in time quadratic in them
 
@@ -370,6 +374,7 @@ def _end(work: Path, options: Options, known: dict[str, Any], mark: Mark, shards
 # --- the command ------------------------------------------------------------------------------------------
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
+    check(args)
     if args.verify:
         TokenData(args.out).verify()
         print(f"{args.out}: every shard is what index.json says")
@@ -400,44 +405,3 @@ def main(args: argparse.Namespace) -> None:
             f"{index['documents_cut']} documents longer than {PIECE} characters were encoded in pieces whose ids may "
             "differ at the cuts: this tokenizer knows no words"
         )
-
-
-def whole_number(text: str) -> int:
-    """A whole number, 8e9 and 2**27 included."""
-    base, power = text.split("**") if "**" in text else (text, "1")
-    number = float(base) ** int(power)
-    if number != int(number):
-        raise ValueError(text)
-    return int(number)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m scripts.prepare_data", "Text to a tokenizer and token shards.")
-    add = parser.add_argument
-    add("--source", default=DEFAULT_SOURCE, help=f"'{INSTALLED}', a file or folder of text, or {HUB}DATASET")
-    add("--out", type=Path, required=True, help="data folder to write")
-    add("--dataset-config", help="configuration of the Hub dataset")
-    add("--split", default="train", help="split of the Hub dataset")
-    add("--revision", help="commit, tag or branch of the Hub dataset")
-    add("--text-column", default="text", help="where the text stands, in .jsonl, .parquet and datasets")
-    add("--tokenizer", default=BPE, help=f"'{BPE}' (trained on the text), {', '.join(TIKTOKEN)}, a folder or Hub id")
-    add("--tokenizer-revision", help="commit, tag or branch of a Hub tokenizer")
-    add("--tiktoken-file", help="rank file (.tiktoken), instead of the one that tiktoken loads")
-    add("--vocab-size", type=whole_number, help=f"entries of the {BPE} (default there: 2048)")
-    add("--sample-bytes", type=whole_number, default=1 << 26, help=f"text from which the {BPE} is trained")
-    add("--context", type=whole_number, help="the tokenizer's model_max_length (512 for the BPE)")
-    add("--max-bytes", type=whole_number, help=f"read at most so much text (8 MB of {INSTALLED})")
-    add("--max-tokens", type=whole_number, help="end with the document that reaches so many tokens; 8e9, say")
-    add("--heldout-share", type=float, default=0.02, help="share of documents held out")
-    add("--heldout-documents", type=whole_number, help="hold out so many documents at most")
-    add("--max-document-bytes", type=whole_number, help="skip longer documents")
-    add("--shard-tokens", type=whole_number, default=1 << 27, help="tokens in a shard")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="tokenizing processes")
-    add("--save-seconds", type=float, default=SAVE_SECONDS, help="a kill costs at most so much work")
-    add("--verify", action="store_true", help="only compare the shards in --out with the hashes in their index")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

@@ -3,29 +3,35 @@
 Under `torchrun` or `accelerate launch` the same command runs on several processes; see scripts/launch/.
 """
 
+import sys
+
+from periln.scripts.arguments.pretrain import check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("scripts.pretrain", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
 
-from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
-from runkit.folder import RunFolder, room_for
-from runkit.process import StopRequest, start_stage
-from runkit.progress import progress_bar
-from runkit.recipes import apply_overrides, from_mapping, read_yaml
-
-from .branch import check_branch
-from .data import FixedOrder, TokenData
-from .engine import LAUNCHED, Engine, pick_device, process_count, process_rank
-from .heldout import check_heldout_sets
-from .recipe import Recipe
-from .tracking import check_trackers
-from .trainer import Trainer
-from .zero import check_zero
+from periln.runkit.errors import StoppedBySignal, UsageError, UserError
+from periln.runkit.folder import RunFolder, room_for
+from periln.runkit.process import StopRequest, start_stage
+from periln.runkit.progress import progress_bar
+from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
+from periln.scripts.branch import check_branch
+from periln.scripts.data import FixedOrder, TokenData
+from periln.scripts.engine import LAUNCHED, Engine, pick_device, process_count, process_rank
+from periln.scripts.heldout import check_heldout_sets
+from periln.scripts.recipe import Recipe
+from periln.scripts.tracking import check_trackers
+from periln.scripts.trainer import Trainer
+from periln.scripts.zero import check_zero
 
 LARGEST_PADDING = 255  # rows of the embedding that no token uses, for a round number
 
@@ -66,6 +72,7 @@ def open_data(recipe: Recipe, path: Path) -> TokenData:
 
 
 def main(args: argparse.Namespace) -> None:
+    check(args)
     if LAUNCHED and args.stop_with_parent is None:
         args.stop_with_parent = os.getppid()  # Accelerate's launcher leaves its child behind when it is stopped
     start_stage(args)
@@ -138,19 +145,3 @@ def _train_one(trainer: Trainer, stop: StopRequest, bar: tqdm) -> None:
         except (OSError, UserError):
             pass  # a full disk, say: the error itself is what counts
         raise
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m scripts.pretrain", "Pretrain the runs that recipes describe, one after another.")
-    parser.add_argument("--config", type=Path, nargs="+", action="extend", required=True, help="recipes (YAML)")
-    more = "recipe fields of all of them, such as seed=2 optimizer.learning_rate=1e-3"
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=more)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder in which the run folders stand")
-    go_on = "auto: from the newest whole checkpoint, or the start; must: refuse without a checkpoint; never: with a run"
-    parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto", help=go_on)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

@@ -6,9 +6,16 @@ each of the run's checkpoints as a revision of its own (`step_2000`). Endpoint a
 HF_ENDPOINT, and HF_TOKEN or `hf auth login`.
 """
 
+import sys
+
+from periln.scripts.arguments.push import check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("scripts.push", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +24,18 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import sha, validate_repo_id
+from huggingface_hub.utils import sha
 
-from model_cards import CardOptions, Subject, find_subject
-from model_cards.render import add_card_arguments
-from runkit.errors import UsageError, UserError, make_parser, run_command
-from runkit.folder import sha256_of
-from runkit.process import start_stage
-
-from .push_files import WEIGHTS, Upload, check, files_of, is_ours
+from periln.model_cards.cards import CardOptions
+from periln.model_cards.subject import Subject, find_subject
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import sha256_of
+from periln.runkit.process import start_stage
+from periln.scripts.push_files import WEIGHTS, Upload, check_uploads, files_of, is_ours
 
 MAIN = "main"
 
@@ -63,7 +68,6 @@ def plan(args: argparse.Namespace) -> list[Push]:
         UsageError, UserError: a name that the Hub refuses, a diverged run, a damaged checkpoint, a path or a token in a
             file.
     """
-    _check_names(args)
     subject = find_subject(args.target, args.step)
     for run in (subject.run, subject.parent):
         if run is not None and run.status == "diverged" and not args.force:
@@ -82,7 +86,7 @@ def plan(args: argparse.Namespace) -> list[Push]:
         card = CardOptions(args.repo, revision=None if name == MAIN else name, **options)
         pushes.append(Push(each, name, files_of(each, card)))
     for push in pushes:
-        check(push.files, push.subject, get_token())
+        check_uploads(push.files, push.subject, get_token())
     return pushes
 
 
@@ -91,23 +95,6 @@ def step_name(subject: Subject) -> str:
     if subject.step is None:
         raise UserError(f"{subject.checkpoint} is not called by its step: give --revision")
     return f"step_{subject.step}"
-
-
-def _check_names(args: argparse.Namespace) -> None:
-    try:
-        validate_repo_id(args.repo)
-    except HFValidationError as error:
-        raise UsageError(f"--repo {args.repo!r} is no name for a repository: {' '.join(str(error).split())}") from error
-    if args.repo.count("/") != 1:
-        raise UsageError(f"--repo {args.repo!r} must be ORG/NAME")
-    if args.revision is not None and (
-        not args.revision or set(args.revision) & set(" ~^:?*[\\/") or ".." in args.revision
-    ):
-        raise UsageError(f"--revision {args.revision!r} is no name for a branch")
-    if args.revision is not None and args.all_checkpoints:
-        raise UsageError("--revision with --all-checkpoints: the revisions are named by their steps")
-    if args.step is not None and args.all_checkpoints:
-        raise UsageError("--step with --all-checkpoints: those are all steps")
 
 
 def show(pushes: Iterable[Push], repo: str, state: Callable[[Push, Upload], str] | None = None) -> None:
@@ -218,6 +205,7 @@ def _is_network(error: BaseException) -> bool:
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
+    check(args)
     pushes = plan(args)
     if args.dry_run:
         show(pushes, args.repo)
@@ -240,24 +228,3 @@ def main(args: argparse.Namespace) -> None:
             raise
         raise UserError(why) from error
     print(f"{api.endpoint}/{args.repo}")
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m scripts.push", "Send a run's checkpoint, with its card and records, to the Hub.")
-    parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder or model folder")
-    parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="repository; created if it is not there")
-    parser.add_argument("--private", action="store_true", help="create it private; an existing public one is refused")
-    parser.add_argument("--revision", metavar="NAME", help="branch to push to; main when left out")
-    parser.add_argument("--step", type=int, metavar="N", help="the run's checkpoint of this step, to the branch step_N")
-    parser.add_argument(
-        "--all-checkpoints", action="store_true", help="also every checkpoint of the run, each to its branch step_N"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="list every file with its size; needs no network")
-    parser.add_argument("--force", action="store_true", help="send a diverged run all the same")
-    add_card_arguments(parser)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

@@ -15,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from model_cards import CardOptions, Subject, render_card
-from runkit.errors import UsageError, UserError
-from runkit.folder import read_json
-from runkit.public import found_in, local_roots, path_in, public, secrets
-from runkit.recipes import dump_yaml, read_yaml
+from periln.model_cards.cards import CardOptions, render_card
+from periln.model_cards.subject import Subject
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import read_json
+from periln.runkit.public import found_in, local_roots, path_in, public, secrets
+from periln.runkit.recipes import dump_yaml, read_yaml
 
 WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
@@ -169,7 +170,7 @@ def _records(subject: Subject) -> list[Upload]:
     return found
 
 
-def check(uploads: list[Upload], subject: Subject, token: str | None) -> None:
+def check_uploads(uploads: list[Upload], subject: Subject, token: str | None) -> None:
     """Search every byte for tokens and local paths, before any of them is sent.
 
     In what is generated or configured here, and in what safetensors calls metadata, any absolute path counts; in

@@ -11,9 +11,9 @@ from functools import reduce
 from typing import Any, Literal
 
 from modeling_periln import PeriLlamaConfig
-from runkit.errors import UsageError
-from runkit.resume import BITS, NOTHING, PLACE, setting
-from runkit.spikes import Spikes
+from periln.runkit.errors import UsageError
+from periln.runkit.resume import BITS, NOTHING, PLACE, setting
+from periln.runkit.spikes import Spikes
 
 
 @dataclass

@@ -11,11 +11,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from runkit.errors import UserError
-from runkit.folder import read_json, sha256_of
-from runkit.resume import resumption
-
-from .sources import HUB, INSTALLED, LocalFiles
+from periln.runkit.errors import UserError
+from periln.runkit.folder import read_json, sha256_of
+from periln.runkit.resume import resumption
+from periln.scripts.sources import HUB, INSTALLED, LocalFiles
 
 HASHED = 16 << 30  # bytes; of a larger source no hash is kept: reading it once more would take too long
 PLACES = ("source", "tokenizer")

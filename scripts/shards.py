@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runkit.folder import sha256_of
+from periln.runkit.folder import sha256_of
 
 ENDS = np.dtype("<u4")
 LARGEST_SHARD = (1 << 32) - 1  # tokens; a place must fit into ENDS

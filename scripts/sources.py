@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from runkit.errors import UsageError, UserError, did_you_mean
-from runkit.texts import UNDECODABLE
+from periln.runkit.errors import UsageError, UserError, did_you_mean
+from periln.runkit.texts import UNDECODABLE
 
 INSTALLED, HUB = "installed-python", "hf:"
 DOCUMENTATION = {".md", ".rst", ".txt"}

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from runkit.spikes import SpikeCounter, Spikes
-
-from .recipe import Divergence, Optimizer
-from .schedules import rate
+from periln.runkit.spikes import SpikeCounter, Spikes
+from periln.scripts.recipe import Divergence, Optimizer
+from periln.scripts.schedules import rate
 
 
 def learning_rate(step: int, steps: int, recipe: Optimizer) -> float:

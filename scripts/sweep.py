@@ -8,20 +8,25 @@
 What a sweep file holds stands in sweep_cells.py; examples in scripts/recipes/sweeps/.
 """
 
+import sys
+
+from periln.scripts.arguments.sweep import check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("scripts.sweep", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import json
-import sys
-from pathlib import Path
 
-from runkit.errors import UsageError, make_parser, run_command
-from runkit.folder import write_json
-from runkit.process import StopRequest, stop_with_parent
-
-from .costs import GPUS, flops_per_token
-from .plan import short
-from .sweep_cells import Sweep, label, load_sweep
-from .sweep_run import Way, run_sweep
-from .sweep_table import best_rates, describe_best, write_tables
+from periln.runkit.folder import write_json
+from periln.runkit.process import StopRequest, stop_with_parent
+from periln.scripts.costs import flops_per_token
+from periln.scripts.gpus import GPUS
+from periln.scripts.plan import short
+from periln.scripts.sweep_cells import Sweep, label, load_sweep
+from periln.scripts.sweep_run import Way, run_sweep
+from periln.scripts.sweep_table import best_rates, describe_best, write_tables
 
 
 def _aligned(rows: list[list[str]]) -> str:
@@ -67,15 +72,13 @@ def describe_status(sweep: Sweep) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    check(args)
     sweep = load_sweep(args.sweep, args.runs)
     if args.verb == "plan":
         print(describe_plan(sweep))
     elif args.verb == "status":
         print(describe_status(sweep))
     elif args.verb == "run":
-        for name, least in (("jobs", 1), ("retries", 0)):
-            if getattr(args, name) < least:
-                raise UsageError(f"--{name} must be at least {least}, not {getattr(args, name)}")
         sweep.check_data()
         stop = StopRequest().install()
         stop_with_parent(args.stop_with_parent)
@@ -87,23 +90,3 @@ def main(args: argparse.Namespace) -> None:
         write_json(sweep.path / "best.json", rows)
     else:
         write_tables(sweep, with_figure=not args.no_figure)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m scripts.sweep", "Placements x learning rates x seeds, from one YAML.")
-    parser.add_argument("verb", choices=("plan", "run", "status", "table"), help="what to do")
-    parser.add_argument("sweep", type=Path, help="sweep (YAML): a recipe with a grid")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder in which the sweep's folder stands")
-    parser.add_argument("--jobs", type=int, default=1, help="run: cells at a time")
-    parser.add_argument("--retries", type=int, default=1, help="run: further attempts for a cell that failed")
-    parser.add_argument("--launch", metavar="WORDS", help="run: in place of python, 'torchrun --nproc-per-node 8', say")
-    parser.add_argument("--best", action="store_true", help="table: the rates of lowest final loss at one seed")
-    parser.add_argument("--seed", type=int, help="table --best: the seed; the smallest of the grid when left out")
-    parser.add_argument("--json", action="store_true", help="table --best: as JSON")
-    parser.add_argument("--no-figure", action="store_true", help="table: no PNG")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

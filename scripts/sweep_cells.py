@@ -19,9 +19,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from runkit.errors import UsageError, UserError
-from runkit.folder import RunFolder, write_text
-from runkit.recipes import (
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import RunFolder, write_text
+from periln.runkit.recipes import (
     at_path,
     check_field,
     dump_yaml,
@@ -31,10 +31,9 @@ from runkit.recipes import (
     read_yaml,
     to_mapping,
 )
-from runkit.resume import resumption
-
-from .pretrain import open_data
-from .recipe import Recipe, check_run_name
+from periln.runkit.resume import resumption
+from periln.scripts.pretrain import open_data
+from periln.scripts.recipe import Recipe, check_run_name
 
 PLACEMENT, RATE, SEED = "model.norm_placement", "optimizer.learning_rate", "seed"
 _SHORT = {PLACEMENT: "", "model": "", RATE: "lr", "optimizer.warmup": "warmup", SEED: "seed"}

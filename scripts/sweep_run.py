@@ -4,18 +4,16 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runkit.errors import INTERRUPTED, USAGE, StoppedBySignal, UserError
-from runkit.folder import RunFolder
-from runkit.process import StopRequest
-
-from .sweep_cells import Cell, Sweep
+from periln.runkit.errors import INTERRUPTED, USAGE, StoppedBySignal, UserError
+from periln.runkit.folder import RunFolder
+from periln.runkit.process import StopRequest, python_m
+from periln.scripts.sweep_cells import Cell, Sweep
 
 FINISHED = ("completed", "diverged")
 
@@ -31,11 +29,11 @@ class Way:
 
     def command(self, sweep: Sweep, cell: Cell) -> list[str]:
         threads = self.threads or (max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else None)
-        words = ["-m", "scripts.pretrain", "--config", sweep.recipe_file(cell), "--runs", sweep.path]
+        words = ["--config", sweep.recipe_file(cell), "--runs", sweep.path]
         words += ["--threads", threads] if threads else []
         if self.launch:
-            return [*shlex.split(self.launch), *map(str, words)]
-        return [sys.executable, *map(str, words), "--stop-with-parent", str(os.getpid())]
+            return [*shlex.split(self.launch), "-m", "periln.scripts.pretrain", *map(str, words)]
+        return [*python_m("scripts.pretrain"), *map(str, words), "--stop-with-parent", str(os.getpid())]
 
 
 @dataclass

@@ -7,14 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from runkit.errors import UsageError, UserError
-from runkit.figure_style import STYLE
-from runkit.folder import write_bytes, write_text
-from runkit.placements import colour_of, marker_of
-from runkit.spikes import count_spikes
-from runkit.steps import final_loss
-
-from .sweep_cells import PLACEMENT, RATE, SEED, Cell, Sweep, label
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.figure_style import STYLE
+from periln.runkit.folder import write_bytes, write_text
+from periln.runkit.placements import colour_of, marker_of
+from periln.runkit.spikes import count_spikes
+from periln.runkit.steps import final_loss
+from periln.scripts.sweep_cells import PLACEMENT, RATE, SEED, Cell, Sweep, label
 
 MEASURES = ("final_loss", "spikes", "spikes_first_tenth", "skipped_steps")
 TITLES = {

@@ -11,10 +11,9 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from runkit.control_tokens import END_OF_TEXT, PAD, ROLES, control_tokens, ignore_joiners
-from runkit.errors import UsageError, UserError
+from periln.runkit.control_tokens import END_OF_TEXT, PAD, ROLES, control_tokens, ignore_joiners
+from periln.runkit.errors import UsageError, UserError
 
-BPE = "bpe"
 # The roles are reserved from the start, so that fine-tuning on conversations adds no row to the embedding.
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, *ROLES)
 # Words with their leading space, numbers in groups of three, punctuation, white space.

@@ -18,12 +18,11 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from tqdm import tqdm
 
-from runkit.errors import UsageError, did_you_mean
-from runkit.folder import RunFolder
-from runkit.recipes import flatten, to_mapping
-
-from .engine import Engine
-from .recipe import Recipe
+from periln.runkit.errors import UsageError, did_you_mean
+from periln.runkit.folder import RunFolder
+from periln.runkit.recipes import flatten, to_mapping
+from periln.scripts.engine import Engine
+from periln.scripts.recipe import Recipe
 
 PROJECT, DEFAULT = "peri-llama", "trackio"
 

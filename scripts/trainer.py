@@ -17,30 +17,30 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
-from runkit.checkpoints import latest_whole
-from runkit.encoding import before_text, begin_documents_with
-from runkit.environment import describe_environment
-from runkit.errors import StoppedBySignal, UserError
-from runkit.folder import RunFolder, read_json, write_json
-from runkit.process import StopRequest
-from runkit.spikes import count_spikes
-from runkit.steps import StepRecord, final_loss, finite
-
-from .batches import Batches
-from .branch import begin_branch
-from .checkpoint import BEST, load_trainer_state, save_checkpoint
-from .costs import GPUS, flops_per_token
-from .data import FixedOrder, TokenData
-from .engine import Engine
-from .flight import FlightRecorder
-from .heldout import check_heldout_sets, heldout_loss, heldout_sequences
-from .layer_stats import LayerStats, drop_rows, write_rows
-from .overflow import FirstNonFinite
-from .peak import PeakMemory
-from .recipe import Recipe
-from .steps import StepBook, learning_rate, make_optimizer
-from .tracking import Tracking
-from .witness import Witness
+from periln.runkit.checkpoints import latest_whole
+from periln.runkit.encoding import before_text, begin_documents_with
+from periln.runkit.environment import describe_environment
+from periln.runkit.errors import StoppedBySignal, UserError
+from periln.runkit.folder import RunFolder, read_json, write_json
+from periln.runkit.process import StopRequest
+from periln.runkit.spikes import count_spikes
+from periln.runkit.steps import StepRecord, final_loss, finite
+from periln.scripts.batches import Batches
+from periln.scripts.branch import begin_branch
+from periln.scripts.checkpoint import BEST, load_trainer_state, save_checkpoint
+from periln.scripts.costs import flops_per_token
+from periln.scripts.data import FixedOrder, TokenData
+from periln.scripts.engine import Engine
+from periln.scripts.flight import FlightRecorder
+from periln.scripts.gpus import GPUS
+from periln.scripts.heldout import check_heldout_sets, heldout_loss, heldout_sequences
+from periln.scripts.layer_stats import LayerStats, drop_rows, write_rows
+from periln.scripts.overflow import FirstNonFinite
+from periln.scripts.peak import PeakMemory
+from periln.scripts.recipe import Recipe
+from periln.scripts.steps import StepBook, learning_rate, make_optimizer
+from periln.scripts.tracking import Tracking
+from periln.scripts.witness import Witness
 
 DUMPED_STEPS = 64  # records in divergence.json
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runkit.environment import DtypeWitness
-
-from .engine import Engine
+from periln.runkit.environment import DtypeWitness
+from periln.scripts.engine import Engine
 
 
 class AttentionKernels(TorchDispatchMode):

@@ -20,9 +20,8 @@ from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.utils import DistributedType, is_deepspeed_available, parse_flag_from_env
 from torch import nn
 
-from runkit.errors import UsageError
-
-from .recipe import Recipe
+from periln.runkit.errors import UsageError
+from periln.scripts.recipe import Recipe
 
 
 def zero_stage() -> int | None:

@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
-from runkit.errors import UserError
-from runkit.folder import read_json, weights_hash, write_json
+from periln.runkit.errors import UserError
+from periln.runkit.folder import read_json, weights_hash, write_json
 
 FILE = "base.json"
 

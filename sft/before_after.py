@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from runkit.control_tokens import END_OF_TURN
-from runkit.folder import RunFolder, read_json, weights_hash, write_json
-
-from .base import load_float32
-from .tokens import IGNORED, Tokens
+from periln.runkit.control_tokens import END_OF_TURN
+from periln.runkit.folder import RunFolder, read_json, weights_hash, write_json
+from periln.sft.base import load_float32
+from periln.sft.tokens import IGNORED, Tokens
 
 FILE = "before_after.json"
 LOSS_CONVERSATIONS = 200  # the first so many

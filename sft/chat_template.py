@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from runkit.control_tokens import END_OF_TEXT, JOINER, PAD, ROLES, control_tokens, passes
+from periln.runkit.control_tokens import END_OF_TEXT, JOINER, PAD, ROLES, control_tokens, passes
 
 REFUSED = ("tool_calls", "function_call", "reasoning_content", "thinking")  # of a message: they would be left out
 

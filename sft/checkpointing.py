@@ -13,11 +13,10 @@ import safetensors.torch as safetensors
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from runkit.checkpoints import damage_of, remove_checkpoint, write_checkpoint
-from runkit.errors import UserError
-from runkit.folder import RunFolder, read_json, write_json
-
-from .base import write_base
+from periln.runkit.checkpoints import damage_of, remove_checkpoint, write_checkpoint
+from periln.runkit.errors import UserError
+from periln.runkit.folder import RunFolder, read_json, write_json
+from periln.sft.base import write_base
 
 STATE = "trainer_state"
 STATES_KEPT = 2  # checkpoints that can be resumed from: the newest, and one in case that is damaged

@@ -6,17 +6,23 @@ A pure function of the run folders: scores are those that `eval.benchmarks` wrot
 loss and answers those of `eval/before_after.json`. After is the checkpoint that `sft.select` chose, else the last.
 """
 
-import argparse
 import sys
+
+from periln.sft.arguments.compare import check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("sft.compare", parse, check))  # parses before the imports below, which take seconds
+
+import argparse
 from pathlib import Path
 from typing import Any
 
-from runkit.errors import UserError, make_parser, run_command
-from runkit.folder import RunFolder, read_json, weights_hash, write_if_free
-from runkit.scores import protocol, that_count
-
-from .before_after import FILE
-from .select import BEST, find_run
+from periln.runkit.errors import UserError
+from periln.runkit.folder import RunFolder, read_json, weights_hash, write_if_free
+from periln.runkit.scores import protocol, that_count
+from periln.sft.before_after import FILE
+from periln.sft.select import BEST, find_run
 
 MISSING = "not evaluated"
 METRIC = "acc"
@@ -90,21 +96,10 @@ def report(run: RunFolder) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    check(args)
     text = "\n".join(report(find_run(path)) for path in args.runs)
     if args.out is None:
         print(text, end="")
         return
     write_if_free(args.out, text)
     print(args.out)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m sft.compare", "Report on fine-tunings: before and after.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="fine-tuning runs, or runs that hold one")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the Markdown there and not to the terminal")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runkit.control_tokens import END_OF_TURN as END_OF_TURN
-from runkit.errors import UsageError, UserError
-from runkit.folder import write_if_free
-from runkit.hub import hub_reason, quiet_hub
-from runkit.texts import described_problem
-
-from .chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
-from .chat_template import REFUSED
+from periln.runkit.control_tokens import END_OF_TURN as END_OF_TURN
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import write_if_free
+from periln.runkit.hub import hub_reason, quiet_hub
+from periln.runkit.texts import described_problem
+from periln.sft.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
+from periln.sft.chat_template import REFUSED
 
 MINI_FILE = Path(__file__).parent / "data" / "mini_conversations.jsonl"
 LIMA = "GAIR/lima"

@@ -11,13 +11,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from runkit.checkpoints import damage_of, write_checkpoint
-from runkit.control_tokens import END_OF_TURN, ROLES
-from runkit.errors import UsageError, UserError
-from runkit.folder import read_json
-
-from .base import is_adapter, load_float32
-from .recipe import Lora
+from periln.runkit.checkpoints import damage_of, write_checkpoint
+from periln.runkit.control_tokens import END_OF_TURN, ROLES
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import read_json
+from periln.sft.base import is_adapter, load_float32
+from periln.sft.recipe import Lora
 
 PROBE = (2, 16)  # rows and tokens of the batch on which a merged model is compared
 TOLERANCE = 1e-5  # of the largest logit, or of 1

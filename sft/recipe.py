@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from runkit.errors import UsageError
-from runkit.resume import BITS, NOTHING, PLACE, setting
+from periln.runkit.errors import UsageError
+from periln.runkit.resume import BITS, NOTHING, PLACE, setting
 
 
 @dataclass

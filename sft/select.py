@@ -9,13 +9,20 @@ Each evaluation is a process of its own (`python -m eval.benchmarks`), whose res
 again after an interruption, what is there is not computed again.
 """
 
+import sys
+
+from periln.sft.arguments.select import TASKS, check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("sft.select", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import hashlib
 import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,18 +31,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from runkit.checkpoints import damage_of
-from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
-from runkit.folder import RunFolder, read_json, weights_hash, write_json
-from runkit.process import StopRequest, start_stage
-from runkit.progress import progress_bar
+from periln.runkit.checkpoints import damage_of
+from periln.runkit.errors import StoppedBySignal, UsageError, UserError
+from periln.runkit.folder import RunFolder, read_json, weights_hash, write_json
+from periln.runkit.process import StopRequest, python_m, start_stage
+from periln.runkit.progress import progress_bar
+from periln.sft.checkpointing import ADAPTER, step_of
 
-from .checkpointing import ADAPTER, step_of
-
-TASKS = {
-    "hub": ("openbookqa", "commonsense_qa", "rte", "mnli"),
-    "mini": ("mini_arc_easy", "mini_hellaswag", "mini_piqa", "mini_social_iqa", "mini_winogrande"),
-}
 METRIC = "acc"
 RULE = "plain mean of acc over the tasks; of equal ones the earlier epoch"
 BEST = "best.json"
@@ -92,7 +94,7 @@ def choose(scores: list[dict[str, Any]]) -> dict[str, Any]:
 
 def evaluation(*words: object) -> list[str]:
     """The command of an evaluation."""
-    return [sys.executable, "-m", "eval.benchmarks", *map(str, words)]
+    return [*python_m("eval.benchmarks"), *map(str, words)]
 
 
 def run_evaluation(command: list[str], stop: StopRequest) -> None:
@@ -163,7 +165,7 @@ class Selection:
         """The checkpoint, or of an adapter the merged model, which stays only as long as it is needed."""
         if not (one.path / ADAPTER).exists():
             return one.path
-        from . import lora
+        from periln.sft import lora
 
         out = self.run.path / "merged" / one.path.name
         if not out.exists() or damage_of(out) is not None:
@@ -208,6 +210,7 @@ class Selection:
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
+    check(args)
     stop = StopRequest().install()
     runs = [find_run(path) for path in args.runs]
     total = sum(len(candidates(run)) + 1 for run in runs)
@@ -216,20 +219,3 @@ def main(args: argparse.Namespace) -> None:
             with run.locked(wait_seconds=30, tell=tqdm.write):
                 record = Selection(run, args, stop).select(bar)
             tqdm.write(f"{run.path}: epoch {record['epoch']} (step {record['step']}), mean acc {record['mean']:.4f}")
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m sft.select", "Choose a fine-tuning's epoch, and evaluate it.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="fine-tuning runs, or runs that hold one")
-    parser.add_argument(
-        "--suite", default="hub", choices=tuple(TASKS), help="the four real tasks, or our own small ones"
-    )
-    parser.add_argument("--limit", type=int, default=None, help="items a task; all of them when left out")
-    parser.add_argument("--batch-size", type=int, default=16, help="requests a batch")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to evaluate")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

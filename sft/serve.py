@@ -7,6 +7,14 @@ All words are those of `transformers serve` (`--help` shows them). By itself tha
 in Transformers alone and does not find one that is registered or brought along as remote code; here it is told.
 """
 
+import sys
+
+from periln.sft.arguments.serve import check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("sft.serve", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import sys
 from pathlib import Path
@@ -14,12 +22,12 @@ from pathlib import Path
 from transformers.utils.import_utils import is_serve_available
 
 from modeling_periln import PeriLlamaForCausalLM
-from runkit.control_tokens import END_OF_TURN
-from runkit.errors import UsageError, run_command
-from runkit.models import check_loadable, find_model, is_local
+from periln.runkit.control_tokens import END_OF_TURN
+from periln.runkit.errors import UsageError
+from periln.runkit.models import check_loadable, find_model, is_local
 
 
-def check(words: list[str]) -> None:
+def resolve(words: list[str]) -> None:
     """Put the checkpoint that a run folder stands for into `words`.
 
     Raises:
@@ -55,7 +63,8 @@ def warn_of_old_template(words: list[str]) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    check(args.words)
+    check(args)
+    resolve(args.words)
     warn_of_old_template(args.words)
     from transformers.cli.serving import model_manager
     from transformers.cli.transformers import main as transformers_command
@@ -63,14 +72,3 @@ def main(args: argparse.Namespace) -> None:
     model_manager.transformers.PeriLlamaForCausalLM = PeriLlamaForCausalLM  # where the server looks for it
     sys.argv = ["transformers", "serve", *args.words]
     transformers_command()
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Everything is handed on; `--debug` is read here as well."""
-    words = sys.argv[1:] if argv is None else argv
-    return argparse.Namespace(words=[word for word in words if word != "--debug"], debug="--debug" in words)
-
-
-if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

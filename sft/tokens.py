@@ -7,12 +7,17 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from runkit.control_tokens import END_OF_TURN, check_control_tokens, control_tokens, ignore_joiners, ignores_joiners
-from runkit.encoding import added_around
-from runkit.errors import UsageError, UserError
-
-from .chat_template import chat_template
-from .conversations import Conversations
+from periln.runkit.control_tokens import (
+    END_OF_TURN,
+    check_control_tokens,
+    control_tokens,
+    ignore_joiners,
+    ignores_joiners,
+)
+from periln.runkit.encoding import added_around
+from periln.runkit.errors import UsageError, UserError
+from periln.sft.chat_template import chat_template
+from periln.sft.conversations import Conversations
 
 IGNORED = -100
 

@@ -6,6 +6,14 @@ Each result is a run folder of its own, `sft/` (with --peft `sft-lora/`) inside 
 interrupted, it goes on from its newest checkpoint when it is started again, and ends as if nothing had happened.
 """
 
+import sys
+
+from periln.sft.arguments.train import check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("sft.train", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import dataclasses
 import math
@@ -23,24 +31,23 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
-from runkit.checkpoints import chosen_checkpoint, damage_of
-from runkit.errors import StoppedBySignal, UsageError, UserError, make_parser, run_command
-from runkit.folder import RunFolder, called, read_json, room_for, weights_hash, write_json
-from runkit.fp16 import make_fp16_real
-from runkit.models import check_loadable, find_model, load_causal_lm
-from runkit.process import StopRequest, start_stage
-from runkit.progress import progress_bar
-from runkit.recipes import apply_overrides, from_mapping, read_yaml
-from runkit.steps import final_loss
-from runkit.steps import finite as finite_or_none
-
-from . import lora
-from .before_after import record_before_after
-from .checkpointing import latest_resumable
-from .conversations import Conversations, load_conversations
-from .recipe import Lora, Recipe
-from .tokens import Tokens, chat_tokenizer, knows_turns, marked, tokenize
-from .trainer import ExactTrainer, Recorder, arguments
+from periln.runkit.checkpoints import chosen_checkpoint, damage_of
+from periln.runkit.errors import StoppedBySignal, UsageError, UserError
+from periln.runkit.folder import RunFolder, called, read_json, room_for, weights_hash, write_json
+from periln.runkit.fp16 import make_fp16_real
+from periln.runkit.models import check_loadable, find_model, load_causal_lm
+from periln.runkit.process import StopRequest, start_stage
+from periln.runkit.progress import progress_bar
+from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
+from periln.runkit.steps import final_loss
+from periln.runkit.steps import finite as finite_or_none
+from periln.sft import lora
+from periln.sft.before_after import record_before_after
+from periln.sft.checkpointing import latest_resumable
+from periln.sft.conversations import Conversations, load_conversations
+from periln.sft.recipe import Lora, Recipe
+from periln.sft.tokens import Tokens, chat_tokenizer, knows_turns, marked, tokenize
+from periln.sft.trainer import ExactTrainer, Recorder, arguments
 
 
 @dataclass
@@ -259,6 +266,7 @@ def merge_adapter(run: RunFolder) -> None:
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
+    check(args)
     recipe = load_recipe(args)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -272,8 +280,6 @@ def main(args: argparse.Namespace) -> None:
         print(f"{args.export_data}: {len(conversations)} conversations of {conversations.name}")
     if args.check_data or (args.export_data is not None and not args.model):
         return
-    if not args.model:
-        raise UsageError("--model: name at least one run or checkpoint folder")
     stop = StopRequest().install()
     jobs = [(path, plan(recipe, path, conversations, name)) for path in args.model]
     if args.show_labels is not None:
@@ -290,30 +296,3 @@ def main(args: argparse.Namespace) -> None:
                 _run_job(job, bar, stop)
                 if args.merge and job.run.status == "completed":
                     merge_adapter(job.run)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m sft.train", "Supervised fine-tuning on LIMA-format conversations.")
-    parser.add_argument("--config", type=Path, default=Path("sft/recipes/lima.yaml"), help="recipe (YAML)")
-    parser.add_argument("--model", type=Path, nargs="+", action="extend", default=[], help="run or checkpoint folders")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="change the recipe"
-    )
-    parser.add_argument("--name", help="folder of the result inside each run; sft, or sft-lora with --peft")
-    parser.add_argument("--peft", action="store_true", help="train LoRA adapters (the recipe's section peft)")
-    parser.add_argument(
-        "--merge", action="store_true", help="with --peft: write merged/, a model without adapters, too"
-    )
-    parser.add_argument("--check-data", action="store_true", help="only load the conversations, and stop")
-    parser.add_argument(
-        "--export-data", type=Path, metavar="FILE", help="write them as .jsonl (messages) for `trl sft`"
-    )
-    parser.add_argument(
-        "--show-labels", type=int, metavar="N", help="print N conversations, >>>what is trained<<<; stop"
-    )
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    arguments_given = parse()
-    sys.exit(run_command(main, arguments_given))

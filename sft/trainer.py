@@ -19,15 +19,14 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from runkit.environment import DtypeWitness, describe_environment
-from runkit.errors import UserError
-from runkit.folder import RunFolder, write_json
-from runkit.process import StopRequest
-from runkit.steps import StepRecord, finite
-
-from . import checkpointing
-from .recipe import Recipe
-from .tokens import IGNORED
+from periln.runkit.environment import DtypeWitness, describe_environment
+from periln.runkit.errors import UserError
+from periln.runkit.folder import RunFolder, write_json
+from periln.runkit.process import StopRequest
+from periln.runkit.steps import StepRecord, finite
+from periln.sft import checkpointing
+from periln.sft.recipe import Recipe
+from periln.sft.tokens import IGNORED
 
 
 def arguments(recipe: Recipe, scratch: str) -> SFTConfig:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import modeling_periln
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
-from runkit.checkpoints import write_checkpoint
+from periln.runkit.checkpoints import write_checkpoint
 
 WORDS = ["the", "a", "of", "to", "in", "is", "function", "returns", "value", "egg", "boil", "how", "do", "hello"]
 SPECIAL = ["<|endoftext|>", "<|user|>", "<|end|>"]
@@ -23,7 +23,10 @@ HUB_TASKS = ("arc_easy", "hellaswag", "piqa", "social_iqa", "winogrande")
 STEPS = (4, 8)
 LIMIT = 65504
 # What a checkpoint carries of the package: the model, and never what converts it or registers it.
-NEVER_CARRIED = {"__init__.py", "convert.py", "conversions.py", "proof.py", "version.py"}
+NEVER_CARRIED = {
+    *("__init__.py", "convert.py", "convert_options.py", "conversions.py", "proof.py", "refresh.py", "sources.py"),
+    "version.py",
+}
 CODE = {p.name for p in Path(modeling_periln.__file__).parent.glob("*.py")} - NEVER_CARRIED
 
 

@@ -28,7 +28,7 @@ def required(extras: tuple[str, ...]) -> dict[str, Requirement]:
     return {name: requirement for name, requirement in found.items() if name not in ELSEWHERE}
 
 
-DEV = required(("train", "eval", "data", "sft", "dev"))
+DEV = required(("bench", "train", "eval", "data", "sft", "dev"))
 
 
 @pytest.mark.parametrize("name", sorted(DEV))

@@ -26,12 +26,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from eval.structure.anatomy import Anatomy, find_anatomy
-from eval.structure.inside import Attention, Gated, Inside, Unknown, look_inside
-from eval.structure.sublayers import Sublayer
-from runkit.number_format import FP16
-
-from .reach import SUMMED, Reach, linear_rows, norm_reach, product_rows, rows_reach, spectral_norm
+from periln.eval.bounds.reach import SUMMED, Reach, linear_rows, norm_reach, product_rows, rows_reach, spectral_norm
+from periln.eval.structure.anatomy import Anatomy, find_anatomy
+from periln.eval.structure.inside import Attention, Gated, Inside, Unknown, look_inside
+from periln.eval.structure.sublayers import Sublayer
+from periln.runkit.number_format import FP16
 
 Key = tuple[int, str, str]
 

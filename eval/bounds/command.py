@@ -5,27 +5,26 @@ python -m eval.bounds RUN_OR_CHECKPOINT_OR_HUB_ID --out DIR
 
 import argparse
 import math
-from pathlib import Path
 
 import pandas as pd
 import torch
 from transformers.utils import logging as transformers_logging
 
-from eval.records.words import number
-from eval.structure.anatomy import find_anatomy
-from eval.targets import find_measured
-from eval.text_table import Table, to_markdown, to_terminal
-from eval.texts.samples import find_samples, read_data
-from runkit.environment import describe_environment
-from runkit.errors import UsageError, make_parser
-from runkit.folder import json_number, write_folder, write_json, write_text
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-
-from .certificate import certify
-from .residual_step import said, steps_of, token_steps
-from .residual_step import summary as step_summary
-from .token_bounds import SLACK, broken_assumptions, summary, token_bounds
+from periln.eval.arguments.bounds import check
+from periln.eval.bounds.certificate import certify
+from periln.eval.bounds.residual_step import said, steps_of, token_steps
+from periln.eval.bounds.residual_step import summary as step_summary
+from periln.eval.bounds.token_bounds import SLACK, broken_assumptions, summary, token_bounds
+from periln.eval.records.words import number
+from periln.eval.structure.anatomy import find_anatomy
+from periln.eval.targets import find_measured
+from periln.eval.text_table import Table, to_markdown, to_terminal
+from periln.eval.texts.samples import find_samples
+from periln.runkit.environment import describe_environment
+from periln.runkit.errors import UsageError
+from periln.runkit.folder import json_number, write_folder, write_json, write_text
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
 
 NOTES = (
     "measured: a token's share of |dL/dW2|_F, |dL/da| |h|; bound: from |dL/dx|, |h| and |a| (or |x + a|); the loss is "
@@ -89,21 +88,11 @@ def _table(name: str, rows: pd.DataFrame) -> Table:
     return Table("Gradient of each module's last matrix: bound and measurement", text, rows, NOTES)
 
 
-def _check(args: argparse.Namespace) -> None:
-    for name, least in (("samples", 1), ("tokens", 2), ("batch_size", 1)):
-        if getattr(args, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UsageError(f"{args.out} exists: nothing is overwritten, give another --out")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
-    if args.data not in ("wikitext", "random"):
-        read_data(args.data)
-
-
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    _check(args)
+    check(args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     model = find_measured(args.model, args.revision)
@@ -148,20 +137,3 @@ def main(args: argparse.Namespace) -> None:
 
 def _listed(sentences: list[str]) -> str:
     return "\n".join(f"- {text}" for text in sentences)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m eval.bounds", "Proposition 3.1, residual steps and the certificate on a model.")
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="run folder (its newest checkpoint), checkpoint, or Hub id")
-    add("--out", type=Path, required=True, metavar="DIR", help="new folder; nothing is overwritten")
-    add("--data", default="wikitext", help="wikitext, hf:NAME[:CONFIG[:SPLIT]], a file or folder of text, or random")
-    add("--samples", type=int, default=32, help="samples")
-    add("--tokens", type=int, default=128, help="tokens a sample")
-    add("--batch-size", type=int, default=4, help="samples a pass")
-    add("--seed", type=int, default=0, help="which samples are drawn")
-    add("--tokenizer", metavar="PATH_OR_ID", help="another tokenizer than the model's own")
-    add("--revision", help="branch, tag or commit of a model of the Hub")
-    add("--trust-remote-code", action="store_true", help="run code that comes with a model")
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
-    return parser.parse_args(argv)

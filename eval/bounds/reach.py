@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from eval.structure.norms import NormFacts
-from runkit.number_format import FP16
+from periln.eval.structure.norms import NormFacts
+from periln.runkit.number_format import FP16
 
 SUMMED = 8000.0  # terms whose sum in FP32 is off by less than one rounding to FP16
 EXACT_SPECTRUM = 1024  # largest side whose spectral norm is taken from eigenvalues

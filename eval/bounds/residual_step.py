@@ -36,7 +36,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from eval.structure.anatomy import Anatomy, Sublayer
+from periln.eval.structure.anatomy import Anatomy, Sublayer
 
 SLACK = 1e-5  # relative: the model's own FP32 rounding, and that of the float64 lengths
 

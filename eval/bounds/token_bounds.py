@@ -21,11 +21,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from eval.structure.anatomy import Anatomy
-from eval.structure.norms import NormFacts
-from eval.structure.sublayers import Sublayer
-from eval.texts.windows import token_loss
-from runkit.errors import UserError
+from periln.eval.structure.anatomy import Anatomy
+from periln.eval.structure.norms import NormFacts
+from periln.eval.structure.sublayers import Sublayer
+from periln.eval.texts.windows import token_loss
+from periln.runkit.errors import UserError
 
 SLACK = 1e-4  # relative rounding of a chain of FP32 products
 COLUMNS = ["layer", "sublayer", "sample", "position", "h", "a", "sum", "gradient_stream", "measured", "bound"]

@@ -3,25 +3,23 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from runkit.number_format import FP16
-
-from . import depth, headroom, redundancy, sweeps, training
-from .pieces import Drawn
-from .selection import View
+from periln.eval.figures import depth, headroom, redundancy, sweeps, training
+from periln.eval.figures.pieces import Drawn
+from periln.eval.figures.selection import View
+from periln.runkit.number_format import FP16
 
 _PRETRAIN = training.PRETRAIN
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A figure: what it is called, what the paper's shows, and how it is drawn.
+    """A figure: what the paper's shows, and how it is drawn; its title is in `TITLES`.
 
     `sizes` are the paper's, drawn where the runs have them; `like` names a figure that shows the same of other sizes,
     so that `all` draws this one only for runs of its own sizes. `plain`: runs that change something about their
     placement (gamma frozen, ...) are left out where there are others, as in the paper.
     """
 
-    title: str
     paper: str
     alt: str
     draw: Callable[[View], Drawn]
@@ -42,7 +40,6 @@ _NORM_ON = (
 def _embedding_norm(number: str, size: str) -> Entry:
     sentence = _NORM_ON.format(size.lower())
     return Entry(
-        f"Embedding norm on and off ({size})" if number != "16" else "Embedding norm on and off",
         f"The paper's Figure {number} compares Peri-LN with and without a norm on the embedding, {size}.",
         f"{_COMPARED}, with and without a norm on the embedding.",
         training.switched("embedding_norm", (True, False), sentence),
@@ -53,7 +50,6 @@ def _embedding_norm(number: str, size: str) -> Entry:
 
 def _olmo2(number: str, size: str) -> Entry:
     return Entry(
-        f"OLMo 2 style against Peri-LN ({size})" if number != "20" else "OLMo 2 style against Peri-LN",
         f"The paper's Figure {number} compares Peri-LN with output norms and QK-norm (OLMo 2), {size}; the last 5B of "
         "30B tokens.",
         f"{_COMPARED}, of Peri-LN and of output norms with QK-norm.",
@@ -65,7 +61,6 @@ def _olmo2(number: str, size: str) -> Entry:
 
 def _hidden(number: str, size: str) -> Entry:
     return Entry(
-        f"Hidden state over depth ({size})" if number != "5" else "Hidden state over depth",
         f"The paper's Figure {number} shows mean absolute value and variance of the hidden state by layer, {size}, on "
         "1,000 WikiText samples.",
         "Line plots of mean absolute value and variance of the residual stream against depth, log axes, at "
@@ -79,7 +74,6 @@ def _hidden(number: str, size: str) -> Entry:
 
 CATALOGUE: dict[str, Entry] = {
     "1": Entry(
-        "Variance of the hidden state over depth and training",
         "The paper's Figure 1 shows the variance by layer from initialization to 6.3B tokens, 1.5B.",
         "A panel a placement: variance of the residual stream against depth on a log axis, a line a recorded step.",
         depth.growth,
@@ -87,7 +81,6 @@ CATALOGUE: dict[str, Entry] = {
         plain=True,
     ),
     "3a": Entry(
-        "Final loss by learning rate",
         "The paper's Figure 3(a) shows the pretraining loss across learning rates, 400M to 3.2B; Post-LN stands apart "
         "there, in Figure 8.",
         f"{_RATES}; a panel a model size.",
@@ -95,7 +88,6 @@ CATALOGUE: dict[str, Entry] = {
         plain=True,
     ),
     "3b": Entry(
-        "Training loss at each placement's best learning rate",
         "The paper's Figure 3(b) shows the pretraining loss of its best 400M models.",
         "Line plot of training loss against the step, a line a placement.",
         training.best(("loss",)),
@@ -103,7 +95,6 @@ CATALOGUE: dict[str, Entry] = {
         plain=True,
     ),
     "3c": Entry(
-        "Gradient norm at each placement's best learning rate",
         "The paper's Figure 3(c) shows the gradient norm of its best 400M models.",
         "Line plot of the gradient norm on a log axis against the step, a line a placement.",
         training.best(("grad_norm",)),
@@ -111,14 +102,12 @@ CATALOGUE: dict[str, Entry] = {
         plain=True,
     ),
     "4": Entry(
-        "Gamma of the output norms frozen at 1",
         "The paper's Figure 4 compares Pre-LN with Peri-LN, gamma learned and frozen at 1, without embedding norm.",
         f"{_COMPARED}, with gamma learned and with gamma frozen.",
         training.frozen_gamma,
     ),
     "5": _hidden("5", "1.5B"),
     "6": Entry(
-        "Gradient over depth",
         "The paper's Figure 6 shows gradient norm and variance by layer at initialization and at the end, 1.5B.",
         "Line plots of norm and variance of each layer's gradient on log axes, at initialization and at the end.",
         depth.gradient_by_layer,
@@ -126,7 +115,6 @@ CATALOGUE: dict[str, Entry] = {
         plain=True,
     ),
     "7a": Entry(
-        "Angular distance between layers at initialization",
         "The paper's Figure 7(a) shows the angular distance of hidden states at initialization, 400M.",
         f"{_DISTANCES}, at initialization.",
         redundancy.distances(last=False),
@@ -134,14 +122,12 @@ CATALOGUE: dict[str, Entry] = {
         plain=True,
     ),
     "7b": Entry(
-        "Gamma of the output norms over training",
         "The paper's Figure 7(b) shows the gamma of every output norm of a 400M Peri-LN model during training.",
         "Line plots of the mean gamma of the attention and MLP output norms against the step, a line a layer.",
         depth.output_gamma,
         ("400M",),
     ),
     "7c": Entry(
-        "Angular distance between layers at the end of training",
         "The paper's Figure 7(c) shows the angular distance of hidden states after training, 400M.",
         f"{_DISTANCES}, at the end of training.",
         redundancy.distances(last=True),
@@ -149,20 +135,17 @@ CATALOGUE: dict[str, Entry] = {
         plain=True,
     ),
     "7d": Entry(
-        "Angular distance with gamma frozen at 1",
         "The paper's Figure 7(d) shows the angular distance with the output norms' gamma fixed at 1, 400M.",
         f"{_DISTANCES}, with gamma learned and with gamma frozen.",
         redundancy.frozen,
         ("400M",),
     ),
     "8": Entry(
-        "Final loss of Post-LN by learning rate",
         "The paper's Figure 8 shows the learning rates explored for Post-LN.",
         f"{_RATES}: Post-LN alone.",
         sweeps.post_by_size,
     ),
     "9": Entry(
-        "Loss and gradient norm at the other sizes",
         "The paper's Figure 9 shows what 3(b) and 3(c) show, for 3.2B and 1.5B.",
         f"{_COMPARED}, a row a size.",
         training.best(("loss", "grad_norm")),
@@ -173,26 +156,22 @@ CATALOGUE: dict[str, Entry] = {
     "10": _hidden("10", "3.2B"),
     "11": _hidden("11", "400M"),
     "12": Entry(
-        "Learning rates under other token budgets",
         "The paper's Figure 12 shows the exploration of learning rates at 8B, 16B and 30B tokens (its caption there is "
         "that of Figure 13).",
         f"{_RATES}; a panel a token budget.",
         sweeps.tokens,
     ),
     "13": Entry(
-        "Learning rates at another sequence length",
         "The paper's Figure 13 shows the exploration of learning rates at sequence length 2,048 in place of 8,192.",
         f"{_RATES}; a panel a sequence length.",
         sweeps.sequence_length,
     ),
     "14": Entry(
-        "Learning rates with a longer warm-up",
         "The paper's Figure 14 shows the exploration of learning rates with 30 % warm-up in place of 10 %.",
         f"{_RATES}; a panel a warm-up.",
         sweeps.warmup,
     ),
     "15": Entry(
-        "LayerNorm against RMSNorm",
         "The paper's Figure 15 compares the two norms in a 400M Peri-LN model.",
         f"{_COMPARED}, with LayerNorm and with RMSNorm.",
         training.switched(
@@ -209,27 +188,23 @@ CATALOGUE: dict[str, Entry] = {
     "21": _olmo2("21", "1.5B"),
     "22": _olmo2("22", "3.2B"),
     "rates": Entry(
-        "Loss and gradient norm at every learning rate",
         "The paper shows each placement at its best rate only (Figures 3b, 3c).",
         f"{_COMPARED}; a row a learning rate.",
         training.every_rate,
     ),
     "headroom": Entry(
-        "FP16 headroom by layer and step",
         "The paper has no such figure; it names numeric overflow as a risk of growing hidden states.",
         f"Heat maps, a panel a placement and learning rate: bits left below {FP16.limit} by layer and step, overflow "
         "marked.",
         headroom.headroom_map,
     ),
     "peaks": Entry(
-        "Largest values over depth against FP16's range",
         "The paper has no such figure.",
         "Line plots of the largest absolute value by layer in stream, residual sum and module output, on a log axis, "
         f"with a dashed line at {FP16.limit}.",
         headroom.peaks_by_layer,
     ),
     "events": Entry(
-        "Gradient spikes, skipped steps and loss scale",
         "The paper speaks of gradient spikes and of diverged runs; it has no such figure.",
         "A row a run with marks at gradient spikes, skipped steps and divergence; below, the loss scale.",
         training.spikes_and_loss_scale,

@@ -6,11 +6,8 @@ from matplotlib import cm
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from eval.records.derived import at_edge
-from eval.records.words import first_and_last, first_steps, recorded_steps
-
-from .layer_rows import by_depth, layer_rows, source_words
-from .pieces import (
+from periln.eval.figures.layer_rows import by_depth, layer_rows, source_words
+from periln.eval.figures.pieces import (
     DEPTH,
     DEPTH_CROSS,
     Drawn,
@@ -24,7 +21,18 @@ from .pieces import (
     whole_numbers,
     wrapped,
 )
-from .selection import MODELS, View, at_best_rate, rate_name, rate_names, rates_words, seeds_words, sizes
+from periln.eval.figures.selection import (
+    MODELS,
+    View,
+    at_best_rate,
+    rate_name,
+    rate_names,
+    rates_words,
+    seeds_words,
+    sizes,
+)
+from periln.eval.records.derived import at_edge
+from periln.eval.records.words import first_and_last, first_steps, recorded_steps
 
 MOST_ROWS = 4  # of learning rates, below the initialization; more: every series at its best rate
 MOST_LINES = 9  # steps in one panel

@@ -8,13 +8,23 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from eval.records.words import recorded_steps
-from runkit.number_format import FP16
-
-from .depth import STREAM, panels
-from .layer_rows import by_depth, layer_rows, source_words
-from .pieces import DEPTH, Drawn, NotRecorded, curves, grid, hide_empty, legend, plain, whole_numbers, wrapped
-from .selection import View, at_best_rate, rate_names, rates_words, seeds_words, sizes
+from periln.eval.figures.depth import STREAM, panels
+from periln.eval.figures.layer_rows import by_depth, layer_rows, source_words
+from periln.eval.figures.pieces import (
+    DEPTH,
+    Drawn,
+    NotRecorded,
+    curves,
+    grid,
+    hide_empty,
+    legend,
+    plain,
+    whole_numbers,
+    wrapped,
+)
+from periln.eval.figures.selection import View, at_best_rate, rate_names, rates_words, seeds_words, sizes
+from periln.eval.records.words import recorded_steps
+from periln.runkit.number_format import FP16
 
 TENSORS = {"stream": "stream", "residual_add": "residual sum", "branch": "module output"}
 OVERFLOW, NOT_MEASURED = "#D55E00", "#EEEEEE"

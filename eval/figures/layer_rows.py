@@ -11,12 +11,11 @@ from typing import Any
 
 import pandas as pd
 
-from eval.records.frames import Frames, read_layers
-from runkit.folder import read_json
-
-from .measured_models import STAGE
-from .pieces import NotRecorded
-from .selection import View
+from periln.eval.figures.measured_models import STAGE
+from periln.eval.figures.pieces import NotRecorded
+from periln.eval.figures.selection import View
+from periln.eval.records.frames import Frames, read_layers
+from periln.runkit.folder import read_json
 
 ANGLES = ["run", "step", "layer", "other", "value"]
 BENCH = "python -m eval.stability RUN --data wikitext --samples 1000"

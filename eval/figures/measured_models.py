@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from eval.records.frames import Frames, load_all, nothing_recorded
-from runkit.errors import UserError
-from runkit.folder import read_json
+from periln.eval.records.frames import Frames, load_all, nothing_recorded
+from periln.runkit.errors import UserError
+from periln.runkit.folder import read_json
 
 STAGE = "model"
 NO_RATE = 0.0  # in the place of a learning rate

@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from runkit.figure_style import STYLE
-
-from .selection import View
+from periln.eval.figures.selection import View
+from periln.runkit.figure_style import STYLE
 
 WIDTH, DPI = 7.5, 120  # 900 pixels
 DARK = "#444444"

@@ -9,12 +9,11 @@ from matplotlib import colors as mcolors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.records.words import listed
-
-from .layer_rows import BENCH, angle_rows, source_words
-from .measured_models import STAGE
-from .pieces import DPI, WIDTH, Drawn, NotRecorded, curves, legend, whole_numbers, wrapped
-from .selection import View, at_best_rate, rates_words, seeds_words, sizes
+from periln.eval.figures.layer_rows import BENCH, angle_rows, source_words
+from periln.eval.figures.measured_models import STAGE
+from periln.eval.figures.pieces import DPI, WIDTH, Drawn, NotRecorded, curves, legend, whole_numbers, wrapped
+from periln.eval.figures.selection import View, at_best_rate, rates_words, seeds_words, sizes
+from periln.eval.records.words import listed
 
 CAPTION = (
     "Angular distance, in units of pi: 0 is the same direction, 0.5 a right angle. Above, between the streams before "

@@ -13,13 +13,12 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 
-from eval.records.derived import final_loss
-from eval.records.frames import Frames
-from eval.records.words import rate_text
-from runkit.placements import OTHER_COLOUR, colour_of, default_embedding_norm, has_embedding_norm, marker_of
-from runkit.sizes import PAPER_SIZES, count_text, paper_size
-
-from .measured_models import NO_RATE, STAGE
+from periln.eval.figures.measured_models import NO_RATE, STAGE
+from periln.eval.records.derived import final_loss
+from periln.eval.records.frames import Frames
+from periln.eval.records.words import rate_text
+from periln.runkit.placements import OTHER_COLOUR, colour_of, default_embedding_norm, has_embedding_norm, marker_of
+from periln.runkit.sizes import PAPER_SIZES, count_text, paper_size
 
 LONGEST_LABEL = 44
 MODELS = "measured models"  # in the place of a learning rate

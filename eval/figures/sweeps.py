@@ -7,11 +7,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from runkit.sizes import count_text
-
-from .pieces import Drawn, NotRecorded, grid, hide_empty, legend, plain, rate_axis, wrapped
-from .selection import View, common_protocol, seeds_words, sizes
-from .training import metrics_of
+from periln.eval.figures.pieces import Drawn, NotRecorded, grid, hide_empty, legend, plain, rate_axis, wrapped
+from periln.eval.figures.selection import View, common_protocol, seeds_words, sizes
+from periln.eval.figures.training import metrics_of
+from periln.runkit.sizes import count_text
 
 FINAL = (
     "Final loss: the mean of the finite training losses in the last tenth of a run's recorded steps. Dots are runs, "

@@ -9,12 +9,23 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from eval.records.derived import spikes
-from eval.records.words import recorded_steps
-
-from .depth import panels
-from .pieces import DARK, DPI, WIDTH, Drawn, NotRecorded, curves, grid, legend, log_axis, plain, whole_numbers
-from .selection import View, at_best_rate, common_protocol, rates_words, seeds_words, sizes
+from periln.eval.figures.depth import panels
+from periln.eval.figures.pieces import (
+    DARK,
+    DPI,
+    WIDTH,
+    Drawn,
+    NotRecorded,
+    curves,
+    grid,
+    legend,
+    log_axis,
+    plain,
+    whole_numbers,
+)
+from periln.eval.figures.selection import View, at_best_rate, common_protocol, rates_words, seeds_words, sizes
+from periln.eval.records.derived import spikes
+from periln.eval.records.words import recorded_steps
 
 SKIP_MARKERS = {"probe": "|", "backward": "x", "forward": "D"}
 NAMES = {"loss": "training loss (nats a token)", "grad_norm": "gradient norm"}

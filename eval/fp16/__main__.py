@@ -5,6 +5,14 @@ gains, epsilons), and the scale of a module's output before its output norm. `la
 The written model loads with its stock class; it is loaded again and compared in FP32 before OUT appears.
 """
 
+import sys
+
+from periln.eval.arguments.fp16 import TOKENS, check, parse
+from periln.start import start
+
+if __name__ == "__main__":
+    sys.exit(start("eval.fp16", parse, check))  # parses before the imports below, which take seconds
+
 import argparse
 import json
 import math
@@ -18,20 +26,16 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging as transformers_logging
 
-from eval.targets import Checkpoint, Model, find_measured
-from eval.texts.samples import find_samples, read_data
-from runkit.checkpoints import save_tokenizer
-from runkit.environment import describe_environment
-from runkit.errors import UsageError, make_parser, run_command
-from runkit.folder import write_folder, write_json, write_text
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-
-from .cure import Wish, check_announced, cure, logits_of
-from .layout import EPSILON_OF
-from .table import as_markdown
-
-TOKENS = 512  # a sample, where nothing else is asked for
+from periln.eval.fp16.cure import Wish, check_announced, cure, logits_of
+from periln.eval.fp16.table import as_markdown
+from periln.eval.targets import Checkpoint, Model, find_measured
+from periln.eval.texts.samples import find_samples
+from periln.runkit.checkpoints import save_tokenizer
+from periln.runkit.environment import describe_environment
+from periln.runkit.errors import UsageError
+from periln.runkit.folder import write_folder, write_json, write_text
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
 
 
 def find_tokenizer(args: argparse.Namespace, model: Model) -> tuple[Any, str]:
@@ -93,7 +97,10 @@ def nothing_moved(record: dict[str, Any]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    _check(args)
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}", file=sys.stderr)
+    check(args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     source = find_measured(args.model, args.revision)
@@ -121,59 +128,3 @@ def main(args: argparse.Namespace) -> None:
         write_text(folder / "fp16_rewrite.md", as_markdown(record))
     print(as_markdown(record, rows=12))
     print(f"written: {args.out}")
-
-
-def _check(args: argparse.Namespace) -> None:
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UsageError(f"{args.out} exists: nothing is overwritten, give another OUT")
-    for name, least in (("samples", 1), ("tokens", 2), ("batch_size", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    if not 0 <= args.margin <= 12:
-        raise UsageError(f"--margin must be between 0 and 12 bits, not {args.margin:g}")
-    for name in ("loss_scale", "tolerance"):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
-    if args.data not in (None, "wikitext", "random"):
-        read_data(args.data)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(
-        "python -m eval.fp16", f"Make a model FP16-safe, the same function. For {', '.join(EPSILON_OF)}."
-    )
-    parser.add_argument("model", metavar="MODEL", help="model folder, run folder (its newest checkpoint) or Hub id")
-    parser.add_argument("out", metavar="OUT", type=Path, help="new folder; nothing is overwritten")
-    parser.add_argument("--data", "--text", metavar="DATA", help="for the peaks: wikitext, hf:NAME, random, "
-                        "or a file or folder of text; wikitext when left out (random without a tokenizer)")  # fmt: skip
-    parser.add_argument("--samples", type=int, default=64, help="samples")
-    parser.add_argument("--tokens", "--context", type=int, metavar="N",
-                        help=f"tokens a sample; {TOKENS}, or what the model takes, when left out")  # fmt: skip
-    parser.add_argument("--tokenizer", metavar="PATH_OR_ID", help="another tokenizer than the model's own")
-    parser.add_argument("--batch-size", type=int, default=4, help="samples a batch")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples")
-    parser.add_argument("--margin", type=float, default=2.0, metavar="BITS", help="bits between peaks and 65504")
-    parser.add_argument("--loss-scale", type=float, default=1.0, help="of the backward pass that must stay finite")
-    backward = {"action": argparse.BooleanOptionalAction, "default": True}
-    parser.add_argument("--backward", help="look at gradients too", **backward)
-    parser.add_argument(
-        "--keep-eps", action="store_true", help="leave the one epsilon of a family without slots as it is"
-    )
-    parser.add_argument(
-        "--scale-sums", action="store_true", help="where norms stand on the stream: a factor for each sum"
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-2, help="largest difference of logits, of the largest logit"
-    )
-    parser.add_argument("--revision", help="of a Hub id: branch, tag or commit")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository carries")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run it")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    print(f"transformers {transformers.__version__}, torch {torch.__version__}", file=sys.stderr)
-    arguments = parse()
-    sys.exit(run_command(main, arguments))

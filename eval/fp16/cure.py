@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from eval.stability.overflow import first_non_finite, half_copy
-from eval.structure.anatomy import find_anatomy
-from runkit.errors import UserError
-from runkit.fp16 import HalfMatmul
-from runkit.number_format import FP16
-
-from .exponents import NoExactRewrite, Plan, choose
-from .layout import Layout, find_layout
-from .peaks import Peak, measure_peaks
-from .rewrite import apply
+from periln.eval.fp16.exponents import NoExactRewrite, Plan, choose
+from periln.eval.fp16.layout import Layout, find_layout
+from periln.eval.fp16.peaks import Peak, measure_peaks
+from periln.eval.fp16.rewrite import apply
+from periln.eval.stability.overflow import first_non_finite, half_copy
+from periln.eval.structure.anatomy import find_anatomy
+from periln.runkit.errors import UserError
+from periln.runkit.fp16 import HalfMatmul
+from periln.runkit.number_format import FP16
 
 COMPARED = 4  # samples whose logits are compared
 FELT = 0.02  # of the largest logit: a difference in FP16 that is more than its usual rounding

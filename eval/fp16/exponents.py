@@ -7,11 +7,11 @@ below 65504 / 2^margin. So e is at most log2(limit / P) and at least log2(S G / 
 import math
 from dataclasses import dataclass, field
 
-from runkit.errors import UserError
-from runkit.number_format import FP16
-
-from .layout import FIXED, SLOTS, Layout
-from .peaks import Peak
+from periln.eval.fp16.families import SLOTS
+from periln.eval.fp16.layout import FIXED, Layout
+from periln.eval.fp16.peaks import Peak
+from periln.runkit.errors import UserError
+from periln.runkit.number_format import FP16
 
 TYPICAL_WEIGHT = 0.02  # the usual standard deviation of a fresh matrix
 FAR = math.floor(FP16.bits_above_smallest(TYPICAL_WEIGHT)) - 4  # such a weight stays well above FP16's smallest normal

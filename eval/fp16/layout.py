@@ -22,27 +22,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from eval.structure.anatomy import Anatomy
-from eval.structure.inside import Unknown, linear_maps
-from eval.structure.norms import NormFacts
-from eval.structure.points import Point
-from eval.structure.sublayers import Norm, Sublayer
-from runkit.errors import UserError, did_you_mean
+from periln.eval.fp16.families import EPSILON_OF
+from periln.eval.structure.anatomy import Anatomy
+from periln.eval.structure.inside import Unknown, linear_maps
+from periln.eval.structure.norms import NormFacts
+from periln.eval.structure.points import Point
+from periln.eval.structure.sublayers import Norm, Sublayer
+from periln.runkit.errors import UserError, did_you_mean
 
 FIXED = "fixed"
-SLOTS = "slots"  # an epsilon for every norm, as PeriLlama's configuration has it
-# Families whose norms, scales and ties are known to be what the configuration's epsilon field says.
-EPSILON_OF = {
-    "peri_llama": SLOTS,
-    "gemma2": "rms_norm_eps",
-    "gemma3_text": "rms_norm_eps",
-    "glm4": "rms_norm_eps",
-    "hyperclovax": "rms_norm_eps",
-    "olmo2": "rms_norm_eps",
-    "llama": "rms_norm_eps",
-    "qwen3": "rms_norm_eps",
-    "gpt_neox": "layer_norm_eps",
-}
 
 
 @dataclass(frozen=True)

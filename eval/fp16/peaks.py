@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from eval.texts.windows import token_loss
-from runkit.errors import UserError
+from periln.eval.texts.windows import token_loss
+from periln.runkit.errors import UserError
 
 if TYPE_CHECKING:
-    from .layout import Layout
+    from periln.eval.fp16.layout import Layout
 
 
 @dataclass

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from modeling_periln.configuration_periln import LAYER_NORM_SLOTS, STREAM_NORM_SLOTS
-from runkit.errors import UserError
-
-from .exponents import Plan
-from .layout import SLOTS, Layout, NormUse, names_of
+from periln.eval.fp16.exponents import Plan
+from periln.eval.fp16.families import SLOTS
+from periln.eval.fp16.layout import Layout, NormUse, names_of
+from periln.runkit.errors import UserError
 
 
 @dataclass

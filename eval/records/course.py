@@ -13,12 +13,11 @@ from typing import Any
 
 import pandas as pd
 
-from runkit.errors import UsageError, UserError
-from runkit.folder import RunFolder, read_json
-from runkit.number_format import FP16
-from runkit.spikes import rules_of, spike_steps
-
-from .frames import read_layers
+from periln.eval.records.frames import read_layers
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import RunFolder, read_json
+from periln.runkit.number_format import FP16
+from periln.runkit.spikes import rules_of, spike_steps
 
 TENSORS = {  # in the order in which a sublayer makes them
     "branch": "the module's output (before any output norm)",

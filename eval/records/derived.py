@@ -5,11 +5,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-import runkit.steps
-from runkit.recipes import flatten
-from runkit.spikes import Spikes, spike_steps
-
-from .frames import Frames
+from periln.eval.records.frames import Frames
+from periln.runkit import steps
+from periln.runkit.recipes import flatten
+from periln.runkit.spikes import Spikes, spike_steps
 
 
 def differing(frames: Frames) -> list[str]:
@@ -28,7 +27,7 @@ def spikes(metrics: pd.DataFrame, rules: Spikes | None = None) -> list[int]:
 
 def final_loss(metrics: pd.DataFrame) -> float:
     """Mean of the finite losses in the last tenth of a run's steps; NaN where there is none."""
-    return runkit.steps.final_loss(metrics.loss.to_numpy(float))
+    return steps.final_loss(metrics.loss.to_numpy(float))
 
 
 def largest(layers: pd.DataFrame, tensors: Sequence[str]) -> pd.Series | None:

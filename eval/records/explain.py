@@ -11,10 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from runkit.number_format import FP16
-from runkit.placements import placement_name
-
-from .course import (
+from periln.eval.records.course import (
     SUBLAYERS,
     TENSORS,
     Records,
@@ -27,6 +24,8 @@ from .course import (
     read,
     steps_text,
 )
+from periln.runkit.number_format import FP16
+from periln.runkit.placements import placement_name
 
 GROWN = 10.0  # by which factor a value counts as grown
 

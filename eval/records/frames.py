@@ -13,11 +13,11 @@ from typing import Any
 
 import pandas as pd
 
-from runkit.errors import UsageError, UserError
-from runkit.folder import RunFolder, read_json, sha256_of
-from runkit.placements import placement_name, placement_order
-from runkit.scores import that_count
-from runkit.text import printable
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import RunFolder, read_json, sha256_of
+from periln.runkit.placements import placement_name, placement_order
+from periln.runkit.scores import that_count
+from periln.runkit.text import printable
 
 _RUNS = [
     *("run", "stage", "parent", "placement", "learning_rate", "seed", "status", "reason", "step", "steps"),

@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 
-from .derived import at_edge
+from periln.eval.records.derived import at_edge
 
 
 def rate_text(rate: float) -> str:

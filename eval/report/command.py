@@ -8,31 +8,21 @@ the same bytes.
 
 import argparse
 import shutil
-from pathlib import Path
 
-from eval.records.frames import load
-from eval.tables.report_tables import build, suites
-from eval.tables.run_stability import stability
-from eval.text_table import to_terminal
-from runkit.errors import UsageError, make_parser
-
-from .page import write
+from periln.eval.arguments.report import check
+from periln.eval.records.frames import load
+from periln.eval.report.page import write
+from periln.eval.tables.report_tables import build, suites
+from periln.eval.tables.run_stability import stability
+from periln.eval.text_table import to_terminal
 
 
 def main(args: argparse.Namespace) -> None:
+    check(args)
     out = args.out or args.runs
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is not a folder")
     frames = load(args.runs)
     report = write(frames, out)
     width = shutil.get_terminal_size((144, 24)).columns
     for table in [*(build(frames, suite) for suite in suites(frames)), stability(frames)]:
         print(to_terminal(table, width), end="\n\n")
     print(report)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m eval.report", "Tables, figures and a report of all runs in a folder.")
-    parser.add_argument("runs", type=Path, help="folder of run folders, such as runs/demo")
-    parser.add_argument("--out", type=Path, default=None, help="folder to write to; the folder of runs when left out")
-    return parser.parse_args(argv)

@@ -9,19 +9,18 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from eval.figures import Drawing, draw_all
-from eval.records.derived import differing
-from eval.records.frames import Frames
-from eval.tables.report_tables import MISSING, build, suites
-from eval.tables.run_stability import stability
-from eval.text_table import Table, to_html
-from runkit.folder import write_bytes, write_text
-from runkit.public import public
-from runkit.recipes import dump_yaml
-from runkit.text import printable
-
-from .stability_section import bench
-from .verdict import noise, run_text, verdict
+from periln.eval.figures.drawing import Drawing, draw_all
+from periln.eval.records.derived import differing
+from periln.eval.records.frames import Frames
+from periln.eval.report.stability_section import bench
+from periln.eval.report.verdict import noise, run_text, verdict
+from periln.eval.tables.report_tables import MISSING, build, suites
+from periln.eval.tables.run_stability import stability
+from periln.eval.text_table import Table, to_html
+from periln.runkit.folder import write_bytes, write_text
+from periln.runkit.public import public
+from periln.runkit.recipes import dump_yaml
+from periln.runkit.text import printable
 
 TEMPLATES = Path(__file__).resolve().parent
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pandas as pd
 
-from eval.figures.layer_rows import bench_report, data_words
-from eval.figures.selection import view_of
-from eval.records.explain import explain
-from eval.records.frames import Frames
-from eval.records.words import rate_text
-from runkit.folder import read_json
-from runkit.number_format import FP16
-from runkit.text import printable
+from periln.eval.figures.layer_rows import bench_report, data_words
+from periln.eval.figures.selection import view_of
+from periln.eval.records.explain import explain
+from periln.eval.records.frames import Frames
+from periln.eval.records.words import rate_text
+from periln.runkit.folder import read_json
+from periln.runkit.number_format import FP16
+from periln.runkit.text import printable
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:

@@ -5,13 +5,13 @@ from typing import Any
 
 import pandas as pd
 
-from eval.records.derived import at_edge, by_depth
-from eval.records.frames import Frames
-from eval.records.words import rate_text
-from eval.tables.report_tables import cell_numbers, plural, suites
-from eval.tables.run_stability import status_text
-from runkit.public import public
-from runkit.tasks import CHANCE, SUITES
+from periln.eval.records.derived import at_edge, by_depth
+from periln.eval.records.frames import Frames
+from periln.eval.records.words import rate_text
+from periln.eval.tables.report_tables import cell_numbers, plural, suites
+from periln.eval.tables.run_stability import status_text
+from periln.runkit.public import public
+from periln.runkit.tasks import CHANCE, SUITES
 
 
 def run_text(run: pd.Series) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from runkit.encoding import added_around, text_ids
+from periln.runkit.encoding import added_around, text_ids
 
 
 def generate_samples(

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.scoring.own_tasks import OwnTasks
-from eval.targets import Target
-from runkit.encoding import before_text
-from runkit.errors import UsageError, UserError, did_you_mean
-from runkit.folder import read_json, weights_hash, write_json
-from runkit.hub import hub_reason, quiet_hub
-from runkit.tasks import SUITES, TASKS
+from periln.eval.scoring.own_tasks import OwnTasks
+from periln.eval.targets import Target
+from periln.runkit.encoding import before_text
+from periln.runkit.errors import UsageError, UserError, did_you_mean
+from periln.runkit.folder import read_json, weights_hash, write_json
+from periln.runkit.hub import hub_reason, quiet_hub
+from periln.runkit.tasks import SUITES, TASKS
 
 MINI_FOLDER = Path(__file__).parents[1] / "tasks"
 # Where the harness keeps the tasks that this project names: to list all of its 15,000 takes it ten seconds.
@@ -139,7 +139,7 @@ class Benchmarks:
 
     def load_model(self, target: Target) -> Any:
         """The target as the harness wants it."""
-        from .likelihood import ContinuationLM
+        from periln.eval.scoring.likelihood import ContinuationLM
 
         settings = self.settings
         model, tokenizer = target.load(settings.device, settings.dtype)

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runkit.errors import UsageError
-from runkit.folder import sha256_of
-from runkit.tasks import SUITES
+from periln.runkit.errors import UsageError
+from periln.runkit.folder import sha256_of
+from periln.runkit.tasks import SUITES
 
 _YAML = (".yaml", ".yml")
 

@@ -13,8 +13,8 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from eval.structure.anatomy import Anatomy
-from runkit.number_format import FP16
+from periln.eval.structure.anatomy import Anatomy
+from periln.runkit.number_format import FP16
 
 NAME = "periln_stability_probe"
 

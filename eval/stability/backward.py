@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from eval.structure.anatomy import Anatomy, Sublayer
-from eval.texts.windows import token_loss
+from periln.eval.structure.anatomy import Anatomy, Sublayer
+from periln.eval.texts.windows import token_loss
 
 
 def accumulate_gradients(model: nn.Module, batches: Iterable[torch.Tensor], tokens: int) -> float:

@@ -13,75 +13,20 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from eval.bounds.certificate import certify
-from eval.records.explain import explain
-from eval.records.words import number
-from eval.targets import Checkpoint, Model, find_measured
-from eval.text_table import Table, to_terminal
-from eval.texts.samples import TOKENS, Samples, find_samples, read_data
-from runkit.environment import describe_environment
-from runkit.errors import UsageError, make_parser
-from runkit.number_format import FP16
-from runkit.process import start_stage
-from runkit.progress import progress_bar
-
-from .files import Records, wide_table
-from .measure import Measured, Options, measure, units
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m eval.stability", "What a norm placement does to causal LMs, measured, in words.")
-    add = parser.add_argument
-    add("models", nargs="*", metavar="MODEL", help="run folders (all their checkpoints), checkpoints, or Hub ids")
-    add("--explain", type=Path, metavar="RUN", help="only tell what happened in a run, from its records")
-    add("--data", default="wikitext", help="wikitext, hf:NAME[:CONFIG[:SPLIT]], a file or folder of text, or random")
-    add("--samples", type=int, default=1000, help="samples for the forward pass")
-    add("--tokens", type=int, metavar="N", help=f"tokens a sample; {TOKENS}, or what the model takes, when left out")
-    add("--seed", type=int, default=0, help="which samples are drawn")
-    add("--out", type=Path, metavar="DIR", help="results of DIR/NAME; ./stability for what is no run, when left out")
-    add("--batch-size", type=int, default=4, help="samples a forward pass")
-    add("--angles", default="all", metavar="all|N", help="angular distance of all pairs of layers, or of l and l + N")
-    add("--backward-samples", type=int, default=32, help="samples for gradients; 0: none")
-    add("--skip-samples", type=int, default=16, help="samples for the loss without each layer; 0: not measured")
-    add("--fp16-samples", type=int, default=4, help="samples that run in FP16, the hardest first; 0: none")
-    add("--loss-scale", type=float, default=1.0, help="of the backward pass in FP16")
-    add("--no-certificate", action="store_true", help="leave out the bounds from weights alone")
-    add("--dtype", default="float32", choices=DTYPES, help="the model's precision while measured")
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
-    add("--revision", help="branch, tag or commit of a model of the Hub")
-    add("--tokenizer", metavar="PATH_OR_ID", help="another tokenizer than the model's own")
-    add("--trust-remote-code", action="store_true", help="run code that comes with a model")
-    add("--again", action="store_true", help="measure again what has been measured")
-    return parser.parse_args(argv)
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Every mistake that can be seen before a model is loaded.
-
-    Raises:
-        UsageError: names the option and its value.
-    """
-    for name, least in (("samples", 1), ("batch_size", 1), ("backward_samples", 0), ("skip_samples", 0)):
-        if getattr(args, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    if args.fp16_samples < 0:
-        raise UsageError(f"--fp16-samples must be at least 0, not {args.fp16_samples}")
-    if args.tokens is not None and args.tokens < 2:
-        raise UsageError(f"--tokens must be at least 2, not {args.tokens}")
-    if not args.loss_scale > 0:
-        raise UsageError(f"--loss-scale must be positive, not {args.loss_scale:g}")
-    if args.angles != "all" and not (args.angles.isdigit() and int(args.angles) > 0):
-        raise UsageError(f"--angles must be all or a number of layers, not {args.angles!r}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
-    if not args.models and args.explain is None:
-        raise UsageError("name at least one run folder, checkpoint or Hub id")
-    if args.models and args.explain is not None:
-        raise UsageError("--explain reads a run's records alone: leave the models out")
-    if args.data not in ("wikitext", "random"):
-        read_data(args.data)
+from periln.eval.arguments.stability import check
+from periln.eval.bounds.certificate import certify
+from periln.eval.records.explain import explain
+from periln.eval.records.words import number
+from periln.eval.stability.files import Records, wide_table
+from periln.eval.stability.measure import Measured, Options, measure, units
+from periln.eval.targets import Checkpoint, Model, find_measured
+from periln.eval.text_table import Table, to_terminal
+from periln.eval.texts.samples import Samples, find_samples
+from periln.runkit.environment import describe_environment
+from periln.runkit.errors import UsageError
+from periln.runkit.number_format import FP16
+from periln.runkit.process import start_stage
+from periln.runkit.progress import progress_bar
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -232,7 +177,9 @@ def _measure_model(bench: _Bench, model: Model, records: Records) -> None:
 
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
-    _check(args)
+    check(args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
     if args.explain is not None:
         print(explain(args.explain))
         return

@@ -12,12 +12,11 @@ from typing import Any
 
 import pandas as pd
 
-from runkit.errors import UserError
-from runkit.folder import json_number, read_json, write_bytes, write_json, write_text
-
-from .fits import fit_growth
-from .measure import Measured
-from .verdict import depth_profile, run_verdict
+from periln.eval.stability.fits import fit_growth
+from periln.eval.stability.measure import Measured
+from periln.eval.stability.verdict import depth_profile, run_verdict
+from periln.runkit.errors import UserError
+from periln.runkit.folder import json_number, read_json, write_bytes, write_json, write_text
 
 _WIDE = {
     "variance": ("stream", "variance"),

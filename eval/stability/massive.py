@@ -7,8 +7,8 @@ root mean square; normal entries reach 6 times in a tensor of this size.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .moments import Peak
-from .probe import Probe
+from periln.eval.stability.moments import Peak
+from periln.eval.stability.probe import Probe
 
 RATIO = 100.0
 

@@ -9,20 +9,19 @@ import pandas as pd
 import torch
 from torch import nn
 
-from eval.structure.anatomy import Anatomy, find_anatomy
-from eval.texts.samples import Samples
-from eval.texts.windows import token_loss
-from runkit.folder import json_number
-from runkit.process import peak_rss
-
-from .attention import AttentionProbe
-from .backward import backward_rows
-from .fits import fit_growth
-from .massive import massive_activations, outlier
-from .overflow import first_non_finite
-from .probe import Probe
-from .redundancy import skip_losses
-from .verdict import checkpoint_verdict, depth_profile
+from periln.eval.stability.attention import AttentionProbe
+from periln.eval.stability.backward import backward_rows
+from periln.eval.stability.fits import fit_growth
+from periln.eval.stability.massive import massive_activations, outlier
+from periln.eval.stability.overflow import first_non_finite
+from periln.eval.stability.probe import Probe
+from periln.eval.stability.redundancy import skip_losses
+from periln.eval.stability.verdict import checkpoint_verdict, depth_profile
+from periln.eval.structure.anatomy import Anatomy, find_anatomy
+from periln.eval.texts.samples import Samples
+from periln.eval.texts.windows import token_loss
+from periln.runkit.folder import json_number
+from periln.runkit.process import peak_rss
 
 COLUMNS = ["step", "layer", "sublayer", "tensor", "stat", "value"]
 ANGLE_COLUMNS = ["step", "layer", "other", "value"]

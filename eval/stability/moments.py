@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from runkit.number_format import FP16
+from periln.runkit.number_format import FP16
 
 
 @dataclass

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from eval.structure.anatomy import Anatomy, Point, first_tensor, input_tensor
-from eval.texts.windows import token_loss
-from runkit.fp16 import HalfMatmul
-from runkit.number_format import FP16
+from periln.eval.structure.anatomy import Anatomy, Point, first_tensor, input_tensor
+from periln.eval.texts.windows import token_loss
+from periln.runkit.fp16 import HalfMatmul
+from periln.runkit.number_format import FP16
 
 
 @dataclass(frozen=True)

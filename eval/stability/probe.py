@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from eval.structure.anatomy import Anatomy, Point, first_tensor, input_tensor
-from eval.texts.windows import token_loss
-from runkit.number_format import FP16
-
-from .moments import Moments
-from .redundancy import Angles
+from periln.eval.stability.moments import Moments
+from periln.eval.stability.redundancy import Angles
+from periln.eval.structure.anatomy import Anatomy, Point, first_tensor, input_tensor
+from periln.eval.texts.windows import token_loss
+from periln.runkit.number_format import FP16
 
 
 class Probe:

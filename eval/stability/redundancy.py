@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from eval.structure.anatomy import Anatomy, first_tensor, input_tensor
+from periln.eval.structure.anatomy import Anatomy, first_tensor, input_tensor
 
 _CHUNK = 256  # tokens whose cosines are held at once
 

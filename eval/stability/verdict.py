@@ -5,8 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from eval.records.words import number
-from runkit.number_format import FP16
+from periln.eval.records.words import number
+from periln.runkit.number_format import FP16
 
 CLOSE = 3.0  # bits of headroom below which the next doublings are near
 POOR = 0.7  # R² below which a fit is not called a description

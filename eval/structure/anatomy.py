@@ -21,12 +21,11 @@ import torch
 from torch import nn
 
 from modeling_periln.placements import PLACEMENTS
-from runkit.errors import UserError
-
-from .norms import NormFacts, is_norm, norm_facts
-from .points import Call, Point, Trace, first_tensor, input_tensor
-from .points import watched as watch_modules
-from .sublayers import LayerReader, Norm, Projection, Sublayer, ratio, same
+from periln.eval.structure.norms import NormFacts, is_norm, norm_facts
+from periln.eval.structure.points import Call, Point, Trace, first_tensor, input_tensor
+from periln.eval.structure.points import watched as watch_modules
+from periln.eval.structure.sublayers import LayerReader, Norm, Projection, Sublayer, ratio, same
+from periln.runkit.errors import UserError
 
 
 @dataclass(frozen=True)

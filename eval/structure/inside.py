@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .points import first_tensor, input_tensor
-from .sublayers import Sublayer
+from periln.eval.structure.points import first_tensor, input_tensor
+from periln.eval.structure.sublayers import Sublayer
 
 # |act(x)| <= |x| for every x, so |act(g) u| <= |g u|.
 _BELOW_IDENTITY = ("silu", "swish", "gelu", "relu", "pytorchgelutanh", "newgelu", "fastgelu", "quickgelu", "gelutanh")

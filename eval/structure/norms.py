@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from runkit.errors import UserError
+from periln.runkit.errors import UserError
 
 _EPS_NAMES = ("eps", "variance_epsilon", "norm_eps", "epsilon", "layer_norm_epsilon")
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from runkit.errors import UserError
-
-from .norms import NormFacts, is_norm, norm_facts
-from .points import Call, Point
+from periln.eval.structure.norms import NormFacts, is_norm, norm_facts
+from periln.eval.structure.points import Call, Point
+from periln.runkit.errors import UserError
 
 ROUNDING = 8.0  # a sum may be off by this many units in the last place of the sum of its parts' sizes
 

@@ -2,10 +2,8 @@
 
 import sys
 
-from runkit.errors import run_command
-
-from .command import main, parse
+from periln.eval.arguments.tables import check, parse
+from periln.start import start
 
 if __name__ == "__main__":
-    arguments = parse()
-    sys.exit(run_command(main, arguments))
+    sys.exit(start("eval.tables", parse, check))

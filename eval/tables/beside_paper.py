@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from eval.text_table import Table, signed
-from runkit.sizes import PAPER_SIZES, paper_size, size_value
-from runkit.tasks import SUITES
-
-from .paper_tables import AVERAGE, GROUP, TUNED_AVERAGE, means_csv, same_group, summarize
-from .score_csv import read_scores
-from .scores import Scores
+from periln.eval.tables.paper_tables import AVERAGE, GROUP, TUNED_AVERAGE, means_csv, same_group, summarize
+from periln.eval.tables.score_csv import read_scores
+from periln.eval.tables.scores import Scores
+from periln.eval.text_table import Table, signed
+from periln.runkit.sizes import PAPER_SIZES, paper_size, size_value
+from periln.runkit.tasks import SUITES
 
 FOLDER = Path(__file__).parents[1] / "paper"
 NAMES = {AVERAGE: "avg", TUNED_AVERAGE: "sft_avg", "c4_loss": "c4_loss"}

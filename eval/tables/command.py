@@ -17,22 +17,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from eval.records.frames import load_all
-from eval.text_table import Table, to_csv, to_latex, to_markdown, to_terminal
-from runkit.errors import UsageError, UserError, make_parser
-from runkit.folder import write_text
-from runkit.tasks import METRICS, SUITES
-
-from .beside_paper import compare
-from .footnotes import limit_words, notes
-from .paired import paired_table
-from .paper_tables import means_table, seed_tables, seeds_csv
-from .report_tables import recipe_notes, suites
-from .score_csv import read_scores
-from .scores import Scores, from_runs
-
-TABLES = ("means", "seeds", "paired", "paper")
-FORMATS = ("terminal", "markdown", "csv", "latex")
+from periln.eval.arguments.tables import check
+from periln.eval.records.frames import load_all
+from periln.eval.tables.beside_paper import compare
+from periln.eval.tables.footnotes import limit_words, notes
+from periln.eval.tables.paired import paired_table
+from periln.eval.tables.paper_tables import means_table, seed_tables, seeds_csv
+from periln.eval.tables.report_tables import recipe_notes, suites
+from periln.eval.tables.score_csv import read_scores
+from periln.eval.tables.scores import Scores, from_runs
+from periln.eval.text_table import Table, to_csv, to_latex, to_markdown, to_terminal
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import write_text
 
 
 def _from_arguments(args: argparse.Namespace) -> list[tuple[Scores, list[str]]]:
@@ -88,14 +84,7 @@ def _write(text: str, out: Path, overwrite: bool) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if bool(args.runs) == bool(args.scores):
-        raise UsageError("give run folders or --scores FILE, " + ("not both" if args.runs else "one of the two"))
-    if not 0 < args.confidence < 1:
-        raise UsageError(f"--confidence must lie between 0 and 1, not {args.confidence:g}")
-    if args.scores and (args.metric != "acc" or args.suite):
-        raise UsageError(f"--{'suite' if args.suite else 'metric'} needs run folders: a scores file has one of each")
-    if args.format == "csv" and len(args.table or []) > 1:
-        raise UsageError(f"a CSV file holds one table, not {len(args.table)}: name one with --table")
+    check(args)
     tables = [table for scores, more in _from_arguments(args) for table in drawn(scores, more, args)]
     if args.format == "csv":
         text = to_csv(tables[0])
@@ -110,20 +99,3 @@ def main(args: argparse.Namespace) -> None:
     else:
         _write(text, args.out, args.overwrite)
         print(args.out)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("python -m eval.tables", "The paper's Table 2 and Tables 6 to 11 from your own runs.")
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders, or folders of runs")
-    parser.add_argument("--scores", type=Path, metavar="FILE", help="a CSV with a row a seed, in place of runs")
-    parser.add_argument("--format", choices=FORMATS, default="terminal", help="CSV holds one table, see --table")
-    parser.add_argument(
-        "--table", choices=TABLES, action="append", help="only this one (repeatable); for CSV means when left out"
-    )
-    parser.add_argument("--compare-paper", action="store_true", help="set the paper's Table 2 beside ours")
-    parser.add_argument("--metric", choices=METRICS, default="acc", help="where a task has it; acc elsewhere")
-    parser.add_argument("--suite", choices=tuple(SUITES), help="only this suite; all that were evaluated when left out")
-    parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals of paired differences")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write there and not to the terminal")
-    parser.add_argument("--overwrite", action="store_true", help="replace what stands at --out")
-    return parser.parse_args(argv)

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from runkit.scores import RULE
-from runkit.tasks import COUNT
-
-from .scores import PROVENANCE, Scores, seeds_text
+from periln.eval.tables.scores import PROVENANCE, Scores, seeds_text
+from periln.runkit.scores import RULE
+from periln.runkit.tasks import COUNT
 
 METHOD = (
     "Tasks: accuracy ({metric}) in percent, mean ± sample standard deviation (n-1) over the seeds that completed; n=1: "

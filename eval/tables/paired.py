@@ -5,11 +5,10 @@ from itertools import combinations
 
 import pandas as pd
 
-from eval.text_table import Table, signed
-from runkit.placements import placement_order
-
-from .paper_tables import AVERAGE, HEADS, TUNED_AVERAGE, blocks, heading
-from .scores import LOSSES, Scores, block_columns, seeds_text
+from periln.eval.tables.paper_tables import AVERAGE, HEADS, TUNED_AVERAGE, blocks, heading
+from periln.eval.tables.scores import LOSSES, Scores, block_columns, seeds_text
+from periln.eval.text_table import Table, signed
+from periln.runkit.placements import placement_order
 
 
 def t_interval(values: pd.Series, confidence: float = 0.95) -> tuple[float, float]:

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from eval.text_table import Table
-
-from .scores import LOSSES, Scores, block_columns
+from periln.eval.tables.scores import LOSSES, Scores, block_columns
+from periln.eval.text_table import Table
 
 DIVERGED, NOT_TUNED = "Diverged", "N/A"
 AVERAGE, TUNED_AVERAGE = "Avg.", "SFT Avg."

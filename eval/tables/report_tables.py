@@ -3,14 +3,13 @@
 import numpy as np
 import pandas as pd
 
-from eval.records.derived import differing
-from eval.records.frames import Frames
-from eval.text_table import Table
-from runkit.tasks import CHANCE, SUITES
-
-from .footnotes import limit_words, notes
-from .paper_tables import means_table, summarize
-from .scores import from_runs
+from periln.eval.records.derived import differing
+from periln.eval.records.frames import Frames
+from periln.eval.tables.footnotes import limit_words, notes
+from periln.eval.tables.paper_tables import means_table, summarize
+from periln.eval.tables.scores import from_runs
+from periln.eval.text_table import Table
+from periln.runkit.tasks import CHANCE, SUITES
 
 MISSING = "n/a"
 

@@ -6,13 +6,12 @@ from dataclasses import astuple
 
 import pandas as pd
 
-from eval.records.derived import final_loss, largest, spikes
-from eval.records.frames import Frames
-from eval.text_table import Table
-from runkit.number_format import FP16
-from runkit.spikes import LEAST, Spikes, rules_of
-
-from .report_tables import MISSING
+from periln.eval.records.derived import final_loss, largest, spikes
+from periln.eval.records.frames import Frames
+from periln.eval.tables.report_tables import MISSING
+from periln.eval.text_table import Table
+from periln.runkit.number_format import FP16
+from periln.runkit.spikes import LEAST, Spikes, rules_of
 
 SPIKES_NOTE = (
     "Final loss: mean of the finite training losses in the last tenth of the recorded steps. Gradient spike: a step "

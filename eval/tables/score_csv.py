@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from runkit.errors import UserError, did_you_mean
-from runkit.folder import STATUSES
-from runkit.tasks import COUNT, SUITES
-
-from .scores import KEYS, LOSSES, PROVENANCE, Scores, in_order
+from periln.eval.tables.scores import KEYS, LOSSES, PROVENANCE, Scores, in_order
+from periln.runkit.errors import UserError, did_you_mean
+from periln.runkit.folder import STATUSES
+from periln.runkit.tasks import COUNT, SUITES
 
 REQUIRED = ("stage", "placement", "size", "seed", "status")
 STAGES = ("pretrain", "sft")

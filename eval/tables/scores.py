@@ -9,10 +9,10 @@ from itertools import pairwise
 
 import pandas as pd
 
-from eval.records.frames import Frames
-from runkit.placements import placement_order
-from runkit.sizes import size_name, size_value
-from runkit.tasks import SUITES
+from periln.eval.records.frames import Frames
+from periln.runkit.placements import placement_order
+from periln.runkit.sizes import size_name, size_value
+from periln.runkit.tasks import SUITES
 
 LOSSES = {
     "c4_loss": ("c4", "loss"),

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from runkit.errors import UsageError, UserError, did_you_mean
-from runkit.folder import write_text
-from runkit.hub import hub_reason, quiet_hub
-from runkit.texts import described_problem
+from periln.runkit.errors import UsageError, UserError, did_you_mean
+from periln.runkit.folder import write_text
+from periln.runkit.hub import hub_reason, quiet_hub
+from periln.runkit.texts import described_problem
 
 METHOD = "the smallest of uniform draws, one a document that is not blank, in the split's order (PCG64 of the seed)"
 

@@ -11,13 +11,12 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from runkit.encoding import added_around, text_ids
-from runkit.errors import UsageError, UserError, did_you_mean
-from runkit.texts import usable
+from periln.eval.arguments.shared import TOKENS, check_data
+from periln.runkit.encoding import added_around, text_ids
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.texts import usable
 
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
-NAMES = ("wikitext", "random")
-TOKENS = 256  # a sample, where nothing else is asked for
 _ENOUGH = 16  # characters of text read for every token asked for
 
 
@@ -96,9 +95,8 @@ def read_data(data: str) -> Iterator[str]:
         if not files:
             raise UsageError(f"--data {data} holds no .txt, .jsonl or .parquet file")
         return (text for file in files for text in _file_texts(file))
-    if path.exists():
-        return _file_texts(path)
-    raise UsageError(f"--data {data!r} is no file, and none of {', '.join(NAMES)}, hf:NAME{did_you_mean(data, NAMES)}")
+    check_data(data)
+    return _file_texts(path)
 
 
 def random_samples(vocabulary: int, samples: int, tokens: int, seed: int) -> Samples:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from runkit.encoding import added_around, before_text, text_ids
-from runkit.errors import UsageError
-from runkit.texts import usable
+from periln.runkit.encoding import added_around, before_text, text_ids
+from periln.runkit.errors import UsageError
+from periln.runkit.texts import usable
 
 NO_DOCUMENT = -1  # the owner of a target that is not scored
 

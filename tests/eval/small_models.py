@@ -11,9 +11,9 @@ from local_hub import LocalHub
 from transformers import PreTrainedTokenizerBase
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
-from runkit.checkpoints import write_checkpoint
-from runkit.folder import RunFolder
-from scripts.prepare_data import train_tokenizer
+from periln.runkit.checkpoints import write_checkpoint
+from periln.runkit.folder import RunFolder
+from periln.scripts.prepare_data import train_tokenizer
 
 TEXTS = ["a first text about water and eggs", "short", "a third one, " * 30]
 

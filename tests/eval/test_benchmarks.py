@@ -12,14 +12,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from small_models import make_model, make_run, make_tokenizer, serving, write_weights
 
-from eval import benchmarks
-from eval.scoring import harness
-from eval.scoring.harness import Benchmarks, Settings
-from eval.scoring.likelihood import ContinuationLM
-from eval.scoring.own_tasks import OwnTasks
-from eval.targets import find_target
-from runkit.errors import UsageError, UserError, run_command
-from runkit.tasks import SUITES
+from periln.eval import benchmarks
+from periln.eval.scoring import harness
+from periln.eval.scoring.harness import Benchmarks, Settings
+from periln.eval.scoring.likelihood import ContinuationLM
+from periln.eval.scoring.own_tasks import OwnTasks
+from periln.eval.targets import find_target
+from periln.runkit.errors import UsageError, UserError, run_command
+from periln.runkit.tasks import SUITES
 
 FIVE = SUITES["hub"]
 PLACEMENTS = ("post", "pre", "peri")
@@ -61,7 +61,7 @@ def one_list_of_tasks():
     import lm_eval.evaluator
     import lm_eval.tasks
 
-    from eval.scoring.harness import MINI_FOLDER
+    from periln.eval.scoring.harness import MINI_FOLDER
 
     made, real = [], lm_eval.tasks.TaskManager
 
@@ -141,7 +141,7 @@ def test_log_likelihoods_are_bit_for_bit_those_of_the_harness(size, logits_cache
 def test_an_automatic_batch_is_no_larger_than_the_memory_holds(monkeypatch):
     import psutil
 
-    from eval.scoring.likelihood import fitting_batch_size
+    from periln.eval.scoring.likelihood import fitting_batch_size
 
     for free, expected in ((1000e9, 64), (4e9, 9), (1e6, 1)):  # 4e9 / 4 over 2 x 4 bytes x 128 x 100,000 is 9.8
         memory = type("Memory", (), {"available": free})

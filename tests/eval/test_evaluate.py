@@ -7,18 +7,18 @@ import shutil
 import pytest
 import torch
 
-from eval import evaluate
-from eval.scoring.generation import generate_samples
-from eval.scoring.harness import Benchmarks
-from eval.targets import find_target
-from eval.texts.documents import choose
-from eval.texts.samples import read_data
-from eval.texts.windows import heldout_loss, read_texts
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
-from runkit.checkpoints import write_checkpoint
-from runkit.errors import UsageError, UserError, run_command
-from runkit.folder import RunFolder, weights_hash
-from scripts.prepare_data import train_tokenizer
+from periln.eval import evaluate
+from periln.eval.scoring.generation import generate_samples
+from periln.eval.scoring.harness import Benchmarks
+from periln.eval.targets import find_target
+from periln.eval.texts.documents import choose
+from periln.eval.texts.samples import read_data
+from periln.eval.texts.windows import heldout_loss, read_texts
+from periln.runkit.checkpoints import write_checkpoint
+from periln.runkit.errors import UsageError, UserError, run_command
+from periln.runkit.folder import RunFolder, weights_hash
+from periln.scripts.prepare_data import train_tokenizer
 
 TEXTS = ["a first text about water and eggs", "short", "a third one, " * 30]
 

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from small_models import make_run
 
-from eval import bench
-from eval.scoring.likelihood import ContinuationLM
-from runkit.errors import run_command
+from periln.eval import bench
+from periln.eval.scoring.likelihood import ContinuationLM
+from periln.runkit.errors import run_command
 
 
 @pytest.fixture

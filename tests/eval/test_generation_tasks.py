@@ -6,8 +6,8 @@ import pytest
 import torch
 from small_models import make_run
 
-from eval.scoring.harness import Benchmarks, Settings
-from eval.targets import find_target
+from periln.eval.scoring.harness import Benchmarks, Settings
+from periln.eval.targets import find_target
 
 ITEMS = [
     {"a": f"{i} and {i}" + " and more" * (i % 3), "good": "eggs " * (i % 4 + 1) + str(i), "bad": f"water {i}"}

@@ -8,12 +8,12 @@ import pytest
 import torch
 from small_models import make_run
 
-from eval import benchmarks, watch
-from eval.scoring.harness import Benchmarks
-from eval.scoring.own_tasks import OwnTasks
-from eval.targets import find_target
-from runkit.errors import UsageError, run_command
-from runkit.folder import RunFolder
+from periln.eval import benchmarks, watch
+from periln.eval.scoring.harness import Benchmarks
+from periln.eval.scoring.own_tasks import OwnTasks
+from periln.eval.targets import find_target
+from periln.runkit.errors import UsageError, run_command
+from periln.runkit.folder import RunFolder
 
 ITEMS = [
     {"a": f"{i} and {i}" + " and more" * (i % 3), "good": "eggs " * (i % 4 + 1) + str(i), "bad": f"water {i}"}

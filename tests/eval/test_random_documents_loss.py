@@ -9,12 +9,13 @@ import pytest
 import torch
 from small_models import make_model, make_run, make_tokenizer, serving, write_weights
 
-from eval import loss
-from eval.tables import command as tables
-from eval.texts import documents
-from eval.texts.documents import KNOWN, Source, choose
-from eval.texts.windows import NO_DOCUMENT, make_windows
-from runkit.errors import run_command
+from periln.eval import loss
+from periln.eval.arguments.tables import parse as tables_parse
+from periln.eval.tables import command as tables
+from periln.eval.texts import documents
+from periln.eval.texts.documents import KNOWN, Source, choose
+from periln.eval.texts.windows import NO_DOCUMENT, make_windows
+from periln.runkit.errors import run_command
 
 DOCUMENTS = [f"document {i} about {'water and eggs ' * (i % 9 + 1)}" for i in range(60)]
 CARD = """---
@@ -123,7 +124,7 @@ def test_c4_loss_is_the_mean_over_chosen_documents_streamed_from_the_hub(hub, tm
     assert call(run.path, "--documents", 20, "--seed", 5, "--context", 64) == 0  # is there: only shown
     assert f"{by_name['loss']['value']:.4f} ± " in capsys.readouterr().out
     # ... and Table 2 takes it.
-    assert run_command(tables.main, tables.parse([str(run.path), "--format", "csv"])) == 0
+    assert run_command(tables.main, tables_parse([str(run.path), "--format", "csv"])) == 0
     head, row = (line.split(",") for line in capsys.readouterr().out.splitlines()[-2:])
     cells = dict(zip(head, row, strict=True))
     assert float(cells["c4_loss"]) == pytest.approx(by_name["loss"]["value"], abs=0.01)

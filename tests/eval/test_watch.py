@@ -11,13 +11,13 @@ import pandas as pd
 import pytest
 from small_models import make_model, make_run, make_tokenizer
 
-from eval import watch
-from eval.scoring.harness import Settings
-from runkit.checkpoints import remove_checkpoint, write_checkpoint
-from runkit.errors import UserError, run_command
-from runkit.folder import RunFolder
-from runkit.recipes import dump_yaml
-from scripts.prepare_data import prepare
+from periln.eval import watch
+from periln.eval.scoring.harness import Settings
+from periln.runkit.checkpoints import remove_checkpoint, write_checkpoint
+from periln.runkit.errors import UserError, run_command
+from periln.runkit.folder import RunFolder
+from periln.runkit.recipes import dump_yaml
+from periln.scripts.prepare_data import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("--tasks", "mini_piqa", "--limit", 4, "--device", "cpu", "--threads", 1)

@@ -7,8 +7,8 @@ import huggingface_hub
 import pytest
 from local_hub import LocalHub
 
-from runkit.errors import run_command
-from scripts import push
+from periln.runkit.errors import run_command
+from periln.scripts import push
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import second_environment
 import torch
 from safetensors.torch import load_file
 
-from runkit.errors import run_command
-from scripts import push
+from periln.runkit.errors import run_command
+from periln.scripts import push
 
 pytestmark = pytest.mark.slow
 ROOT, TESTS = Path(__file__).resolve().parents[2], Path(__file__).resolve().parent

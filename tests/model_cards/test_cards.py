@@ -11,11 +11,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from model_cards import CardOptions, Subject, find_subject, render_card
-from model_cards import render as render_command
-from model_cards.placement import diagram, plan_of
-from runkit.errors import UserError, run_command
-from runkit.folder import RunFolder
+from periln.model_cards import render as render_command
+from periln.model_cards.cards import CardOptions, render_card
+from periln.model_cards.placement import diagram, plan_of
+from periln.model_cards.subject import Subject, find_subject
+from periln.runkit.errors import UserError, run_command
+from periln.runkit.folder import RunFolder
 
 FIVE = {"ARC-Easy": 0.30, "HellaSwag": 0.35, "PIQA": 0.40, "SIQA": 0.45, "Winogrande": 0.50}
 

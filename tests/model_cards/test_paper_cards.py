@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from huggingface_hub import ModelCard
 
-from model_cards.paper import PLACEMENTS, SIZES, TABLES, recipe_of, render_paper_card
+from periln.model_cards.paper import PLACEMENTS, SIZES, TABLES, recipe_of, render_paper_card
 
 FOLDER = Path(__file__).resolve().parents[2] / "model_cards" / "paper"
 NINE = [(size, placement) for size in SIZES for placement in PLACEMENTS]

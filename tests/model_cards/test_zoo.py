@@ -8,9 +8,9 @@ from pathlib import Path
 import hub_run
 import pytest
 
-from model_cards import zoo
 from modeling_periln.convert import convert
-from runkit.errors import run_command
+from periln.model_cards import zoo
+from periln.runkit.errors import run_command
 
 
 class Cells(HTMLParser):
@@ -77,7 +77,7 @@ def test_a_row_says_placement_size_tokens_loss_scores_and_headroom(rows):
         "completed",
     )
     assert row["loss"] == "2.2500 (held-out)"
-    assert row["scores"].startswith("40.00 % (mean of five: arc_easy 30.0,")
+    assert row["scores"].startswith("40.00 % (mean of five, 0-shot: arc_easy 30.0,")
     assert row["FP16 headroom"].startswith("13.0 bits")  # the stability bench's
     other = rows["models/runs/pre_seed1"]
     assert other["loss"].endswith("(training)") and other["scores"] == "not measured"

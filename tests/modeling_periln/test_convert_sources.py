@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from modeling_periln import PeriLlamaForCausalLM, convert
 from modeling_periln.convert import main, to_native
-from runkit.checkpoints import write_checkpoint
-from runkit.folder import RunFolder
+from periln.runkit.checkpoints import write_checkpoint
+from periln.runkit.folder import RunFolder
 
 IDS = random_ids(3, 9)
 ALLOWED = 1e-5  # of the largest logit

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from modeling_periln.loss import IGNORE_INDEX, chunked_losses, shift_labels
-from runkit.fp16 import HalfMatmul
+from periln.runkit.fp16 import HalfMatmul
 
 
 def problem(batch=2, length=11, hidden=8, vocab=31, ignored=0.3, seed=0):

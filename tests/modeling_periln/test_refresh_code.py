@@ -12,7 +12,7 @@ import modeling_periln
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from modeling_periln.convert import main, to_native
 from modeling_periln.refresh import refresh_code
-from runkit.checkpoints import _manifest, damage_of
+from periln.runkit.checkpoints import _manifest, damage_of
 
 PACKAGE = Path(modeling_periln.__file__).parent
 OLD = "# Code of an older version\nraise RuntimeError('old code was run')\n"

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from runkit.compiled import compile_options
-from runkit.fp16 import HalfMatmul
+from periln.runkit.compiled import compile_options
+from periln.runkit.fp16 import HalfMatmul
 
 pytestmark = pytest.mark.slow
 

@@ -6,9 +6,9 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from runkit import encoding
-from runkit.encoding import TextEncoder, added_around, before_text, begin_documents_with
-from scripts.tokenization import SPLIT_PATTERN, TIKTOKEN
+from periln.runkit import encoding
+from periln.runkit.encoding import TextEncoder, added_around, before_text, begin_documents_with
+from periln.scripts.tokenization import SPLIT_PATTERN, TIKTOKEN
 
 WORDS = ["the", "cat's", "hat,", "they'll", "1234567", "naïve", "café", "東京", "🙂🙂", "---", "==", "e\u0301", "x1y2"]
 SPECIAL = ["<s>", "</s>", "<pad>"]

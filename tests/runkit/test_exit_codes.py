@@ -3,14 +3,17 @@
 import errno
 import importlib
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from modeling_periln import convert
-from runkit.errors import StoppedBySignal, UsageError, UserError, run_command
-from runkit.folder import called
+from periln.command_line import arguments_of
+from periln.runkit.errors import StoppedBySignal, UsageError, UserError, run_command
+from periln.runkit.folder import called
+from periln.start import module_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING, OUT = "<missing>", "<out>"
@@ -25,11 +28,11 @@ COMMANDS = {
     "eval.bench": [MISSING],
     "eval.watch": [MISSING, "--wait", "0", "--tasks", "mini"],
     "eval.tables": [MISSING],
-    "eval.figures.__main__": ["all", MISSING, "--out", OUT],
-    "eval.fp16.__main__": [MISSING, OUT],
+    "eval.figures": ["all", MISSING, "--out", OUT],
+    "eval.fp16": [MISSING, OUT],
     "eval.bounds": [MISSING, "--out", OUT],
     "eval.evaluate": [MISSING],
-    "eval.stability.__main__": [MISSING],
+    "eval.stability": [MISSING],
     "eval.loss": [MISSING],
     "eval.benchmarks": [MISSING, "--tasks", "mini", "--out", OUT],
     "model_cards.render": [MISSING],
@@ -43,18 +46,15 @@ WITHOUT_INPUT = {"scripts.bench", "model_cards.paper"}  # they read no path
 
 
 def started(module: str, *words: object) -> int:
-    command = importlib.import_module(module)
-    return run_command(command.main, command.parse([str(word) for word in words]))
+    arguments = importlib.import_module(arguments_of(module))
+    args = arguments.parse([str(word) for word in words])
+    return run_command(arguments.check, args) or run_command(importlib.import_module(module_of(module)).main, args)
 
 
 def test_every_command_is_in_the_table():
-    files = [
-        file.relative_to(ROOT).with_suffix("")
-        for folder in ("scripts", "eval", "sft", "model_cards")
-        for file in (ROOT / folder).rglob("*.py")
-        if "run_command(main," in file.read_text()
-    ]
-    assert {".".join(file.parts) for file in files} == set(COMMANDS) | WITHOUT_INPUT
+    files = [file for folder in ("scripts", "eval", "sft", "model_cards") for file in (ROOT / folder).rglob("*.py")]
+    commands = {name for file in files for name in re.findall(r"\bstart\(\"([\w.]+)\",", file.read_text())}
+    assert commands == set(COMMANDS) | WITHOUT_INPUT
 
 
 @pytest.mark.parametrize("module", COMMANDS)

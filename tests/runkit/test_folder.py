@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from runkit.checkpoints import damage_of
-from runkit.errors import UserError
-from runkit.folder import RunFolder, read_json, write_folder, write_json, write_text
+from periln.runkit.checkpoints import damage_of
+from periln.runkit.errors import UserError
+from periln.runkit.folder import RunFolder, read_json, write_folder, write_json, write_text
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -130,7 +130,7 @@ def test_an_unknown_status_is_our_own_mistake(tmp_path):
 
 HOLD = """
 import sys, time
-from runkit.folder import RunFolder
+from periln.runkit.folder import RunFolder
 with RunFolder(sys.argv[1]).locked():
     print("held", flush=True)
     time.sleep(60)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from runkit.fp16 import HalfMatmul, make_fp16_real
+from periln.runkit.fp16 import HalfMatmul, make_fp16_real
 
 
 def half(*shape: int, scale: float = 1.0) -> torch.Tensor:

@@ -7,14 +7,14 @@ import safetensors.torch as safetensors
 import torch
 from small_models import make_model, make_run, make_tokenizer
 
-from eval.targets import find_measured, find_target
-from model_cards import find_subject
-from runkit.checkpoints import write_checkpoint
-from runkit.errors import UserError
-from runkit.folder import RunFolder, write_json, write_text
-from runkit.models import find_model, load_causal_lm
-from sft.serve import check
-from sft.train import _source_of
+from periln.eval.targets import find_measured, find_target
+from periln.model_cards.subject import find_subject
+from periln.runkit.checkpoints import write_checkpoint
+from periln.runkit.errors import UserError
+from periln.runkit.folder import RunFolder, write_json, write_text
+from periln.runkit.models import find_model, load_causal_lm
+from periln.sft.serve import resolve
+from periln.sft.train import _source_of
 
 
 @pytest.fixture
@@ -86,13 +86,13 @@ def test_a_fine_tuning_is_the_checkpoint_that_best_json_names(run):
 
 
 def test_serving_takes_a_run_folder(run, monkeypatch):
-    monkeypatch.setattr("sft.serve.is_serve_available", lambda: True)
+    monkeypatch.setattr("periln.sft.serve.is_serve_available", lambda: True)
     folder = run.checkpoint_path(9)
     (folder / "chat_template.jinja").write_text("x")
     manifest = json.loads((folder / "manifest.json").read_text())
     assert "chat_template.jinja" not in manifest
     words = [str(run.path), "--port", "8000"]
-    check(words)
+    resolve(words)
     assert words == [str(folder.resolve()), "--port", "8000"]
 
 

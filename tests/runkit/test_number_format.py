@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from eval.stability.moments import Moments
-from runkit.number_format import BF16, FORMATS, FP8_E4M3, FP16
+from periln.eval.stability.moments import Moments
+from periln.runkit.number_format import BF16, FORMATS, FP8_E4M3, FP16
 
 
 @pytest.mark.parametrize("row", FORMATS.values(), ids=str)

@@ -8,8 +8,8 @@ import pytest
 
 from modeling_periln import PLACEMENT_NAMES, PeriLlamaConfig
 from modeling_periln.placements import PLACEMENTS as ROWS
-from runkit import placements
-from runkit.sizes import paper_size, size_name
+from periln.runkit import placements
+from periln.runkit.sizes import paper_size, size_name
 
 
 def test_every_placement_of_the_table_has_a_look_of_its_own_in_its_order():
@@ -33,7 +33,7 @@ def test_a_placement_of_ones_own_and_a_mixture():
 
 
 def test_the_table_is_read_without_torch():
-    code = "import runkit.placements, sys; assert 'torch' not in sys.modules"
+    code = "import periln.runkit.placements, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from tqdm import tqdm
 
-from runkit.progress import progress_bar
+from periln.runkit.progress import progress_bar
 
 
 class Terminal(io.StringIO):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from runkit import public as module
-from runkit.public import found_in, local_roots, path_in, public, secrets
+from periln.runkit import public as module
+from periln.runkit.public import found_in, local_roots, path_in, public, secrets
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,16 @@ from typing import Literal
 
 import pytest
 
-from runkit.errors import UsageError, UserError
-from runkit.recipes import apply_overrides, differing_fields, dump_yaml, from_mapping, merge, read_yaml, to_mapping
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.recipes import (
+    apply_overrides,
+    differing_fields,
+    dump_yaml,
+    from_mapping,
+    merge,
+    read_yaml,
+    to_mapping,
+)
 
 
 @dataclass

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, field
 
 import pytest
 
-from runkit.errors import UserError
-from runkit.folder import RunFolder, write_text
-from runkit.recipes import apply_overrides, dump_yaml, from_mapping
-from runkit.resume import BITS, NOTHING, PLACE, resumption, setting
+from periln.runkit.errors import UserError
+from periln.runkit.folder import RunFolder, write_text
+from periln.runkit.recipes import apply_overrides, dump_yaml, from_mapping
+from periln.runkit.resume import BITS, NOTHING, PLACE, resumption, setting
 
 
 @dataclass

@@ -2,16 +2,16 @@
 
 import pytest
 
-from eval.records.frames import load
-from eval.tables.command import main as tables_main
-from eval.tables.command import parse as tables_parse
-from eval.tables.scores import from_runs
-from model_cards.facts import mean_accuracy
-from model_cards.subject import Subject
-from runkit.folder import RunFolder, write_json
-from runkit.scores import precedence, protocol, that_count
-from runkit.tasks import SUITES
-from sft.compare import scores_of
+from periln.eval.arguments.tables import parse as tables_parse
+from periln.eval.records.frames import load
+from periln.eval.tables.command import main as tables_main
+from periln.eval.tables.scores import from_runs
+from periln.model_cards.facts import mean_accuracy
+from periln.model_cards.subject import Subject
+from periln.runkit.folder import RunFolder, write_json
+from periln.runkit.scores import precedence, protocol, that_count
+from periln.runkit.tasks import SUITES
+from periln.sft.compare import scores_of
 
 WEIGHTS = "a"
 

@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 import torch
 
-from eval.records.course import happenings, read
-from eval.records.frames import load
-from eval.tables.run_stability import spikes_note, stability
-from model_cards.facts import outcome
-from model_cards.subject import Subject
-from runkit.folder import RunFolder, write_text
-from runkit.spikes import SpikeCounter, Spikes, count_spikes, spike_steps
+from periln.eval.records.course import happenings, read
+from periln.eval.records.frames import load
+from periln.eval.tables.run_stability import spikes_note, stability
+from periln.model_cards.facts import outcome
+from periln.model_cards.subject import Subject
+from periln.runkit.folder import RunFolder, write_text
+from periln.runkit.spikes import SpikeCounter, Spikes, count_spikes, spike_steps
 
 
 def norms(count: int) -> list[float]:
@@ -55,7 +55,7 @@ def test_spikes_are_counted_over_the_run_and_its_first_tenth():
 
 
 def test_the_report_counts_the_same_spikes():
-    records = pytest.importorskip("eval.records.derived")
+    records = pytest.importorskip("periln.eval.records.derived")
     random = torch.Generator().manual_seed(0)
     values = (0.1 * torch.randn(600, generator=random)).exp().tolist()
     for step in (20, 250, 251, 500):

@@ -7,13 +7,13 @@ from dataclasses import fields
 import pandas as pd
 import pytest
 
-from eval.records import derived
-from eval.records.frames import _METRICS
-from model_cards import facts
-from model_cards.subject import Subject
-from runkit.folder import RunFolder, write_text
-from runkit.steps import STEP_FIELDS, StepRecord, final_loss
-from scripts import sweep_table
+from periln.eval.records import derived
+from periln.eval.records.frames import _METRICS
+from periln.model_cards import facts
+from periln.model_cards.subject import Subject
+from periln.runkit.folder import RunFolder, write_text
+from periln.runkit.steps import STEP_FIELDS, StepRecord, final_loss
+from periln.scripts import sweep_table
 
 LOSSES = [3.0] * 17 + [2.0, None, 1.0]  # the last tenth: None and 1.0
 STEP = {

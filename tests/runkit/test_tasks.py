@@ -5,8 +5,8 @@ from pathlib import Path
 import lm_eval.tasks
 import pytest
 
-from eval.scoring.harness import FOLDERS, MINI_FOLDER
-from runkit.tasks import CHANCE, SUITES, TASKS
+from periln.eval.scoring.harness import FOLDERS, MINI_FOLDER
+from periln.runkit.tasks import CHANCE, SUITES, TASKS
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)

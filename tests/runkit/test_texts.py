@@ -5,7 +5,15 @@ import re
 
 import pytest
 
-from runkit.texts import LONG_RUN, UNDECODABLE, described_problem, long_runs, problem_of, usable, without_long_runs
+from periln.runkit.texts import (
+    LONG_RUN,
+    UNDECODABLE,
+    described_problem,
+    long_runs,
+    problem_of,
+    usable,
+    without_long_runs,
+)
 
 SLOW = [re.compile(kind) for kind in (r"\s+", r"[^\W\d_]+", r"\d+", r"(?:[^\w\s]|_)+")]
 CHARACTERS = {" ": " \t\n\u3000", "a": "aé漢", "1": "1٣", "-": "-_=🙂"}

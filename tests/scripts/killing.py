@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from runkit.errors import run_command
-from scripts import pretrain
+from periln.runkit.errors import run_command
+from periln.scripts import pretrain
 
 
 def start(recipe: str, runs: str) -> int:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from runkit.errors import UsageError
-from scripts import bench
+from periln.runkit.errors import UsageError
+from periln.scripts import bench
 
 TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 CPU = torch.device("cpu")

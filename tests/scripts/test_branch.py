@@ -5,11 +5,11 @@ import shutil
 import pytest
 from tiny import MODEL, timeless, train, write_recipe
 
-from runkit.errors import UsageError, UserError
-from runkit.folder import weights_hash
-from scripts import pretrain
-from scripts.branch import check_branch
-from scripts.pretrain import load_recipe
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import weights_hash
+from periln.scripts import pretrain
+from periln.scripts.branch import check_branch
+from periln.scripts.pretrain import load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 

@@ -11,9 +11,9 @@ import torch
 from tiny import MODEL, ROOT, command, run, timeless, train, write_recipe
 from torch._dynamo.utils import counters
 
-from runkit.folder import RunFolder, weights_hash
-from scripts.pretrain import load_recipe
-from scripts.trainer import Trainer
+from periln.runkit.folder import RunFolder, weights_hash
+from periln.scripts.pretrain import load_recipe
+from periln.scripts.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate", "fresh_compiler")]
 

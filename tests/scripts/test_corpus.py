@@ -10,11 +10,11 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from runkit.errors import UserError
-from scripts import corpus as corpus_module
-from scripts import sources
-from scripts.corpus import INSTALLED, Corpus, HashSet, Limits, Mark, Records
-from scripts.sources import open_source
+from periln.runkit.errors import UserError
+from periln.scripts import corpus as corpus_module
+from periln.scripts import sources
+from periln.scripts.corpus import INSTALLED, Corpus, HashSet, Limits, Mark, Records
+from periln.scripts.sources import open_source
 
 FIFTH = Limits(0.2)
 JSONL = b'{"text": "compressed record"}\n'

@@ -12,9 +12,9 @@ from tiny import MODEL
 from transformers import AutoTokenizer
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
-from runkit.errors import UserError
-from scripts.data import FixedOrder, TokenData
-from scripts.prepare_data import prepare
+from periln.runkit.errors import UserError
+from periln.scripts.data import FixedOrder, TokenData
+from periln.scripts.prepare_data import prepare
 
 SHARD = 997  # tokens: every document lies across a boundary
 

@@ -13,11 +13,11 @@ from hub_store import write_store
 from local_hub import LocalHub
 from tiny import ROOT, command, make_data, run, timeless
 
-from runkit.errors import UsageError, UserError
-from runkit.folder import RunFolder, weights_hash
-from runkit.recipes import dump_yaml, read_yaml
-from scripts import demo
-from scripts.demo_recipe import DemoRecipe
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import RunFolder, weights_hash
+from periln.runkit.recipes import dump_yaml, read_yaml
+from periln.scripts import demo
+from periln.scripts.demo_recipe import DemoRecipe
 
 
 def tiny_recipe(folder, **more):
@@ -59,7 +59,7 @@ def resolve(tmp_path, *flags):
 
 
 def keep(tmp_path, recipe):
-    from runkit.recipes import to_mapping
+    from periln.runkit.recipes import to_mapping
 
     RunFolder(tmp_path / "out").claim(to_mapping(recipe))
     (tmp_path / "out" / "data").mkdir()

@@ -11,7 +11,7 @@ import time
 import pytest
 from tiny import ROOT, make_data, run, write_recipe
 
-from runkit.folder import RunFolder, write_json
+from periln.runkit.folder import RunFolder, write_json
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny import timeless, train, write_recipe
 
-from runkit.folder import RunFolder, weights_hash
-from scripts.pretrain import load_recipe
-from scripts.trainer import Trainer
+from periln.runkit.folder import RunFolder, weights_hash
+from periln.scripts.pretrain import load_recipe
+from periln.scripts.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 

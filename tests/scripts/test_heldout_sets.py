@@ -5,11 +5,11 @@ import json
 import pytest
 from tiny import timeless, train, write_recipe
 
-from runkit.errors import UsageError, UserError
-from runkit.folder import RunFolder, sha256_of
-from scripts.heldout import heldout_loss
-from scripts.pretrain import load_recipe
-from scripts.trainer import Trainer
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import RunFolder, sha256_of
+from periln.scripts.heldout import heldout_loss
+from periln.scripts.pretrain import load_recipe
+from periln.scripts.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 

@@ -9,12 +9,12 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
-from runkit.folder import RunFolder, weights_hash
-from scripts import peak
-from scripts.batches import document_boundaries, document_mask
-from scripts.pretrain import load_recipe
-from scripts.trainer import Trainer
-from scripts.witness import Witness
+from periln.runkit.folder import RunFolder, weights_hash
+from periln.scripts import peak
+from periln.scripts.batches import document_boundaries, document_mask
+from periln.scripts.pretrain import load_recipe
+from periln.scripts.trainer import Trainer
+from periln.scripts.witness import Witness
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, make_data, run, timeless, write_recipe
 
-from runkit.folder import RunFolder, weights_hash
+from periln.runkit.folder import RunFolder, weights_hash
 
 KILLS = 60
 

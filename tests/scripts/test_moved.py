@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from tiny import make_data, timeless, train, write_recipe
 
-from runkit.errors import run_command
-from runkit.folder import RunFolder, weights_hash, write_text
-from runkit.recipes import dump_yaml
-from scripts import pretrain
-from scripts.prepare_data import prepare
+from periln.runkit.errors import run_command
+from periln.runkit.folder import RunFolder, weights_hash, write_text
+from periln.runkit.recipes import dump_yaml
+from periln.scripts import pretrain
+from periln.scripts.prepare_data import prepare
 
 ALL = {"keep_last": 9}
 

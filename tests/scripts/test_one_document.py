@@ -11,16 +11,16 @@ from tiny import train
 from tokenizers import processors
 from transformers import AutoConfig, AutoTokenizer
 
-from eval.scoring.generation import generate_samples
-from eval.scoring.harness import Benchmarks, Settings
-from eval.targets import find_target
-from eval.texts.samples import text_samples
-from eval.texts.windows import NO_DOCUMENT, make_windows
-from scripts.data import TokenData
-from scripts.heldout import heldout_sequences
-from scripts.prepare_data import prepare
-from scripts.tokenization import train_tokenizer
-from sft.tokens import chat_tokenizer
+from periln.eval.scoring.generation import generate_samples
+from periln.eval.scoring.harness import Benchmarks, Settings
+from periln.eval.targets import find_target
+from periln.eval.texts.samples import text_samples
+from periln.eval.texts.windows import NO_DOCUMENT, make_windows
+from periln.scripts.data import TokenData
+from periln.scripts.heldout import heldout_sequences
+from periln.scripts.prepare_data import prepare
+from periln.scripts.tokenization import train_tokenizer
+from periln.sft.tokens import chat_tokenizer
 
 LINES = [f"the {n} of {n * 7 % 89} and <|user|> is text, number {n}. " * 12 for n in range(30)]
 KINDS = {"adds nothing": ("$A", False), "adds <s>": ("<s> $A", True), "adds both ends": ("<s> $A </s>", True)}

@@ -9,13 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from modeling_periln.loss import chunked_losses
-from runkit.errors import UsageError
-from runkit.recipes import dump_yaml, from_mapping
-from scripts import plan
-from scripts.costs import count_parameters, flops_per_token
-from scripts.memory import CHUNK_TOKENS, moments, peak, situation
-from scripts.memory_meter import LiveTensors, measure_step
-from scripts.recipe import Recipe
+from periln.runkit.errors import UsageError
+from periln.runkit.recipes import dump_yaml, from_mapping
+from periln.scripts import plan
+from periln.scripts.costs import count_parameters, flops_per_token
+from periln.scripts.memory import CHUNK_TOKENS, moments, peak, situation
+from periln.scripts.memory_meter import LiveTensors, measure_step
+from periln.scripts.recipe import Recipe
 
 SIZES = {
     "vocab_size": 200,
@@ -164,7 +164,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(again, limit):
 
 
 def run(capsys, recipe: Recipe, folder, *words: str) -> str:
-    from runkit.recipes import to_mapping
+    from periln.runkit.recipes import to_mapping
 
     file = folder / "r.yaml"
     file.write_text(dump_yaml(to_mapping(recipe)))

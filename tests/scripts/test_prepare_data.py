@@ -19,10 +19,10 @@ from local_hub import LocalHub
 from tiny import ROOT, command, run
 from transformers import AutoTokenizer
 
-from runkit.errors import UsageError, UserError
-from scripts import prepare_data
-from scripts.data import TokenData
-from scripts.prepare_data import prepare
+from periln.runkit.errors import UsageError, UserError
+from periln.scripts import prepare_data
+from periln.scripts.data import TokenData
+from periln.scripts.prepare_data import prepare
 
 SMALL = {"vocab_size": 300, "heldout_share": 0.02, "context": 64, "shard_tokens": 20_000}
 

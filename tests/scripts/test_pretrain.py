@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from tiny import CLOCK_KEYS, MODEL, ROOT, command, run, timeless, train, write_recipe
 
 from modeling_periln import PeriLlamaForCausalLM
-from runkit.checkpoints import latest_whole
-from runkit.errors import UsageError, UserError
-from runkit.folder import RunFolder, weights_hash
-from scripts import pretrain
-from scripts.pretrain import load_recipe
-from scripts.trainer import Trainer, resolved_config
+from periln.runkit.checkpoints import latest_whole
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import RunFolder, weights_hash
+from periln.scripts import pretrain
+from periln.scripts.pretrain import load_recipe
+from periln.scripts.trainer import Trainer, resolved_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from runkit.recipes import differing_fields, from_mapping, read_yaml, to_mapping
-from scripts.costs import count_parameters
-from scripts.recipe import Recipe
+from periln.runkit.recipes import differing_fields, from_mapping, read_yaml, to_mapping
+from periln.scripts.costs import count_parameters
+from periln.scripts.recipe import Recipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "recipes"
 NAMES = sorted(p.stem for p in FOLDER.glob("*.yaml") if p.stem != "demo")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from tiny import make_data
 
-from runkit.errors import UserError
-from runkit.folder import read_json, write_json
-from scripts.prepare_data import prepare
-from scripts.same_data import check_same_source
+from periln.runkit.errors import UserError
+from periln.runkit.folder import read_json, write_json
+from periln.scripts.prepare_data import prepare
+from periln.scripts.same_data import check_same_source
 
 HOW = {"vocab_size": 300, "max_bytes": 10**6, "heldout_share": 0.05, "context": 128}
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from runkit.errors import UsageError
-from runkit.recipes import from_mapping
-from scripts.recipe import Optimizer, Recipe
-from scripts.schedules import SCHEDULES, decay_start
-from scripts.steps import learning_rate
+from periln.runkit.errors import UsageError
+from periln.runkit.recipes import from_mapping
+from periln.scripts.recipe import Optimizer, Recipe
+from periln.scripts.schedules import SCHEDULES, decay_start
+from periln.scripts.steps import learning_rate
 
 
 def rates(steps: int = 10, **fields) -> list[float]:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
-from runkit.errors import UsageError
-from runkit.recipes import from_mapping
-from scripts.recipe import Divergence, NormDecay, Optimizer, Recipe
-from scripts.steps import StepBook, learning_rate, make_optimizer
+from periln.runkit.errors import UsageError
+from periln.runkit.recipes import from_mapping
+from periln.scripts.recipe import Divergence, NormDecay, Optimizer, Recipe
+from periln.scripts.steps import StepBook, learning_rate, make_optimizer
 
 
 def test_warm_up_is_linear_and_cosine_ends_at_its_share():

@@ -12,15 +12,15 @@ import pandas as pd
 import pytest
 from tiny import MODEL, make_data
 
-from runkit import placements
-from runkit.errors import StoppedBySignal, UsageError, UserError, run_command
-from runkit.folder import RunFolder
-from runkit.process import StopRequest
-from runkit.recipes import dump_yaml, read_yaml
-from scripts import sweep as command
-from scripts.sweep_cells import Sweep, load_sweep
-from scripts.sweep_run import Way, run_sweep
-from scripts.sweep_table import best_rates, describe_best, frame_of, markdown, summarize, write_tables
+from periln.runkit import placements
+from periln.runkit.errors import StoppedBySignal, UsageError, UserError, run_command
+from periln.runkit.folder import RunFolder
+from periln.runkit.process import StopRequest
+from periln.runkit.recipes import dump_yaml, read_yaml
+from periln.scripts import sweep as command
+from periln.scripts.sweep_cells import Sweep, load_sweep
+from periln.scripts.sweep_run import Way, run_sweep
+from periln.scripts.sweep_table import best_rates, describe_best, frame_of, markdown, summarize, write_tables
 
 SHIPPED = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "sweeps"
 BASE = {
@@ -305,8 +305,8 @@ def test_the_table_is_written_as_csv_markdown_and_png(swept):
 
 
 def test_colours_and_markers_are_those_of_the_report():
-    figures = pytest.importorskip("eval.figures")
-    assert (figures.colour_of, figures.marker_of) == (placements.colour_of, placements.marker_of)
+    selection = pytest.importorskip("periln.eval.figures.selection")
+    assert (selection.colour_of, selection.marker_of) == (placements.colour_of, placements.marker_of)
     assert len(set(placements.COLOURS.values())) == len(set(placements.MARKERS.values())) == len(placements.COLOURS)
 
 

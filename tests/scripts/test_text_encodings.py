@@ -6,8 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from runkit.errors import UserError
-from scripts.sources import UNDECODABLE, open_source
+from periln.runkit.errors import UserError
+from periln.scripts.sources import UNDECODABLE, open_source
 
 TEXTS = ["one\u2028line\u2029and \x85 no more", "zwei Äpfel\r\nund drei", "三つ 🙂"]
 LINES = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in TEXTS]

@@ -11,9 +11,9 @@ import regex
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from runkit.errors import UsageError, UserError
-from scripts.encoders import Encoder
-from scripts.tokenization import (
+from periln.runkit.errors import UsageError, UserError
+from periln.scripts.encoders import Encoder
+from periln.scripts.tokenization import (
     ROLES,
     SPECIAL_TOKENS,
     TIKTOKEN,

@@ -14,14 +14,14 @@ from tiny import run, train, write_recipe
 from torch import nn
 from transformers import AutoTokenizer
 
-from runkit.errors import UsageError
-from runkit.folder import RunFolder
-from scripts import tracking
-from scripts.data import TokenData
-from scripts.heldout import heldout_sequences
-from scripts.overflow import FirstNonFinite
-from scripts.pretrain import load_recipe
-from scripts.trainer import Trainer, peak_flops
+from periln.runkit.errors import UsageError
+from periln.runkit.folder import RunFolder
+from periln.scripts import tracking
+from periln.scripts.data import TokenData
+from periln.scripts.heldout import heldout_sequences
+from periln.scripts.overflow import FirstNonFinite
+from periln.scripts.pretrain import load_recipe
+from periln.scripts.trainer import Trainer, peak_flops
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 

@@ -17,10 +17,10 @@ import pytest
 import yaml
 from tiny import ROOT, make_data, run, write_recipe
 
-from runkit.errors import UsageError
-from runkit.folder import RunFolder, write_json
-from scripts import zero
-from scripts.pretrain import load_recipe
+from periln.runkit.errors import UsageError
+from periln.runkit.folder import RunFolder, write_json
+from periln.scripts import zero
+from periln.scripts.pretrain import load_recipe
 
 pytestmark = pytest.mark.slow
 

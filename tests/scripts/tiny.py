@@ -7,11 +7,11 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
 
-from runkit.errors import run_command
-from runkit.folder import RunFolder
-from runkit.recipes import dump_yaml
-from scripts import pretrain
-from scripts.prepare_data import prepare
+from periln.runkit.errors import run_command
+from periln.runkit.folder import RunFolder
+from periln.runkit.recipes import dump_yaml
+from periln.scripts import pretrain
+from periln.scripts.prepare_data import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK_KEYS = {"tokens_per_second", "step_seconds", "data_wait", "mfu", "peak_memory_bytes"}

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from runkit.errors import run_command
-from sft import before_after, train
+from periln.runkit.errors import run_command
+from periln.sft import before_after, train
 
 
 def start(words: list[str], name: str) -> int:

@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
-from runkit.checkpoints import write_checkpoint
-from runkit.errors import run_command
-from runkit.folder import RunFolder
-from runkit.recipes import dump_yaml
-from scripts.prepare_data import train_tokenizer
-from sft import before_after, train
+from periln.runkit.checkpoints import write_checkpoint
+from periln.runkit.errors import run_command
+from periln.runkit.folder import RunFolder
+from periln.runkit.recipes import dump_yaml
+from periln.scripts.prepare_data import train_tokenizer
+from periln.sft import before_after, train
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK_KEYS = {"tokens_per_second", "step_seconds", "data_wait", "mfu", "peak_memory_bytes"}

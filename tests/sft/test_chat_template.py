@@ -9,16 +9,16 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from eval.texts.samples import _token_ids
-from eval.texts.windows import make_windows
-from runkit.control_tokens import JOINER, ROLES, check_control_tokens, control_tokens, ignores_joiners
-from runkit.encoding import text_ids
-from runkit.errors import UserError
-from scripts.encoders import Encoder
-from scripts.tokenization import TIKTOKEN, convert_tiktoken, train_tokenizer
-from sft.chat_template import CHAT_TEMPLATE, chat_template, template_for
-from sft.conversations import Conversations, check_messages
-from sft.tokens import chat_tokenizer, tokenize
+from periln.eval.texts.samples import _token_ids
+from periln.eval.texts.windows import make_windows
+from periln.runkit.control_tokens import JOINER, ROLES, check_control_tokens, control_tokens, ignores_joiners
+from periln.runkit.encoding import text_ids
+from periln.runkit.errors import UserError
+from periln.scripts.encoders import Encoder
+from periln.scripts.tokenization import TIKTOKEN, convert_tiktoken, train_tokenizer
+from periln.sft.chat_template import CHAT_TEMPLATE, chat_template, template_for
+from periln.sft.conversations import Conversations, check_messages
+from periln.sft.tokens import chat_tokenizer, tokenize
 
 
 def bpe() -> PreTrainedTokenizerFast:

@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from runkit.errors import run_command
-from runkit.folder import RunFolder, weights_hash, write_json
-from sft import compare
+from periln.runkit.errors import run_command
+from periln.runkit.folder import RunFolder, weights_hash, write_json
+from periln.sft import compare
 
 
 def side(weights: str, loss: float | None, word: str) -> dict:

@@ -6,11 +6,11 @@ import re
 import pytest
 from jinja2 import Environment
 
-from runkit.errors import UsageError, UserError, run_command
-from runkit.recipes import from_mapping, read_yaml
-from scripts.prepare_data import train_tokenizer
-from sft import conversations, train
-from sft.conversations import (
+from periln.runkit.errors import UsageError, UserError, run_command
+from periln.runkit.recipes import from_mapping, read_yaml
+from periln.scripts.prepare_data import train_tokenizer
+from periln.sft import conversations, train
+from periln.sft.conversations import (
     CHAT_TEMPLATE,
     END_OF_TURN,
     Conversations,
@@ -18,8 +18,8 @@ from sft.conversations import (
     load_conversations,
     to_messages,
 )
-from sft.recipe import Recipe
-from sft.tokens import IGNORED, marked, tokenize
+from periln.sft.recipe import Recipe
+from periln.sft.tokens import IGNORED, marked, tokenize
 
 LIMA_RECIPE = conversations.MINI_FILE.parents[1] / "recipes" / "lima.yaml"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from small import ROOT, make_run, timeless, write_recipe
 
-from runkit.checkpoints import damage_of
-from runkit.folder import RunFolder, read_json, weights_hash
+from periln.runkit.checkpoints import damage_of
+from periln.runkit.folder import RunFolder, read_json, weights_hash
 
 KILLS = 4
 CASES = {

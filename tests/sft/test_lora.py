@@ -11,10 +11,10 @@ from peft.tuners.lora import LoraModel
 from small import make_model, make_run, tune, write_recipe
 from transformers import AutoModelForCausalLM
 
-from runkit.errors import UserError
-from runkit.folder import RunFolder
-from sft.lora import add_adapters, merge
-from sft.recipe import Lora
+from periln.runkit.errors import UserError
+from periln.runkit.folder import RunFolder
+from periln.sft.lora import add_adapters, merge
+from periln.sft.recipe import Lora
 
 IDS = torch.arange(24).view(2, 12)
 

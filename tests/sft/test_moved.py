@@ -9,12 +9,12 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from small import make_run, timeless, tune, write_recipe
 
-from runkit.errors import UserError
-from runkit.folder import RunFolder, read_json, weights_hash, write_text
-from runkit.recipes import dump_yaml
-from sft import trainer
-from sft.base import base_of
-from sft.lora import merge
+from periln.runkit.errors import UserError
+from periln.runkit.folder import RunFolder, read_json, weights_hash, write_text
+from periln.runkit.recipes import dump_yaml
+from periln.sft import trainer
+from periln.sft.base import base_of
+from periln.sft.lora import merge
 
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
 

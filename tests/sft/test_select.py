@@ -7,10 +7,10 @@ from importlib import metadata
 import pytest
 from small import make_model
 
-from runkit.checkpoints import write_checkpoint
-from runkit.errors import UserError, run_command
-from runkit.folder import RunFolder, weights_hash
-from sft import select
+from periln.runkit.checkpoints import write_checkpoint
+from periln.runkit.errors import UserError, run_command
+from periln.runkit.folder import RunFolder, weights_hash
+from periln.sft import select
 
 # In place of `python -m eval.benchmarks`: scores from a table, every call noted down.
 EVALUATOR = """
@@ -118,7 +118,7 @@ def test_of_merged_adapters_the_best_stays_and_one_that_was_there(tmp_path, run,
         with write_checkpoint(out, *make_model()):
             pass
 
-    monkeypatch.setattr("sft.lora.merge", merge)
+    monkeypatch.setattr("periln.sft.lora.merge", merge)
     for path in run.checkpoints():
         (path / "model.safetensors").rename(path / select.ADAPTER)
         manifest = json.loads((path / "manifest.json").read_text())

@@ -5,9 +5,9 @@ import sys
 import pytest
 from small import make_run
 
-from runkit.errors import run_command
-from sft import serve
-from sft.conversations import CHAT_TEMPLATE
+from periln.runkit.errors import run_command
+from periln.sft import serve
+from periln.sft.conversations import CHAT_TEMPLATE
 
 
 @pytest.fixture

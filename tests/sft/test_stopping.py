@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from modeling_periln import PeriLlamaForCausalLM
-from runkit.checkpoints import write_checkpoint
-from runkit.control_tokens import END_OF_TURN, ROLES
-from runkit.errors import UsageError
-from runkit.folder import RunFolder
-from sft.conversations import CHAT_TEMPLATE
-from sft.lora import resolved
-from sft.recipe import Lora
-from sft.tokens import chat_tokenizer
+from periln.runkit.checkpoints import write_checkpoint
+from periln.runkit.control_tokens import END_OF_TURN, ROLES
+from periln.runkit.errors import UsageError
+from periln.runkit.folder import RunFolder
+from periln.sft.conversations import CHAT_TEMPLATE
+from periln.sft.lora import resolved
+from periln.sft.recipe import Lora
+from periln.sft.tokens import chat_tokenizer
 
 SUBJECTS = [*TOPICS[1:], "lamps"]  # of which only water is a single token of the tokenizer
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -16,11 +16,11 @@ from small import ROOT, make_run, timeless, tune, words, write_conversations, wr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
-from runkit.checkpoints import damage_of
-from runkit.folder import RunFolder, weights_hash
-from sft import train, trainer
-from sft.conversations import CHAT_TEMPLATE, END_OF_TURN
-from sft.tokens import tokenize
+from periln.runkit.checkpoints import damage_of
+from periln.runkit.folder import RunFolder, weights_hash
+from periln.sft import train, trainer
+from periln.sft.conversations import CHAT_TEMPLATE, END_OF_TURN
+from periln.sft.tokens import tokenize
 
 EPOCHS = ["step_00000004", "step_00000008", "step_00000012"]
 
@@ -280,7 +280,7 @@ def test_one_gpu_is_used_of_many():
 
 
 def test_weights_that_are_not_the_models_are_refused(tmp_path):
-    from sft.checkpointing import load_weights
+    from periln.sft.checkpointing import load_weights
 
     run = make_run(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(run.checkpoints()[-1])

@@ -13,9 +13,9 @@ from small import ROOT, make_run, write_conversations
 from transformers import AutoTokenizer
 
 from modeling_periln import PeriLlamaForCausalLM
-from runkit.errors import run_command
-from sft import train
-from sft.conversations import CHAT_TEMPLATE
+from periln.runkit.errors import run_command
+from periln.sft import train
+from periln.sft.conversations import CHAT_TEMPLATE
 
 
 def readme_command(start: str) -> list[str]:

@@ -7,15 +7,15 @@ import torch
 from stability_families import FAMILIES, PLACEMENTS, build, perturb
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from eval.bounds.certificate import certify
-from eval.bounds.reach import Reach, linear_rows, norm_reach
-from eval.fp16.layout import find_layout
-from eval.structure.anatomy import find_anatomy
-from eval.structure.norms import NormFacts
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
-from runkit.errors import UserError
-from runkit.fp16 import HalfMatmul
-from runkit.number_format import FP16
+from periln.eval.bounds.certificate import certify
+from periln.eval.bounds.reach import Reach, linear_rows, norm_reach
+from periln.eval.fp16.layout import find_layout
+from periln.eval.structure.anatomy import find_anatomy
+from periln.eval.structure.norms import NormFacts
+from periln.runkit.errors import UserError
+from periln.runkit.fp16 import HalfMatmul
+from periln.runkit.number_format import FP16
 
 SIZES = {
     "vocab_size": 61,

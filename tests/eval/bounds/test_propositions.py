@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from propositions import PaperNetwork, proposition
 from stability_families import FAMILIES, PLACEMENTS, VOCABULARY, build
 
-from eval.bounds import command as command
-from eval.bounds.token_bounds import SLACK, broken_assumptions, summary, token_bounds
-from eval.structure.anatomy import find_anatomy
-from runkit.errors import run_command
+from periln.eval.arguments.bounds import parse
+from periln.eval.bounds import command as command
+from periln.eval.bounds.token_bounds import SLACK, broken_assumptions, summary, token_bounds
+from periln.eval.structure.anatomy import find_anatomy
+from periln.runkit.errors import run_command
 
 IDS = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(2))
 
@@ -140,11 +141,11 @@ def test_the_command_writes_tables_and_records_and_overwrites_nothing(tmp_path, 
         "--tokens",
         "8",
     ]
-    assert run_command(command.main, command.parse(argv)) == 0
+    assert run_command(command.main, parse(argv)) == 0
     record = json.loads((tmp_path / "out" / "bounds.json").read_text())
     assert len(record["sublayers"]) == 4 and all(row["held"] == 1 for row in record["sublayers"])
     assert any("head" in text for text in record["assumptions_broken"])
     assert json.loads((tmp_path / "out" / "certificate.json").read_text())["rows"]
     assert "paper held" in (tmp_path / "out" / "bounds.md").read_text()
-    assert run_command(command.main, command.parse(argv)) == 2
+    assert run_command(command.main, parse(argv)) == 2
     assert "nothing is overwritten" in capsys.readouterr().err

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stability_families import FAMILIES, PLACEMENTS, VOCABULARY, build
 
-from eval.bounds import command as bounds
-from eval.bounds.certificate import certify
-from eval.bounds.residual_step import Step, angle_between, said, steps_of, summary, token_steps
-from eval.structure.anatomy import find_anatomy
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
+from periln.eval.arguments.bounds import parse
+from periln.eval.bounds import command as bounds
+from periln.eval.bounds.certificate import certify
+from periln.eval.bounds.residual_step import Step, angle_between, said, steps_of, summary, token_steps
+from periln.eval.structure.anatomy import find_anatomy
 
 IDS = torch.randint(0, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(2))
 
@@ -181,7 +182,7 @@ def test_an_unbounded_add_says_so_and_a_norm_on_the_stream_ends_the_growth():
 def test_the_command_sets_measured_beside_bound(tmp_path, capsys):
     build("glm4").save_pretrained(tmp_path / "glm")
     words = [str(tmp_path / "glm"), "--out", str(tmp_path / "out"), "--data", "random", "--samples", "3"]
-    bounds.main(bounds.parse([*words, "--tokens", "12"]))
+    bounds.main(parse([*words, "--tokens", "12"]))
     record = json.loads((tmp_path / "out" / "bounds.json").read_text())
     rows = record["residual_steps"]
     assert [(r["layer"], r["sublayer"]) for r in rows] == [(1, "attn"), (1, "mlp"), (2, "attn"), (2, "mlp")]

@@ -13,15 +13,17 @@ import pandas as pd
 import pytest
 from synthetic_bench import write_any, write_bench
 
-from eval.figures import CATALOGUE, Drawing, __main__, depth, draw, drawings, headroom, pieces, sweeps
-from eval.figures.layer_rows import layer_rows, source_words
-from eval.figures.measured_models import load_measured
-from eval.figures.pieces import NotRecorded
-from eval.figures.selection import best_rates, common_protocol, has_embedding_norm, sizes_of, view_of
-from eval.records.frames import load
-from eval.report.stability_section import bench
-from runkit import placements
-from runkit.errors import run_command
+from periln.eval.figures import __main__, depth, headroom, pieces, sweeps
+from periln.eval.figures.catalogue import CATALOGUE
+from periln.eval.figures.drawing import Drawing, draw, drawings
+from periln.eval.figures.layer_rows import layer_rows, source_words
+from periln.eval.figures.measured_models import load_measured
+from periln.eval.figures.pieces import NotRecorded
+from periln.eval.figures.selection import best_rates, common_protocol, has_embedding_norm, sizes_of, view_of
+from periln.eval.records.frames import load
+from periln.eval.report.stability_section import bench
+from periln.runkit import placements
+from periln.runkit.errors import run_command
 
 ROOT = Path(__file__).resolve().parents[3]
 PAPER = ["1", "3a", "3b", "3c", "4", "5", "6", "7a", "7b", "7c", "7d", *map(str, range(8, 19)), "20", "21", "22"]
@@ -419,7 +421,7 @@ def test_a_figure_without_records_fails_with_what_it_needs(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_command_needs_no_torch():
-    code = "import eval.figures.__main__, sys; assert 'torch' not in sys.modules"
+    code = "import periln.eval.figures.__main__, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

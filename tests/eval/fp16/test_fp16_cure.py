@@ -11,14 +11,15 @@ import torch
 from stability_families import VOCABULARY, build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval.fp16 import __main__ as command
-from eval.fp16.cure import Wish, cure, logits_of
-from eval.fp16.exponents import NoExactRewrite, Plan
-from eval.fp16.layout import FIXED, SLOTS, find_layout
-from eval.fp16.rewrite import apply
-from eval.structure.anatomy import find_anatomy
-from runkit.errors import UserError
-from runkit.fp16 import HalfMatmul
+from periln.eval.fp16 import __main__ as command
+from periln.eval.fp16.cure import Wish, cure, logits_of
+from periln.eval.fp16.exponents import NoExactRewrite, Plan
+from periln.eval.fp16.families import SLOTS
+from periln.eval.fp16.layout import FIXED, find_layout
+from periln.eval.fp16.rewrite import apply
+from periln.eval.structure.anatomy import find_anatomy
+from periln.runkit.errors import UserError, run_command
+from periln.runkit.fp16 import HalfMatmul
 
 IDS = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(5))
 OUTPUT_NORMS = {
@@ -311,7 +312,7 @@ def run(*args):
 def refused(*args):
     """The exit code and message of the command."""
     arguments = command.parse([*map(str, args), "--samples", "2", "--tokens", "16"])
-    return command.run_command(command.main, arguments)
+    return run_command(command.main, arguments)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "peri_llama:peri"])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from eval.records.explain import explain
-from runkit.errors import UserError
+from periln.eval.records.explain import explain
+from periln.runkit.errors import UserError
 
 COLUMNS = ["step", "layer", "sublayer", "tensor", "stat", "value"]
 TENSORS = ("branch", "residual_add", "stream")
@@ -210,7 +210,8 @@ def test_a_line_cut_by_a_crash_ends_the_events(overflow):
 
 
 def test_the_command_tells_the_same(overflow, capsys):
-    from eval.stability.command import main, parse
+    from periln.eval.arguments.stability import parse
+    from periln.eval.stability.command import main
 
     main(parse(["--explain", str(overflow)]))
     assert capsys.readouterr().out.strip() == explain(overflow)

@@ -12,14 +12,16 @@ import pytest
 from browser import CHROMIUM, look
 from synthetic_runs import TASKS, write_demo, write_run, write_sample, write_scores, write_sft
 
-from eval.figures import CATALOGUE, draw_all
-from eval.records.frames import load
-from eval.report.command import main, parse
-from eval.report.page import adds_text, evidence, render, write
-from eval.report.verdict import noise, verdict
-from eval.tables.run_stability import stability
-from runkit.errors import UsageError, UserError
-from runkit.public import public
+from periln.eval.arguments.report import parse
+from periln.eval.figures.catalogue import CATALOGUE
+from periln.eval.figures.drawing import draw_all
+from periln.eval.records.frames import load
+from periln.eval.report.command import main
+from periln.eval.report.page import adds_text, evidence, render, write
+from periln.eval.report.verdict import noise, verdict
+from periln.eval.tables.run_stability import stability
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.public import public
 
 ROOT = Path(__file__).resolve().parents[3]
 # What a demo records: the stability bench, and the paper's other recipes, are further commands.
@@ -146,7 +148,7 @@ def test_the_command_prints_the_table_and_last_the_path(demo):
 
 def test_the_report_needs_no_torch():
     code = (
-        "import eval.report.command, sys; "
+        "import periln.eval.report.command, sys; "
         "assert 'eval.report.page' in sys.modules and not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -17,11 +17,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from eval.stability.command import main, parse
-from eval.targets import find_measured
-from runkit.checkpoints import write_checkpoint
-from runkit.errors import UsageError, UserError
-from runkit.folder import RunFolder
+from periln.eval.arguments.stability import parse
+from periln.eval.stability.command import main
+from periln.eval.targets import find_measured
+from periln.runkit.checkpoints import write_checkpoint
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.folder import RunFolder
 
 WORDS = [f"w{i}" for i in range(90)]
 TEXT = " ".join(WORDS[(7 * i) % 90] for i in range(800))

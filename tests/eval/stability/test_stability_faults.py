@@ -6,10 +6,10 @@ from planted import with_large_branch, with_large_gradient, with_large_stream, w
 from stability_families import VOCABULARY, build, perturb
 from transformers import FalconConfig, FalconForCausalLM
 
-from eval.stability.measure import Options, measure
-from eval.stability.overflow import first_non_finite
-from eval.structure.anatomy import find_anatomy
-from eval.texts.samples import random_samples
+from periln.eval.stability.measure import Options, measure
+from periln.eval.stability.overflow import first_non_finite
+from periln.eval.structure.anatomy import find_anatomy
+from periln.eval.texts.samples import random_samples
 
 SAMPLES = random_samples(VOCABULARY, 12, 16, seed=1)
 FORWARD_ONLY = Options(backward_samples=0, skip_samples=0, fp16_samples=0)

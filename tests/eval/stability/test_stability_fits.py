@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eval.stability.fits import fit_growth
-from eval.stability.verdict import _growth
+from periln.eval.stability.fits import fit_growth
+from periln.eval.stability.verdict import _growth
 
 DEPTH = np.arange(25)
 

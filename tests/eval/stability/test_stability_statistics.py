@@ -6,13 +6,13 @@ import pytest
 import torch
 from stability_families import FAMILIES, LAYERS, PLACEMENTS, VOCABULARY, build
 
-from eval.stability.attention import AttentionProbe
-from eval.stability.backward import backward_rows
-from eval.stability.moments import Moments
-from eval.stability.probe import Probe
-from eval.stability.redundancy import Angles, skip_losses, skipped
-from eval.structure.anatomy import find_anatomy
-from eval.texts.samples import random_samples
+from periln.eval.stability.attention import AttentionProbe
+from periln.eval.stability.backward import backward_rows
+from periln.eval.stability.moments import Moments
+from periln.eval.stability.probe import Probe
+from periln.eval.stability.redundancy import Angles, skip_losses, skipped
+from periln.eval.structure.anatomy import find_anatomy
+from periln.eval.texts.samples import random_samples
 
 ALL = [*FAMILIES, *(f"peri_llama:{p}" for p in PLACEMENTS)]
 SAMPLES = random_samples(VOCABULARY, 7, 12, seed=3)

@@ -6,8 +6,8 @@ from stability_families import FAMILIES, LAYERS, PLACEMENTS, build, perturb
 from torch import nn
 from transformers import MptConfig, MptForCausalLM
 
-from eval.structure.anatomy import find_anatomy
-from runkit.errors import UserError
+from periln.eval.structure.anatomy import find_anatomy
+from periln.runkit.errors import UserError
 
 # A, B, C of every layer, the final norm, and the first gain's offset.
 EXPECTED = {

@@ -12,17 +12,18 @@ import synthetic_runs
 from synthetic_runs import TASKS as MINI
 from synthetic_runs import write_json, write_run, write_scores, write_sft
 
-from eval.records.frames import load_all
-from eval.tables.beside_paper import FOLDER, by_seed, table_2
-from eval.tables.command import main, parse
-from eval.tables.paired import t_interval
-from eval.tables.paper_tables import means_table
-from eval.tables.score_csv import read_scores
-from eval.tables.scores import from_runs, seeds_text
-from eval.text_table import latex_text, signed, to_latex
-from runkit.errors import UsageError, UserError
-from runkit.sizes import paper_size, size_name, size_value
-from runkit.tasks import SUITES
+from periln.eval.arguments.tables import parse
+from periln.eval.records.frames import load_all
+from periln.eval.tables.beside_paper import FOLDER, by_seed, table_2
+from periln.eval.tables.command import main
+from periln.eval.tables.paired import t_interval
+from periln.eval.tables.paper_tables import means_table
+from periln.eval.tables.score_csv import read_scores
+from periln.eval.tables.scores import from_runs, seeds_text
+from periln.eval.text_table import latex_text, signed, to_latex
+from periln.runkit.errors import UsageError, UserError
+from periln.runkit.sizes import paper_size, size_name, size_value
+from periln.runkit.tasks import SUITES
 
 TASKS = SUITES["hub"]
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "paper"

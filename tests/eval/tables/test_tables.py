@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 from synthetic_runs import write_demo, write_layers, write_run, write_scores, write_sft
 
-from eval.records.derived import final_loss, largest, spikes
-from eval.records.frames import Frames, load
-from eval.tables.report_tables import build, cell_numbers, suites
-from eval.tables.run_stability import stability
-from eval.text_table import to_html, to_markdown, to_terminal
-from runkit.number_format import FP16
-from runkit.placements import PLACEMENTS, placement_name
-from runkit.tasks import SUITES
+from periln.eval.records.derived import final_loss, largest, spikes
+from periln.eval.records.frames import Frames, load
+from periln.eval.tables.report_tables import build, cell_numbers, suites
+from periln.eval.tables.run_stability import stability
+from periln.eval.text_table import to_html, to_markdown, to_terminal
+from periln.runkit.number_format import FP16
+from periln.runkit.placements import PLACEMENTS, placement_name
+from periln.runkit.tasks import SUITES
 
 TASKS = list(SUITES["mini"])
 
@@ -286,9 +286,9 @@ def test_the_names_of_placements_are_those_of_the_family():
 
 
 def test_the_suites_are_those_that_are_evaluated():
-    from eval import benchmarks
+    from periln.eval import evaluate
 
-    assert benchmarks.SUITES == SUITES
+    assert evaluate.SUITES == SUITES
 
 
 # --- names and rendering -------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The command lines of `eval`: options, and what can be refused before anything heavy is imported."""

@@ -1,0 +1,54 @@
+"""Options of `python -m eval.stability`."""
+
+import argparse
+from pathlib import Path
+
+from periln.eval.arguments.shared import TOKENS, check_data, check_folder, check_least, check_model, check_tokenizer
+from periln.runkit.errors import UsageError, make_parser
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parse(argv: list[str] | None = None, prog: str = "python -m eval.stability") -> argparse.Namespace:
+    parser = make_parser(prog, "What a norm placement does to causal LMs, measured, in words.")
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL", help="run folders (all their checkpoints), checkpoints, or Hub ids")
+    add("--explain", type=Path, metavar="RUN", help="only tell what happened in a run, from its records")
+    add("--data", default="wikitext", help="wikitext, hf:NAME[:CONFIG[:SPLIT]], a file or folder of text, or random")
+    add("--samples", type=int, default=1000, help="samples for the forward pass")
+    add("--tokens", type=int, metavar="N", help=f"tokens a sample; {TOKENS}, or what the model takes, when left out")
+    add("--seed", type=int, default=0, help="which samples are drawn")
+    add("--out", type=Path, metavar="DIR", help="results of DIR/NAME; ./stability for what is no run, when left out")
+    add("--batch-size", type=int, default=4, help="samples a forward pass")
+    add("--angles", default="all", metavar="all|N", help="angular distance of all pairs of layers, or of l and l + N")
+    add("--backward-samples", type=int, default=32, help="samples for gradients; 0: none")
+    add("--skip-samples", type=int, default=16, help="samples for the loss without each layer; 0: not measured")
+    add("--fp16-samples", type=int, default=4, help="samples that run in FP16, the hardest first; 0: none")
+    add("--loss-scale", type=float, default=1.0, help="of the backward pass in FP16")
+    add("--no-certificate", action="store_true", help="leave out the bounds from weights alone")
+    add("--dtype", default="float32", choices=DTYPES, help="the model's precision while measured")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
+    add("--revision", help="branch, tag or commit of a model of the Hub")
+    add("--tokenizer", metavar="PATH_OR_ID", help="another tokenizer than the model's own")
+    add("--trust-remote-code", action="store_true", help="run code that comes with a model")
+    add("--again", action="store_true", help="measure again what has been measured")
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UsageError for what can be refused before anything is loaded."""
+    check_least(args, samples=1, batch_size=1, backward_samples=0, skip_samples=0, fp16_samples=0, tokens=2)
+    if not args.loss_scale > 0:
+        raise UsageError(f"--loss-scale must be positive, not {args.loss_scale:g}")
+    if args.angles != "all" and not (args.angles.isdigit() and int(args.angles) > 0):
+        raise UsageError(f"--angles must be all or a number of layers, not {args.angles!r}")
+    if not args.models and args.explain is None:
+        raise UsageError("name at least one run folder, checkpoint or Hub id")
+    if args.models and args.explain is not None:
+        raise UsageError("--explain reads a run's records alone: leave the models out")
+    check_data(args.data)
+    for model in args.models:
+        check_model(model)
+    check_tokenizer(args.tokenizer)
+    if args.out is not None:
+        check_folder(args.out)

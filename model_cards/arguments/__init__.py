@@ -1,0 +1,1 @@
+"""The command lines of `model_cards`: options, and what can be refused before anything heavy is imported."""

@@ -1,0 +1,60 @@
+"""How a command starts: its arguments are parsed and checked before anything that takes seconds is imported."""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+from periln.runkit.errors import INTERRUPTED, UserError, run_command
+from periln.verbs import extra_of, install_line
+
+
+def start(
+    command: str,
+    parse: Callable[[list[str] | None], argparse.Namespace],
+    check: Callable[[argparse.Namespace], None],
+    argv: list[str] | None = None,
+) -> int:
+    """Run the `main` of a command, `eval.report` say, and return its exit code.
+
+    An argument that cannot be is refused before the command's module is imported. Ctrl-C until then ends the process
+    at once: nothing has been begun, and an import has nothing to save. A package that the command needs and that is
+    not installed is named in one sentence with the extra that brings it.
+    """
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:
+        signal.signal(signal.SIGINT, _leave)
+    args = parse(argv)
+    if code := run_command(check, args):
+        return code
+
+    def main(args: argparse.Namespace) -> int | None:
+        try:
+            work: Callable[[argparse.Namespace], int | None] = importlib.import_module(module_of(command)).main
+            if interruptible:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            return work(args)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] in ("periln", "modeling_periln"):
+                raise
+            raise UserError(f"{error.name} is not installed: {install_line(extra_of(command))}") from error
+
+    return run_command(main, args)
+
+
+def module_of(command: str) -> str:
+    """The module whose `main` does the work: the command's own, or `command` (else `__main__`) of a package."""
+    name = f"periln.{command}"
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.submodule_search_locations is None:
+        return name
+    inside = f"{name}.command"
+    return inside if importlib.util.find_spec(inside) is not None else f"{name}.__main__"
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
