@@ -136,6 +136,8 @@ class PeriLlamaCenteredRMSNorm(nn.Module):
     A class of its own, since engines tell the two apart by what `weight` begins with.
     """
 
+    centered = True
+
     def __init__(self, hidden_size: int, eps: float = 1e-6, learnable: bool = True):
         super().__init__()
         self.variance_epsilon = eps
@@ -185,6 +187,7 @@ class PeriLlamaNorm(nn.Module):
     ):
         super().__init__()
         self.kind, self.gain, self.size, self.variance_epsilon = kind, gain, size, eps
+        self.centered = gain == "centered"
         count = {"channel": size, "centered": size, "scalar": 1, "head": heads, "none": 0}[gain]
         if count:
             _register(self, "weight", torch.zeros(count) if gain == "centered" else torch.ones(count), learnable)

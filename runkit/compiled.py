@@ -61,7 +61,7 @@ class TensorCoreProducts(CustomGraphPass):
 
 def _on_cpu_in_half(x: Any) -> bool:
     value = x.meta.get("val") if isinstance(x, torch.fx.Node) else None
-    return is_half(value) and value.device.type == "cpu"
+    return value is not None and is_half(value) and value.device.type == "cpu"
 
 
 def compile_options(mode: str, device: str) -> dict[str, Any]:

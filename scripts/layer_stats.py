@@ -187,7 +187,7 @@ class LayerStats:
         for l, layer in enumerate(self.engine.model.model.layers, start=1):  # noqa: E741
             for sublayer, norm in (("attn", layer.attn_output_norm), ("mlp", layer.mlp_output_norm)):
                 if hasattr(norm, "weight"):
-                    gamma = self.engine.whole(norm.weight).float()
+                    gamma = self.engine.whole(norm.weight).float() + getattr(norm, "centered", False)  # 1 + w
                     values = torch.stack([gamma.mean(), *gamma.aminmax()]).tolist()
                     for stat, value in zip(("mean", "min", "max"), values, strict=True):
                         yield step, l, sublayer, "output_norm_gamma", stat, value

@@ -14,6 +14,8 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 
 from modeling_periln.convert import convert
+from periln.runkit.checkpoints import _manifest
+from periln.runkit.folder import write_json
 
 SENT = {
     *("README.md", "config.json", "generation_config.json", "model.safetensors", "recipe.yaml", "environment.json"),
@@ -61,13 +63,18 @@ def test_a_push_sends_the_list_and_nothing_else(hub, run, pushed, tmp_path):
     assert theirs.keys() == ours.keys() and all(bool((theirs[k] == ours[k]).all()) for k in ours)
 
 
+def reseal(checkpoint: Path) -> None:
+    """Let the manifest know the files as they are now: a checkpoint that differs from it is refused as damaged."""
+    write_json(checkpoint / "manifest.json", _manifest(checkpoint))
+
+
 def test_no_byte_that_was_sent_holds_the_token_or_a_local_path(hub, run, pushed, tmp_path):
     """Of what was received the commits' contents are decoded: they travel as base64."""
     before = len(hub.received)
     mine = copy_of(run, tmp_path)
     config = mine / "checkpoints" / "step_00000008" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"name_or_path": str(tmp_path / "tokenizer")}))
-    (config.parent / "manifest.json").unlink()  # it knows the file as it was
+    reseal(config.parent)
     assert pushed(config.parent, "--repo", "acme/clean", "--all-checkpoints")[0] == 0
     bodies = []
     for body in hub.received[before:]:
@@ -281,7 +288,6 @@ def test_a_token_in_a_record_stops_the_push_before_anything_is_sent(hub, run, pu
 def test_a_local_path_in_a_file_that_is_sent_as_it_is_stops_the_push(where, hub, run, pushed, tmp_path):
     mine = copy_of(run, tmp_path)
     checkpoint = mine / "checkpoints" / "step_00000008"
-    (checkpoint / "manifest.json").unlink()
     file = {
         "weights": checkpoint / "model.safetensors",
         "code": checkpoint / "loss.py",
@@ -289,6 +295,7 @@ def test_a_local_path_in_a_file_that_is_sent_as_it_is_stops_the_push(where, hub,
         "template": checkpoint / "chat_template.jinja",
     }[where]
     file.write_bytes(file.read_bytes() + str(mine).encode())
+    reseal(checkpoint)
     code, _, err = pushed(checkpoint, "--repo", "acme/path")
     assert code == 1 and f"{file.name} holds the local path" in err
 
