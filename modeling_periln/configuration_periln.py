@@ -234,14 +234,14 @@ class PeriLlamaConfig(PreTrainedConfig):
         tied = {"embed_tokens": "embedding_rowwise"} if self.tie_word_embeddings else {}  # split as the head is
         plan = {**TP_PLAN, **tied}
         layers = self.stream_plan().layers
-        spans = {slot: norm.over for layer in layers for slot, norm in layer.projections.items()}
+        spans = {(slot, norm.over) for layer in layers for slot, norm in layer.projections.items()}
         # A norm over all heads, or over the whole width of the MLP, needs them all: only the weights are split there
         # (as OLMo 2 does).
-        if "full" in spans.values() or any(layer.attn.inner_norm for layer in layers):
+        if any(over == "full" for _, over in spans) or any(layer.attn.inner_norm for layer in layers):
             gathered = dict.fromkeys((f"{attention}{x}_proj" for x in "qkv"), "colwise_gather_output")
             plan |= {**gathered, f"{attention}o_proj": "rowwise_split_input"}
         else:
-            plan |= dict.fromkeys((f"{attention}{slot}" for slot in spans), "replicated_with_grad_allreduce")
+            plan |= dict.fromkeys((f"{attention}{slot}" for slot, _ in sorted(spans)), "replicated_with_grad_allreduce")
         if any(layer.mlp.inner_norm for layer in layers):
             gathered = dict.fromkeys((f"layers.*.mlp.{x}_proj" for x in ("gate", "up")), "colwise_gather_output")
             plan |= {**gathered, "layers.*.mlp.down_proj": "rowwise_split_input"}

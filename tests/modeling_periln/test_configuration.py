@@ -369,6 +369,14 @@ def test_tensor_plan_names_modules_that_exist():
     assert "layers.*.self_attn.q_norm" not in tiny_config().base_model_tp_plan
 
 
+def test_tensor_plan_keeps_the_heads_together_where_any_layer_norms_over_all_of_them():
+    layers = [{"input_norm": True, "q_norm": over, "k_norm": over} for over in ("full", "head", "head")]
+    for placements in (layers, layers[::-1]):
+        plan = tiny_config(layer_placements=placements).base_model_tp_plan
+        assert plan["layers.*.self_attn.q_proj"] == plan["layers.*.self_attn.k_proj"] == "colwise_gather_output"
+        assert plan["layers.*.self_attn.o_proj"] == "rowwise_split_input"
+
+
 def test_tensor_plan_may_be_given_a_tied_embedding_by_a_release_that_does_so_and_nothing_else():
     """Transformers 5.19 assigns that entry when a tied configuration is made; there, the assignment used to fail."""
     config = tiny_config(tie_word_embeddings=True)
