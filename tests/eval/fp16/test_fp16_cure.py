@@ -17,6 +17,7 @@ from eval.fp16.exponents import NoExactRewrite, Plan
 from eval.fp16.layout import FIXED, SLOTS, find_layout
 from eval.fp16.rewrite import apply
 from eval.structure.anatomy import find_anatomy
+from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from runkit.errors import UserError
 from runkit.fp16 import HalfMatmul
 
@@ -266,6 +267,18 @@ def test_what_a_nonlinear_function_reads_cannot_be_scaled():
 def test_a_model_without_a_known_rewrite_is_refused_by_name():
     with pytest.raises(UserError, match="'gpt2'.*known are peri_llama, gemma2"):
         cure(build("gpt2"), [IDS], Wish())
+
+
+@pytest.mark.parametrize("slot", ["embedding_norm", "input_norm", "q_norm"])
+def test_a_slot_with_its_own_epsilon_is_refused_before_anything_is_changed(slot):
+    """Written to the configuration's `norm_eps`, the new one would be lost when the model is loaded."""
+    placement = {"input_norm": True, "output_norm": True, "embedding_norm": True, "final_norm": True}
+    config = build("peri_llama:peri").config.to_dict() | {"norm_placement": placement | {slot: {"eps": 1e-5}}}
+    model = PeriLlamaForCausalLM(PeriLlamaConfig.from_dict(config)).eval()
+    before, layout = copy.deepcopy(model.state_dict()), find_layout(find_anatomy(model))
+    with pytest.raises(UserError, match="norm_placement gives a slot its own eps 1e-05"):
+        apply(model, layout, Plan(exponents_of(layout, False, 0), False, 0.0))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_one_epsilon_left_as_it_is_moves_the_logits_and_is_reported():
