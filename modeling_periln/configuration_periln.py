@@ -16,6 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from .placements import StreamPlan, plan_stream
+from .slots import NO_EPSILON
 
 logger = logging.get_logger(__name__)
 
@@ -317,6 +318,9 @@ class PeriLlamaConfig(PreTrainedConfig):
             raise ValueError(
                 f"output_norm_learnable=False freezes the output norms, but {field}={getattr(self, field)!r} has none"
             )
+        for norm in plan.norms():
+            if norm.eps is not None and norm.kind is None and self.norm_type in NO_EPSILON:
+                raise ValueError(f"a slot of the placement has eps={norm.eps!r}: {self.norm_type} has no epsilon")
         slots = (*LAYER_NORM_SLOTS, *STREAM_NORM_SLOTS)
         eps = self.norm_eps if isinstance(self.norm_eps, dict) else {None: self.norm_eps}
         for slot, value in eps.items():

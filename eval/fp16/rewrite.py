@@ -60,12 +60,7 @@ def _account_for_all(model: nn.Module, layout: Layout) -> None:
 
 def _refuse_own_epsilons(config: Any) -> None:
     """PeriLlama's `norm_eps`, where the new epsilons go, does not reach a norm whose slot says its own."""
-    plan = config.stream_plan()
-    norms = [plan.embedding_norm, plan.final_norm]
-    for layer in plan.layers:
-        norms += layer.projections.values()
-        norms += [n for s in layer.sublayers for n in (s.input_norm, s.output_norm, s.residual_norm, s.inner_norm)]
-    own = next((norm.eps for norm in norms if norm and norm.eps is not None), None)
+    own = next((norm.eps for norm in config.stream_plan().norms() if norm.eps is not None), None)
     if own is not None:
         field = "norm_placement" if config.layer_placements is None else "layer_placements"
         raise UserError(f"{field} gives a slot its own eps {own!r}, which no rewrite changes: give it in norm_eps")

@@ -53,6 +53,6 @@ def test_an_epsilon_in_one_slot_is_refused(slot):
 def test_epsilons_of_slots_are_carried_over(row):
     model, ids = shaken_model(norm_placement=row), random_ids()
     torch.testing.assert_close(to_native(model, "llama")(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
-    without = shaken_model(norm_placement={slot: True for slot in row})
+    without = shaken_model(norm_placement=dict.fromkeys(row, True))
     without.load_state_dict(model.state_dict())
     assert not torch.allclose(without(ids).logits, model(ids).logits, rtol=1e-2, atol=1e-2)
