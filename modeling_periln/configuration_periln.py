@@ -16,6 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from .placements import StreamPlan, plan_stream
+from .slots import NO_EPSILON
 
 logger = logging.get_logger(__name__)
 
@@ -234,14 +235,14 @@ class PeriLlamaConfig(PreTrainedConfig):
         tied = {"embed_tokens": "embedding_rowwise"} if self.tie_word_embeddings else {}  # split as the head is
         plan = {**TP_PLAN, **tied}
         layers = self.stream_plan().layers
-        spans = {slot: norm.over for layer in layers for slot, norm in layer.projections.items()}
+        spans = {(slot, norm.over) for layer in layers for slot, norm in layer.projections.items()}
         # A norm over all heads, or over the whole width of the MLP, needs them all: only the weights are split there
         # (as OLMo 2 does).
-        if "full" in spans.values() or any(layer.attn.inner_norm for layer in layers):
+        if any(over == "full" for _, over in spans) or any(layer.attn.inner_norm for layer in layers):
             gathered = dict.fromkeys((f"{attention}{x}_proj" for x in "qkv"), "colwise_gather_output")
             plan |= {**gathered, f"{attention}o_proj": "rowwise_split_input"}
         else:
-            plan |= dict.fromkeys((f"{attention}{slot}" for slot in spans), "replicated_with_grad_allreduce")
+            plan |= dict.fromkeys((f"{attention}{slot}" for slot, _ in sorted(spans)), "replicated_with_grad_allreduce")
         if any(layer.mlp.inner_norm for layer in layers):
             gathered = dict.fromkeys((f"layers.*.mlp.{x}_proj" for x in ("gate", "up")), "colwise_gather_output")
             plan |= {**gathered, "layers.*.mlp.down_proj": "rowwise_split_input"}
@@ -317,6 +318,9 @@ class PeriLlamaConfig(PreTrainedConfig):
             raise ValueError(
                 f"output_norm_learnable=False freezes the output norms, but {field}={getattr(self, field)!r} has none"
             )
+        for norm in plan.norms():
+            if norm.eps is not None and norm.kind is None and self.norm_type in NO_EPSILON:
+                raise ValueError(f"a slot of the placement has eps={norm.eps!r}: {self.norm_type} has no epsilon")
         slots = (*LAYER_NORM_SLOTS, *STREAM_NORM_SLOTS)
         eps = self.norm_eps if isinstance(self.norm_eps, dict) else {None: self.norm_eps}
         for slot, value in eps.items():

@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig
 from .configuration_periln import PeriLlamaConfig
 from .norms import PeriLlamaRMSNorm
 from .placements import LayerPlan
-from .slots import Learned
+from .slots import Learned, Norm
 
 PERI_LLAMA = PeriLlamaConfig.model_type
 
@@ -128,6 +128,8 @@ def _obstacles(config: PeriLlamaConfig, target: str) -> Iterator[str]:
     if not plan.final_norm:
         where = "final_norm=False" if config.final_norm is False else f"{row} has no final norm (final_norm)"
         yield f"{where}: {target} always has one"
+    for slot in ("embedding_norm", "final_norm"):  # the first is folded away, as the RMSNorm that it has to be
+        yield from _kind_obstacle(getattr(plan, slot), slot, row, target)
     if config.norm_type != "rmsnorm":
         yield f"norm_type={config.norm_type!r}: {target} has RMSNorm"
     if config.norm_gain != "channel":
@@ -158,6 +160,12 @@ def _obstacles(config: PeriLlamaConfig, target: str) -> Iterator[str]:
         yield "quantization_config: quantized weights cannot be folded"
 
 
+def _kind_obstacle(norm: Norm | None, where: str, row: str, target: str) -> Iterator[str]:
+    if norm and (norm.kind not in (None, "rmsnorm") or norm.gain not in (None, "channel")):
+        kind = f"kind={norm.kind!r}, gain={norm.gain!r}"
+        yield f"{row} has {kind} in {where}: {target} has RMSNorm with one gain a channel"
+
+
 def _layer_obstacles(layer: LayerPlan, i: int, first: LayerPlan, row: str, target: str) -> Iterator[str]:
     """What of layer i the architecture does not have."""
     other, where = ARCHITECTURES[target], f"layer {i}"
@@ -165,6 +173,8 @@ def _layer_obstacles(layer: LayerPlan, i: int, first: LayerPlan, row: str, targe
         yield f"{row} has a norm before a sublayer's last projection ({where}), {target} has none"
     if layer.v_norm:
         yield f"{row} has a norm on values (v_norm, {where}), {target} has none"
+    for slot, norm in layer.projections.items():
+        yield from _kind_obstacle(norm, f"{slot} ({where})", row, target)
     for name, sublayer in (("attn", layer.attn), ("mlp", layer.mlp)):
         if sublayer.residual_norm:
             yield f"{row} has a norm on the stream after the add (residual_norm, {where}), {target} has none"
@@ -175,10 +185,7 @@ def _layer_obstacles(layer: LayerPlan, i: int, first: LayerPlan, row: str, targe
         if bool(sublayer.output_norm) != bool(first.attn.output_norm):
             yield f"{row} has output norms (output_norm) in some layers only, {target} in all or in none"
         for slot in ("input_norm", "output_norm"):
-            norm = getattr(sublayer, slot)
-            if norm and (norm.kind not in (None, "rmsnorm") or norm.gain not in (None, "channel")):
-                kind = f"kind={norm.kind!r}, gain={norm.gain!r}"
-                yield f"{row} has {kind} in {name}'s {slot} ({where}): {target} has RMSNorm with one gain a channel"
+            yield from _kind_obstacle(getattr(sublayer, slot), f"{name}'s {slot} ({where})", row, target)
         if isinstance(sublayer.alpha, Learned) or isinstance(sublayer.s, Learned):
             yield f"{row} has a learned residual factor ({where}), {target} has none"
         elif sublayer.alpha != 1.0:
@@ -198,8 +205,13 @@ def norm_epsilons(config: PeriLlamaConfig) -> dict[str, float]:
             if (norm := getattr(sublayer, slot))
         } | layer.projections
         for slot, norm in norms.items():
-            eps[f"{slot} of layer {i + 1}"] = config.eps_of(slot, i) if norm.eps is None else norm.eps
-    return eps | ({"final_norm": config.eps_of("final_norm")} if plan.final_norm else {})
+            eps[f"{slot} of layer {i + 1}"] = _epsilon(config, norm, slot, i)
+    return eps | ({"final_norm": _epsilon(config, plan.final_norm, "final_norm")} if plan.final_norm else {})
+
+
+def _epsilon(config: PeriLlamaConfig, norm: Norm, slot: str, layer_idx: int | None = None) -> float:
+    """The norm's own epsilon, or the configuration's for its slot."""
+    return config.eps_of(slot, layer_idx) if norm.eps is None else norm.eps
 
 
 def _import_obstacles(config: PreTrainedConfig) -> Iterator[str]:
@@ -385,7 +397,7 @@ def export_recipe(config: PeriLlamaConfig, target: str) -> dict[str, Recipe]:
         if slot == "embed_norm":
             continue
         if slot == "embed_tokens" and plan.embedding_norm:
-            make = partial(normed_table, eps=config.eps_of("embed_norm"))
+            make = partial(normed_table, eps=_epsilon(config, plan.embedding_norm, "embed_norm"))
             recipe[their_name] = Recipe((name, "model.embed_norm.weight"), make)
         elif other.fused_and_interleaved and slot in ("q_proj", "k_proj"):
             recipe[their_name] = Recipe((name,), partial(interleaved, head_dim=config.head_dim))

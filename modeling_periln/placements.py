@@ -25,7 +25,7 @@ a placement is: a new one is a new row of `PLACEMENTS`. What may stand in a slot
 | `pre_post` | A and C; sometimes called Peri-LN, which it is not |
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -215,6 +215,14 @@ class StreamPlan:
     embedding_norm: Norm | None
     final_norm: Norm | None
     layers: tuple[LayerPlan, ...]
+
+    def norms(self) -> Iterator[Norm]:
+        """Every norm there is."""
+        found = [self.embedding_norm, self.final_norm]
+        for layer in self.layers:
+            found += layer.projections.values()
+            found += [n for s in layer.sublayers for n in (s.input_norm, s.output_norm, s.residual_norm, s.inner_norm)]
+        return (norm for norm in found if norm is not None)
 
 
 def _factor(value: Any, scale: float, l: int, L: int, field: str) -> float | Learned:  # noqa: E741

@@ -23,6 +23,7 @@ RULES: dict[str, Callable[[int, int], float]] = {
 }
 # The functions that normalize, and what multiplies the result. `none` as a kind is a gain without a norm.
 KINDS = ("rmsnorm", "layernorm", "dyt", "derf", "l2", "none")
+NO_EPSILON = ("dyt", "derf", "none")
 GAINS = ("channel", "centered", "scalar", "head", "none")
 SPANS = ("full", "head")
 LEARNED = ("scalar", "channel")
@@ -149,7 +150,7 @@ def _read_norm(cls: type, value: Any, field: str, wanted: str) -> Any:
     eps = value.get("eps")
     if eps is not None and (isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf):
         raise ValueError(f"{field}['eps']={eps!r} must be a number of at least 0")
-    if eps is not None and value.get("kind") in ("dyt", "derf", "none"):
+    if eps is not None and value.get("kind") in NO_EPSILON:
         raise ValueError(f"{field}['eps']={eps!r}: {value['kind']} has no epsilon")
     if value.get("gain") == "head" and not field.endswith(("attn_inner_norm", "attn_inner_norm']")):
         raise ValueError(f"{field}['gain']='head': only attn_inner_norm sees the heads apart")

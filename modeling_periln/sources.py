@@ -16,6 +16,7 @@ from .conversions import ConversionRefused
 from .proof import TOLERANCE, ConversionFailed
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE_RECORD = "base.json"  # beside an adapter of our fine-tuning: the base's path from there, and its weights' hash
 COMPANIONS = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
     "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
@@ -97,7 +98,8 @@ def base_of(adapter: Path, fetch: Callable[[str], Path]) -> Path:
     """The folder of an adapter's base model; `fetch` finds one that is no folder here on the Hub.
 
     Raises:
-        ConversionRefused: no base, or one that is gone; an adapter that is not a causal LM's, or not in safetensors.
+        ConversionRefused: no base, one that is gone, or one with other weights than base.json says; an adapter that is
+            not a causal LM's, or not in safetensors.
     """
     config = read_json(adapter / ADAPTER_CONFIG)
     task, base = config.get("task_type"), config.get("base_model_name_or_path")
@@ -107,11 +109,28 @@ def base_of(adapter: Path, fetch: Callable[[str], Path]) -> Path:
         raise ConversionRefused(f"{adapter} has no {ADAPTER_WEIGHTS}; pickled weights (.bin) are not read")
     if not isinstance(base, str) or not base:
         raise ConversionRefused(f"{adapter / ADAPTER_CONFIG} names no base model (base_model_name_or_path={base!r})")
-    beside = adapter / base  # of an absolute path, that path
-    found = checkpoint_of(beside if beside.is_dir() else fetch(base))
-    if not (found / "config.json").is_file():
+    record = read_json(adapter / BASE_RECORD) if (adapter / BASE_RECORD).is_file() else {}
+    places = [adapter / str(record["path"])] if "path" in record else []
+    places.append(adapter / base)  # of an absolute path, that path
+    found = [checkpoint_of(place) for place in places if place.is_dir()] or [checkpoint_of(fetch(base))]
+    found = [place for place in found if (place / "config.json").is_file()]
+    if not found:
         raise ConversionRefused(f"the base model of {adapter} is missing: {base}")
-    return found
+    expected = record.get("weights_sha256")
+    for place in found:
+        if expected is None or _weights_hash(place) == expected:
+            return place
+    raise ConversionRefused(f"the base model of {adapter} has other weights than it was trained on: {found[0]}")
+
+
+def _weights_hash(folder: Path) -> str:
+    """SHA-256 over the safetensors files, in the order of their names, as fine-tuning records it."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as opened:
+            while piece := opened.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -81,6 +81,16 @@ def resumption(old: dict[str, Any], recipe: T) -> Resumption[T]:
     return found
 
 
+def as_before(cls: type, old: dict[str, Any]) -> dict[str, Any]:
+    """The mapping that a run began with; fields that it lacks are as they were before they existed."""
+    full, hints = dict(old), typing.get_type_hints(cls)
+    for one in dataclasses.fields(cls):
+        was, section = old.get(one.name, _before(one)), section_of(hints[one.name])
+        if was is not MISSING:
+            full[one.name] = as_before(section, was) if section and isinstance(was, dict) else was
+    return full
+
+
 def _compare(found: Resumption[Any], cls: type, old: dict[str, Any], new: dict[str, Any], where: str) -> dict[str, Any]:
     """Fill `found` from two mappings of one section; returns the mapping to go on with."""
     fields, hints, settled = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls), dict(new)

@@ -6,13 +6,16 @@ there as if it had trained them itself. The run that it is from is only read.
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from modeling_periln import PeriLlamaConfig
 from periln.runkit.checkpoints import damage_of
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import RunFolder, write_folder, write_text
 from periln.runkit.recipes import flatten, to_mapping
+from periln.runkit.resume import as_before
 from periln.scripts.recipe import Recipe
 from periln.scripts.schedules import decay_start
 
@@ -46,12 +49,9 @@ def check_branch(recipe: Recipe) -> None:
         raise UserError(f"branch_from: {damage}")
     if len(run.metrics()) < step:
         raise UserError(f"branch_from: {run.metrics_path} has fewer than {step} records")
-    trunk, ours = flatten(run.recipe), flatten(to_mapping(recipe))
-    for name in sorted(trunk.keys() | ours.keys()):
-        if name in FREE or name.startswith(FREE_SECTIONS):
-            continue
-        if name in trunk and name in ours and trunk[name] != ours[name]:
-            raise UsageError(f"branch_from: {name} is {trunk[name]!r} in {run.path}, not {ours[name]!r}")
+    for name, theirs, ours in _differences(run.recipe, recipe):
+        if name not in FREE and not name.startswith(FREE_SECTIONS):
+            raise UsageError(f"branch_from: {name} is {theirs!r} in {run.path}, not {ours!r}")
     if recipe.steps <= step:
         raise UsageError(f"steps {recipe.steps}: a branch of step {step} needs more")
     rules = recipe.optimizer
@@ -61,6 +61,23 @@ def check_branch(recipe: Recipe) -> None:
             f"branch_from: the schedule {rules.schedule} would have step {step} in its warm-up or its decay, which "
             f"begins at step {start} of {recipe.steps}: change optimizer.warmup, optimizer.decay or steps"
         )
+
+
+def _differences(trunk: dict[str, Any], recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    """The fields in which two runs differ, and their values; what a recipe does not name has its default."""
+    theirs, ours = as_before(Recipe, trunk), to_mapping(recipe)
+    models = theirs.pop("model"), ours.pop("model")
+    configs = [PeriLlamaConfig(**model) for model in models]
+    for name in sorted(models[0].keys() | models[1].keys()):
+        if name == "vocab_size" and not all(name in model for model in models):
+            continue  # the data's, which are the same
+        values = [getattr(config, name, None) for config in configs]
+        if values[0] != values[1]:
+            yield f"model.{name}", *values
+    theirs, ours = flatten(theirs), flatten(ours)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            yield name, theirs.get(name), ours.get(name)
 
 
 def begin_branch(recipe: Recipe, run: RunFolder) -> None:

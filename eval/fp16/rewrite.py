@@ -35,6 +35,8 @@ def apply(model: nn.Module, layout: Layout, plan: Plan) -> Epsilon:
         UserError: the model has weights that the layout does not account for.
     """
     _account_for_all(model, layout)
+    if layout.epsilon == SLOTS:
+        _refuse_own_epsilons(model.config)
     modules, e = dict(model.named_modules()), plan.exponents
     for table in layout.tables:
         modules[table.name].weight.mul_(2.0 ** e[table.gives])
@@ -54,6 +56,14 @@ def _account_for_all(model: nn.Module, layout: Layout) -> None:
     for name, _ in model.named_parameters():
         if name.rpartition(".")[0] not in known:
             raise UserError(f"no rewrite is known for a model with the weight {name}")
+
+
+def _refuse_own_epsilons(config: Any) -> None:
+    """PeriLlama's `norm_eps`, where the new epsilons go, does not reach a norm whose slot says its own."""
+    own = next((norm.eps for norm in config.stream_plan().norms() if norm.eps is not None), None)
+    if own is not None:
+        field = "norm_placement" if config.layer_placements is None else "layer_placements"
+        raise UserError(f"{field} gives a slot its own eps {own!r}, which no rewrite changes: give it in norm_eps")
 
 
 def _scale_gain(norm: NormUse, module: nn.Module, factor: float) -> None:

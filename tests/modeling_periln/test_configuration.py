@@ -369,6 +369,23 @@ def test_tensor_plan_names_modules_that_exist():
     assert "layers.*.self_attn.q_norm" not in tiny_config().base_model_tp_plan
 
 
+@pytest.mark.parametrize("slot", ["input_norm", "mlp_inner_norm", "q_norm", "final_norm"])
+def test_an_epsilon_of_a_slot_needs_a_norm_that_has_one(slot):
+    placement = {"input_norm": True, slot: {"eps": 1e-3}}
+    assert tiny_config(norm_placement=placement).norm_type == "rmsnorm"
+    tiny_config(norm_placement={"input_norm": True, slot: {"eps": 1e-3, "kind": "l2"}}, norm_type="dyt")
+    with pytest.raises(ValueError, match=r"eps=0.001: dyt has no epsilon"):
+        tiny_config(norm_placement=placement, norm_type="dyt")
+
+
+def test_tensor_plan_keeps_the_heads_together_where_any_layer_norms_over_all_of_them():
+    layers = [{"input_norm": True, "q_norm": over, "k_norm": over} for over in ("full", "head", "head")]
+    for placements in (layers, layers[::-1]):
+        plan = tiny_config(layer_placements=placements).base_model_tp_plan
+        assert plan["layers.*.self_attn.q_proj"] == plan["layers.*.self_attn.k_proj"] == "colwise_gather_output"
+        assert plan["layers.*.self_attn.o_proj"] == "rowwise_split_input"
+
+
 def test_tensor_plan_may_be_given_a_tied_embedding_by_a_release_that_does_so_and_nothing_else():
     """Transformers 5.19 assigns that entry when a tied configuration is made; there, the assignment used to fail."""
     config = tiny_config(tie_word_embeddings=True)

@@ -1,6 +1,7 @@
 """What `periln-convert` takes beside a model folder: a run folder and a PEFT adapter; and how damage is named."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -169,6 +170,22 @@ def test_a_run_of_adapters_and_a_base_beside_the_adapter(tmp_path, tokenizer, pe
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     assert convert_to(tmp_path / "dst", moved / "sft") == 0
     assert_same(adapted, tmp_path / "dst")
+
+
+def test_the_base_that_fine_tuning_recorded_is_found_and_its_weights_are_compared(tmp_path, base, peft, capsys):
+    from periln.sft.base import write_base  # imports PEFT
+
+    adapt(peft, base, tmp_path / "adapter")
+    write_base(tmp_path / "adapter", tmp_path / "adapter", base)
+    shutil.copytree(tmp_path, moved := tmp_path.with_name(f"{tmp_path.name}_moved"))
+    assert convert_to(moved / "dst", moved / "adapter") == 0
+
+    shaken_model(seed=3).save_pretrained(base)  # the adapter's absolute path now leads to another model
+    assert convert_to(tmp_path / "dst", tmp_path / "adapter") == 2
+    assert "has other weights than it was trained on" in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()
+    shutil.rmtree(base)
+    assert convert_to(moved / "again", moved / "adapter") == 0
 
 
 def test_what_is_wrong_with_an_adapter_is_named(tmp_path, base, peft, capsys, monkeypatch):

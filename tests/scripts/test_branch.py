@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import yaml
 from tiny import MODEL, timeless, train, write_recipe
 
 from periln.runkit.errors import UsageError, UserError
@@ -41,6 +42,7 @@ def test_a_branch_is_the_run_that_decays_there(tmp_path, data, trunk):
     [
         ({"batch_size": 8}, UsageError, "branch_from: batch_size is 4 in .*trunk, not 8"),
         ({"model": {**MODEL, "norm_placement": "pre"}}, UsageError, "branch_from: model.norm_placement is 'peri'"),
+        ({"model": {**MODEL, "residual_scale": 0.5}}, UsageError, "model.residual_scale is 1.0 in .*trunk, not 0.5"),
         ({"optimizer": WSD | {"learning_rate": 1e-3}}, UsageError, "optimizer.learning_rate is 0.005 in"),
         ({"steps": 6}, UsageError, "steps 6: a branch of step 6 needs more"),
         ({"optimizer": WSD | {"decay": 0.5}, "steps": 10}, UsageError, "begins at step 5 of 10"),
@@ -52,6 +54,18 @@ def test_what_does_not_fit_together_is_refused_by_name(tmp_path, data, trunk, fi
     fields = {"branch_from": str(trunk.checkpoint_path(6)), "optimizer": WSD, "steps": 20, **fields}
     with pytest.raises(error, match=message):
         check_branch(load_recipe(write_recipe(tmp_path, data, name="branch", **fields))[0])
+
+
+def test_what_an_older_run_does_not_name_is_as_it_was_then(tmp_path, data, trunk):
+    older = {**trunk.recipe, "optimizer": {k: v for k, v in trunk.recipe["optimizer"].items() if k != "z_loss"}}
+    older = {name: value for name, value in older.items() if name not in ("branch_from", "document_masking")}
+    (trunk.path / "recipe.yaml").write_text(yaml.safe_dump(older))
+    fields = {"branch_from": str(trunk.checkpoint_path(6)), "steps": 20}
+    check_branch(load_recipe(write_recipe(tmp_path, data, name="same", optimizer=WSD, **fields))[0])
+    changed = {"optimizer": WSD | {"z_loss": 1e-4}}, {"optimizer": WSD, "document_masking": True}
+    for more, message in zip(changed, ("optimizer.z_loss is 0.0 in", "document_masking is False in"), strict=True):
+        with pytest.raises(UsageError, match=message):
+            check_branch(load_recipe(write_recipe(tmp_path, data, name="other", **fields, **more))[0])
 
 
 def test_a_damaged_checkpoint_is_no_beginning(tmp_path, data, trunk):

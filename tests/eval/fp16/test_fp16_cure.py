@@ -11,6 +11,7 @@ import torch
 from stability_families import VOCABULARY, build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from periln.eval.fp16 import __main__ as command
 from periln.eval.fp16.cure import Wish, cure, logits_of
 from periln.eval.fp16.exponents import NoExactRewrite, Plan
@@ -267,6 +268,18 @@ def test_what_a_nonlinear_function_reads_cannot_be_scaled():
 def test_a_model_without_a_known_rewrite_is_refused_by_name():
     with pytest.raises(UserError, match="'gpt2'.*known are peri_llama, gemma2"):
         cure(build("gpt2"), [IDS], Wish())
+
+
+@pytest.mark.parametrize("slot", ["embedding_norm", "input_norm", "q_norm"])
+def test_a_slot_with_its_own_epsilon_is_refused_before_anything_is_changed(slot):
+    """Written to the configuration's `norm_eps`, the new one would be lost when the model is loaded."""
+    placement = {"input_norm": True, "output_norm": True, "embedding_norm": True, "final_norm": True}
+    config = build("peri_llama:peri").config.to_dict() | {"norm_placement": placement | {slot: {"eps": 1e-5}}}
+    model = PeriLlamaForCausalLM(PeriLlamaConfig.from_dict(config)).eval()
+    before, layout = copy.deepcopy(model.state_dict()), find_layout(find_anatomy(model))
+    with pytest.raises(UserError, match="norm_placement gives a slot its own eps 1e-05"):
+        apply(model, layout, Plan(exponents_of(layout, False, 0), False, 0.0))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_one_epsilon_left_as_it_is_moves_the_logits_and_is_reported():
