@@ -328,7 +328,7 @@ def test_what_transformers_own_configuration_refuses_is_refused_in_one_sentence(
     def refusing(**fields):
         raise StrictDataclassFieldValidationError(field="x", cause=TypeError("expected int, got bool"))
 
-    monkeypatch.setattr(transformers, "LlamaConfig", refusing)
+    monkeypatch.setattr(conversions.transformers, "LlamaConfig", refusing)
     with pytest.raises(
         ConversionRefused, match=r"^transformers [\d.]+ cannot build the configuration of llama: .*got bool"
     ):
