@@ -15,10 +15,9 @@ FLOORS = {
     "eval.records": {"runkit"},
     "eval.arguments": {"runkit"},
     "eval.targets": {"runkit", "modeling_periln"},
-    "eval.own_tasks": {"runkit"},
     "eval.texts": {"runkit", "eval.arguments"},
     "eval.structure": {"runkit", "modeling_periln"},
-    "eval.scoring": {"runkit", "eval.targets", "eval.own_tasks"},
+    "eval.scoring": {"runkit", "eval.targets"},
     "eval.options": {"runkit", "eval.arguments", "eval.scoring"},
     "eval.tables": {"runkit", "eval.records", "eval.text_table"},
     "eval.figures": {"runkit", "eval.arguments", "eval.records"},
@@ -42,7 +41,7 @@ FLOORS = {
 }
 COMMANDS = ("eval.bench", "eval.benchmarks", "eval.evaluate", "eval.loss", "eval.watch")
 FOR_COMMANDS = {
-    *("runkit", "eval.arguments", "eval.options", "eval.own_tasks", "eval.scoring", "eval.targets", "eval.text_table"),
+    *("runkit", "eval.arguments", "eval.options", "eval.scoring", "eval.targets", "eval.text_table"),
     "eval.texts",
 }
 LONGEST = 400
