@@ -138,6 +138,8 @@ def test_the_figures_listed_are_those_that_are_drawn():
 FINDER = """
 import importlib.abc, os, signal, sys
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name == sys.argv[1]:
