@@ -71,9 +71,9 @@ def _differences(trunk: dict[str, Any], recipe: Recipe) -> Iterator[tuple[str, A
     for name in sorted(models[0].keys() | models[1].keys()):
         if name == "vocab_size" and not all(name in model for model in models):
             continue  # the data's, which are the same
-        values = [getattr(config, name, None) for config in configs]
-        if values[0] != values[1]:
-            yield f"model.{name}", *values
+        begun, asked = (getattr(config, name, None) for config in configs)
+        if begun != asked:
+            yield f"model.{name}", begun, asked
     theirs, ours = flatten(theirs), flatten(ours)
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
