@@ -319,7 +319,7 @@ def test_a_model_of_the_hub_is_scored_at_its_commit_and_pickles_are_refused(hub,
         ("someone/a-model", ("--revision", "v9"), "someone/a-model@v9 is no folder here, and the Hub has no such rev"),
         ("someone/pickled", (), "has no weights in safetensors; pickled ones"),
     ):
-        assert call(name, *words, *more, "--out", tmp_path) == 1
+        assert call(name, *words, *more, "--out", tmp_path) == 2
         assert message in capsys.readouterr().err
 
 

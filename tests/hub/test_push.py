@@ -337,7 +337,7 @@ def test_mistakes_are_found_before_any_work(words, said, run, pushed):
 
 def test_folders_that_are_no_whole_model_are_refused_by_name(run, pushed, tmp_path):
     code, _, err = pushed(tmp_path / "nowhere", "--repo", "acme/x")
-    assert code == 2 and "nowhere is missing" in err
+    assert code == 2 and "nowhere does not exist" in err
     mine = shutil.copytree(run / "checkpoints" / "step_00000004", tmp_path / "model")
     with open(mine / "model.safetensors", "ab") as file:
         file.write(b"x")

@@ -149,7 +149,7 @@ def test_the_command_prints_the_table_and_last_the_path(demo):
 def test_the_report_needs_no_torch():
     code = (
         "import periln.eval.report.command, sys; "
-        "assert 'eval.report.page' in sys.modules and not {'torch', 'transformers'} & set(sys.modules)"
+        "assert 'periln.eval.report.page' in sys.modules and not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
