@@ -5,6 +5,9 @@ working folder. So base.json beside it names the same folder relative to the ada
 """
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,6 +52,14 @@ def base_of(checkpoint: Path) -> Path:
     raise UserError(f"the base model of {checkpoint} has other weights than it was trained on: {there[0]}")
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """PEFT asks a model for `is_gradient_checkpointing`, of which Transformers warns whoever runs it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
+        yield
+
+
 def load_float32(checkpoint: Path) -> torch.nn.Module:
     """A checkpoint in FP32; an adapter with its base around it.
 
@@ -57,4 +68,7 @@ def load_float32(checkpoint: Path) -> torch.nn.Module:
     """
     place = base_of(checkpoint) if is_adapter(checkpoint) else checkpoint
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
-    return PeftModel.from_pretrained(model, checkpoint) if is_adapter(checkpoint) else model
+    if not is_adapter(checkpoint):
+        return model
+    with quiet_peft():
+        return PeftModel.from_pretrained(model, checkpoint)

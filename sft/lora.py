@@ -1,9 +1,6 @@
 """LoRA through PEFT: adapters for a model, and merged back into one that needs no PEFT."""
 
 import dataclasses
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +12,7 @@ from periln.runkit.checkpoints import damage_of, write_checkpoint
 from periln.runkit.control_tokens import END_OF_TURN, ROLES
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import read_json
-from periln.sft.base import is_adapter, load_float32
+from periln.sft.base import is_adapter, load_float32, quiet_peft
 from periln.sft.recipe import Lora
 
 PROBE = (2, 16)  # rows and tokens of the batch on which a merged model is compared
@@ -78,14 +75,6 @@ def stops_at_turns(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> bool
     return tokenizer.convert_tokens_to_ids(END_OF_TURN) in (ends if isinstance(ends, list) else [ends])
 
 
-@contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """PEFT asks a model for `is_gradient_checkpointing`, of which Transformers warns whoever runs it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
-        yield
-
-
 def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """The model with adapters that alone are trained; what they start from follows from the seed.
 
@@ -104,7 +93,7 @@ def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         trainable_token_indices=None if rows == "auto" else rows,  # `resolved` says what auto is for a checkpoint
     )
     try:
-        with _quiet_peft():
+        with quiet_peft():
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"peft.target_modules: {' '.join(str(error).split())[:300]}") from error
@@ -133,8 +122,7 @@ def merge(checkpoint: Path, out: Path) -> tuple[float, float]:
     """
     if not is_adapter(checkpoint):
         raise UsageError(f"{checkpoint} holds no adapter (adapter_config.json): there is nothing to merge")
-    with _quiet_peft():
-        model = load_float32(checkpoint).eval()
+    model = load_float32(checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, PROBE, generator=generator)
