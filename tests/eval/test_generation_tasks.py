@@ -53,7 +53,7 @@ def test_generation_until_a_string_gives_what_greedy_decoding_gives(tmp_path, si
         for _ in range(6):
             with torch.no_grad():
                 ids = torch.cat([ids, lm.model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-            if ids[0, -1] == lm.tokenizer.eos_token_id:
+            if ids[0, -1] in torch.tensor(lm.model.generation_config.eos_token_id):  # the text's end, and a turn's
                 break
         text = lm.tokenizer.decode(ids[0, start:], skip_special_tokens=True).split("\n")[0]
         assert sample["resps"][0][0] == text

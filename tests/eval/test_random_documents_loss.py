@@ -141,7 +141,7 @@ def test_the_note_names_every_window_and_count_of_tokens():
 def test_a_window_longer_than_the_positions_is_refused_before_a_document_is_read(tmp_path, capsys, monkeypatch):
     run = make_run(tmp_path / "run")
     monkeypatch.setattr(documents, "stream", lambda *a: pytest.fail("documents were read"))
-    assert call(run.path, "--context", 513) == 1
+    assert call(run.path, "--context", 513) == 2
     assert "--context 513 is more than the 512 positions of run" in capsys.readouterr().err
 
 
@@ -202,7 +202,7 @@ def test_what_cannot_be_measured_is_one_sentence(hub, tmp_path, capsys):
     assert call(run.path, "--documents", 3, "--sample", sample) == 0
     for words, code, message in (
         (("--documents", 0), 2, "--documents must be at least 1, not 0"),
-        (("--documents", 2, "--column", "txt"), 1, "has no column 'txt' (did you mean 'text'?)"),
+        (("--documents", 2, "--column", "txt"), 2, "has no column 'txt' (did you mean 'text'?)"),
         (("--dataset", "no/where"), 1, "no/where validation: the Hub has it not"),
         (("--split", "tset"), 1, "allenai/c4 en tset: "),
         (("--documents", 4, "--sample", sample), 1, "holds another sample (asked 3, not 4)"),

@@ -148,7 +148,7 @@ def test_a_trainer_that_is_gone_ends_the_watch_after_a_while(tmp_path):
 
 
 def test_what_cannot_be_watched_is_said(tmp_path, capsys):
-    assert call(tmp_path / "none", "--wait", 0, *TASKS) == 1
+    assert call(tmp_path / "none", "--wait", 0, *TASKS) == 2
     assert "is no run folder (recipe.yaml), and none came within 0 seconds" in capsys.readouterr().err
     run = make_run(tmp_path / "run")
     assert call(run.path, "--every", 0, *TASKS) == 2
