@@ -1,6 +1,6 @@
 """Rows of the literature, kinds of norms and learned factors against their sources' equations, in float64.
 
-The reference shares no code with the model: each row is written out as its paper has it, and reads the model's weights
+The reference shares no code with the model: each row is written out as an equation (not yet compared with its paper), and reads the model's weights
 by name. H heads, D hidden size, L layers; all sublayers have 2L.
 """
 
