@@ -24,8 +24,8 @@ a placement is: a new one is a new row of `PLACEMENTS`. What may stand in a slot
 | `none` | no norm at all |
 | `pre_post` | A and C; sometimes called Peri-LN, which it is not |
 
-The equations of `keel`, `normformer`, `sub_ln`, `hybrid`, `hybrid_star` and `learned_residual` were written down without
-the papers at hand, and have still to be compared with them.
+The equations of `keel`, `normformer`, `sub_ln`, `hybrid`, `hybrid_star` and `learned_residual` were written down
+without the papers at hand, and have still to be compared with them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
