@@ -74,6 +74,16 @@ def test_the_mini_sets_stand_in_the_text_and_not_in_the_metadata(tmp_path):
     card = ModelCard(render_card(find_subject(run)))
     assert card.data.eval_results is None
     assert "mini_arc_easy | acc | 30.00" in card.text and "compare with nobody else's" in card.text
+    minis = ",".join(f"mini_{t}" for t in hub_run.HUB_TASKS)
+    assert f"periln benchmarks ORG/NAME --tasks {minis} --trust-remote-code" in card.text
+
+
+def test_how_to_evaluate_names_the_tasks_that_the_scores_are_of(tmp_path):
+    run = hub_run.write_run(tmp_path)
+    (run / "eval" / "benchmarks-hub.json").unlink()
+    hub_run.write_scores(run, tasks=("piqa", "winogrande"), file="two")
+    text = render_card(find_subject(run))
+    assert "--tasks piqa,winogrande --batch_size 16" in text and "periln benchmarks" not in text
 
 
 def test_of_two_records_of_a_task_the_one_with_more_items_counts(tmp_path):
