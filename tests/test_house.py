@@ -17,7 +17,7 @@ FLOORS = {
     "eval.targets": {"runkit", "modeling_periln"},
     "eval.texts": {"runkit", "eval.arguments"},
     "eval.structure": {"runkit", "modeling_periln"},
-    "eval.scoring": {"runkit", "eval.targets"},
+    "eval.scoring": {"runkit", "eval.targets", "eval.arguments"},
     "eval.options": {"runkit", "eval.arguments", "eval.scoring"},
     "eval.tables": {"runkit", "eval.records", "eval.text_table"},
     "eval.figures": {"runkit", "eval.arguments", "eval.records"},
