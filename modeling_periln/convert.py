@@ -51,7 +51,7 @@ from .convert_options import NO_TEXT, WIKITEXT, parse
 from .modeling_periln import PeriLlamaForCausalLM
 from .pipes import until_unread
 from .proof import TOLERANCE, ConversionFailed, compare, in_words, model_class
-from .refresh import refresh_code
+from .refresh import refresh
 from .sources import ADAPTER_CONFIG, COMPANIONS, base_of, check_whole, checkpoint_of, is_adapter, merge, read_json
 from .version import __version__
 
@@ -381,10 +381,9 @@ def run(args: argparse.Namespace) -> int:
 def _refresh(args: argparse.Namespace) -> int:
     for folder in args.refresh_code:
         try:
-            changed = refresh_code(folder)
+            print(f"{folder}: {refresh(folder)}")
         except Exception as error:
             return _failed(error, args.debug)
-        print(f"{folder}: {', '.join(changed) + ' replaced' if changed else 'the code is this version already'}")
     return 0
 
 

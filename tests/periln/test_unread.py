@@ -1,4 +1,4 @@
-"""`periln ... | head -1`: a command whose reader has gone ends without a traceback, with the code that a shell expects."""
+"""`periln ... | head -1`: a command whose reader has gone ends without a traceback, with the code of a closed pipe."""
 
 import os
 import subprocess
