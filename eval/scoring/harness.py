@@ -144,7 +144,6 @@ class Benchmarks:
         settings = self.settings
         model, tokenizer = target.load(settings.device, settings.dtype)
         before = before_text(tokenizer)
-        tokenizer.split_special_tokens = True  # what a task's text spells is text
         return ContinuationLM(
             pretrained=model,
             tokenizer=tokenizer,
