@@ -74,3 +74,10 @@ def register_names() -> None:
         table[PeriLlamaConfig.model_type] = AUTO_MAP[auto_class].split(".")[-1]
     for wrapper, name in _WRAPPED.items():
         _TABLES["AutoModelForCausalLM"][f"{PeriLlamaConfig.model_type}, {wrapper}"] = name
+
+
+def register_everywhere() -> None:
+    """Have every library that asks for a class by its name know this family; a second time changes nothing."""
+    register_names()
+    name_compiled_models()
+    refuse_megatron()
