@@ -58,14 +58,14 @@ def name_compiled_models() -> None:
     if getattr(plain, "names_peri_llama", False):
         return
 
-    def _get_name(self: Any) -> str:
+    def own_name(self: Any) -> str:
         inside = self._orig_mod
         inside = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
         ours = getattr(getattr(inside, "config", None), "model_type", None) == PeriLlamaConfig.model_type
-        return inside._get_name() if ours else plain(self)
+        return str(inside._get_name()) if ours else plain(self)
 
-    _get_name.names_peri_llama = True  # type: ignore[attr-defined]
-    OptimizedModule._get_name = _get_name
+    own_name.names_peri_llama = True  # type: ignore[attr-defined]
+    OptimizedModule._get_name = own_name  # type: ignore[method-assign]
 
 
 def register_names() -> None:

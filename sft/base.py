@@ -14,8 +14,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import modeling_periln.refresh as refresh
-import modeling_periln.sources as sources
+from modeling_periln import refresh, sources
+from modeling_periln.conversions import ConversionRefused
+from modeling_periln.proof import ConversionFailed
 from periln.runkit.errors import UserError
 from periln.runkit.folder import weights_hash, write_json
 
@@ -24,7 +25,7 @@ from periln.runkit.folder import weights_hash, write_json
 def _in_our_words() -> Iterator[None]:
     try:
         yield
-    except (sources.ConversionRefused, sources.ConversionFailed) as error:
+    except (ConversionRefused, ConversionFailed) as error:
         raise UserError(str(error)) from error
 
 

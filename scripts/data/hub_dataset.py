@@ -34,7 +34,8 @@ class HubDataset:
         self.revision = revision
         self._count = 0
         self._place: dict[str, int] | None = None  # in files that are read here
-        self._state, self._stream = None, None  # of datasets
+        self._state: dict[str, Any] | None = None  # of the stream of datasets
+        self._stream: Any = None
 
     def pin(self, pinned: dict[str, Any] | None) -> dict[str, Any]:
         if pinned is not None:

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from periln.runkit.errors import UserError
 from periln.runkit.texts import UNDECODABLE
@@ -29,7 +29,7 @@ class NoColumn(Exception):
         self.reason, self.names, self.at = reason, names, at
 
 
-def texts(file: BinaryIO, name: str, size: int, index: int, offset: int) -> Iterator[Read]:
+def texts(file: IO[bytes], name: str, size: int, index: int, offset: int) -> Iterator[Read]:
     """A text of `size` bytes: whole, or in pieces of at most `PIECE` bytes."""
     file.seek(offset)
     while data := file.read(PIECE):
@@ -43,7 +43,7 @@ def texts(file: BinaryIO, name: str, size: int, index: int, offset: int) -> Iter
         yield _decoded(name if size <= PIECE else f"{name}:{index - 1}", data), index, offset
 
 
-def lines(file: BinaryIO, name: str, column: str, index: int, offset: int) -> Iterator[Read]:
+def lines(file: IO[bytes], name: str, column: str, index: int, offset: int) -> Iterator[Read]:
     """The records of a .jsonl.
 
     Raises:
@@ -75,7 +75,7 @@ def _record(name: str, line: bytes, column: str, first: bool) -> Document:
     return Document(name, "", NO_TEXT)
 
 
-def rows(source: Path | BinaryIO, name: str, column: str, index: int) -> Iterator[Read]:
+def rows(source: Path | IO[bytes], name: str, column: str, index: int) -> Iterator[Read]:
     """The rows of a .parquet.
 
     Raises:
@@ -143,7 +143,7 @@ def kind_of(path: Path) -> str:
     return ".txt"
 
 
-def _bounded_lines(file: BinaryIO) -> Iterator[tuple[bytes | None, int]]:
+def _bounded_lines(file: IO[bytes]) -> Iterator[tuple[bytes | None, int]]:
     """(line, bytes) of each line; None for one of more than `LONGEST` bytes, which is never in memory as a whole."""
     while line := file.readline(LONGEST + 1):
         size = len(line)
@@ -195,7 +195,7 @@ def _unfinished(data: bytes) -> int:
     return 0
 
 
-def opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> IO[bytes]:
     """A file's bytes, without the compression that its name tells of."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
@@ -206,7 +206,7 @@ def opened(path: Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
+def decompressed(file: Any, suffix: str) -> IO[bytes]:
     """`opened` for a file that is open already, and whose name ends in `suffix`."""
     if suffix == ".gz":
         return gzip.open(file, "rb")
@@ -217,13 +217,13 @@ def decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
     return io.BufferedReader(file, 1 << 20)  # its `readline` knows a limit
 
 
-def _without_zstd(file: Any) -> BinaryIO:
+def _without_zstd(file: Any) -> IO[bytes]:
     import pyarrow as pa
 
     return io.BufferedReader(pa.CompressedInputStream(file, "zstd"), 1 << 20)
 
 
-def _skip_bytes(file: BinaryIO, count: int) -> None:
+def _skip_bytes(file: IO[bytes], count: int) -> None:
     """Go `count` bytes on; a compressed file has to be read for that."""
     if isinstance(file, io.BufferedReader) and file.seekable():
         file.seek(count)
