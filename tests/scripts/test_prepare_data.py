@@ -116,7 +116,7 @@ def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(text, und
     assert not work_folders(out)
 
 
-@pytest.mark.parametrize("place", ["write_json", "_publish"])
+@pytest.mark.parametrize("place", ["write_json", "publish"])
 def test_a_kill_at_any_commit_loses_and_repeats_nothing(text, undisturbed, tmp_path, monkeypatch, place):
     out, real, stops = tmp_path / "data", getattr(prepare_data, place), 0
 
