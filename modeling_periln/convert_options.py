@@ -19,7 +19,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "periln-convert") -> ar
     """The command line's arguments: of a conversion, or with `--refresh-code` of the refreshing of checkpoints."""
     words = sys.argv[1:] if argv is None else argv
     if "--refresh-code" in words:
-        parser = _Parser(prog=prog, description="Replace the code in PeriLlama checkpoints by this package's.")
+        about = "Replace the code in PeriLlama checkpoints by this package's; in adapters, the path of a moved base."
+        parser = _Parser(prog=prog, description=about)
         parser.add_argument("--refresh-code", required=True, nargs="+", type=Path, metavar="CHECKPOINT", help="folders")
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return parser.parse_args(words)

@@ -47,7 +47,7 @@ from .configuration_periln import PeriLlamaConfig
 from .loss import IGNORE_INDEX, chunked_losses, shift_labels, softmax_part
 from .norms import make_norm
 from .placements import LayerPlan
-from .registration import refuse_megatron, register_names
+from .registration import register_everywhere
 from .residual import PeriLlamaResidual, times
 from .rotary import PeriLlamaRotaryEmbedding, rotate
 from .slots import Norm
@@ -546,8 +546,7 @@ class PeriLlamaForQuestionAnswering(GenericForQuestionAnswering, PeriLlamaPreTra
         self.post_init()
 
 
-register_names()
-refuse_megatron()
+register_everywhere()
 
 __all__ = [
     "PeriLlamaForCausalLM",

@@ -64,8 +64,6 @@ FOR_COMMANDS = {
 LONGEST = 400
 # To be split: these may shrink, not grow. The model is one file, since remote code carries it.
 LONGER = {
-    "scripts/prepare_data.py": 407,
-    "scripts/data/sources.py": 459,
     "modeling_periln/conversions.py": 444,
     "modeling_periln/convert.py": 411,
     "modeling_periln/modeling_periln.py": 559,

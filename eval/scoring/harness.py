@@ -164,7 +164,6 @@ class Benchmarks:
         settings = self.settings
         model, tokenizer = target.load(settings.device, settings.dtype)
         before = before_text(tokenizer)
-        tokenizer.split_special_tokens = True  # what a task's text spells is text
         kind = SharedPrefixLM if settings.scoring == SHARED else ContinuationLM
         return kind(
             pretrained=model,
@@ -218,7 +217,9 @@ class Benchmarks:
             own[name] = {**self.definitions[name], "tasks": sorted(known)}
         scored = [*(task for task in old.get("tasks", []) if task != name), name]
         sizes, why = old.get("batch_sizes", {}), getattr(lm, "why_not", None)
-        plainly = {k: v for k, v in old.get("scored_plainly", {}).items() if k != name} | ({name: why} if why else {})
+        plainly: dict[str, str] = {k: v for k, v in old.get("scored_plainly", {}).items() if k != name}
+        if why:
+            plainly[name] = why
         if self.settings.batch_size == "auto":
             sizes = sizes | {name: sorted({int(size) for size in lm.batch_sizes.values()})}
         return {

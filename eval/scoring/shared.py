@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -223,7 +224,7 @@ class SharedPrefixLM(ContinuationLM):
         """Score these rows both ways; says so where they differ by more than TOLERANCE."""
         rows = rows if rows[0] is not rows[-1] else rows[:1]
         ours = [value for row in self._score_rows(rows, requests) for value, _ in row]
-        asked = [(None, *requests[member][1:]) for row in rows for member in row.members]
+        asked: list[Any] = [(None, *requests[member][1:]) for row in rows for member in row.members]
         plain = [value for value, _ in super()._loglikelihood_tokens(asked, disable_tqdm=True, override_bs=len(asked))]
         worst = max(abs(a - b) if math.isfinite(a - b) else math.inf for a, b in zip(ours, plain, strict=True))
         return None if worst <= TOLERANCE else f"log-likelihoods differ from the plain way by {worst:.2g}"
