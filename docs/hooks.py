@@ -18,6 +18,8 @@ import sys
 import tempfile
 import tokenize
 import tomllib
+import types
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -223,27 +225,21 @@ def _recipe(heading: str, place: str) -> str:
     todo, parts = [("", getattr(importlib.import_module(module), name))], [f"## {heading}"]
     while todo:
         section, schema = todo.pop(0)
-        sections = {f.name: section_of(_hints(schema)[f.name]) for f in dataclasses.fields(schema)}
+        sections = {f.name: section_of(typing.get_type_hints(schema)[f.name]) for f in dataclasses.fields(schema)}
         todo[:0] = [(f"{section}{name}.", kind) for name, kind in sections.items() if kind]
         parts.append(_fields(section, schema, sections))
     return "\n\n".join(parts)
 
 
-def _hints(schema: type) -> dict[str, Any]:
-    import typing
-
-    return typing.get_type_hints(schema)
-
-
 def _fields(section: str, schema: type, sections: dict[str, Any]) -> str:
     source = Path(sys.modules[schema.__module__].__file__ or "")
-    said, lines = comments(source, schema.__name__), []
+    said, hints, lines = comments(source, schema.__name__), typing.get_type_hints(schema), []
     if section:
         lines += [f"**Section `{section.rstrip('.')}`**", ""]
     lines += [" ".join((schema.__doc__ or "").split("\n\n")[0].split()), ""]
     lines += ["| field | type | default | | on a resume |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(schema):
-        kind = "section" if sections[field.name] else spelled(field.type)
+        kind = "section" if sections[field.name] else spelled(hints[field.name])
         default = "required" if _required(field) else "" if sections[field.name] else f"`{_default(field)}`"
         changed = {"result": "fixed", "bits": "may change; other bits", "nothing": "may change", "place": "may move"}
         resumed = "" if sections[field.name] else changed[field.metadata.get("decides", "result")]
@@ -262,13 +258,17 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def spelled(hint: Any) -> str:
-    """A type as YAML's user knows it."""
-    words = hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint))
-    if not isinstance(hint, str) and getattr(hint, "__args__", None):
-        words = str(hint)
-    words = re.sub(r"typing\.|NoneType", lambda found: "null" if found[0] == "NoneType" else "", words)
-    words = re.sub(r"Literal\[([^\]]*)\]", r"\1", words).replace("None", "null").replace("'", "")
-    return words.replace("dict[str, Any]", "mapping").replace("dict", "mapping").replace(" | ", " or ")
+    """A type as a writer of YAML knows it."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(spelled, parts))
+    if origin is typing.Literal:
+        return ", ".join(map(str, parts))
+    if origin is list:
+        return f"list of {spelled(parts[0])}"
+    if hint is dict or origin is dict:
+        return "mapping"
+    return {type(None): "null", str: "text", typing.Any: "any"}.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def comments(source: Path, name: str) -> dict[str, str]:
@@ -286,7 +286,7 @@ def comments(source: Path, name: str) -> dict[str, str]:
                 above.insert(0, lines[number])
                 number -= 1
             behind = [lines[n] for n in range(node.lineno, (node.end_lineno or 0) + 1) if n in lines]
-            found[node.target.id] = _text(" ".join(above + behind))
+            found[node.target.id] = _text("; ".join(words for words in (" ".join(above), *behind) if words))
     return found
 
 
