@@ -13,7 +13,7 @@ TASKS = {
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m sft.select") -> argparse.Namespace:
-    parser = make_parser(prog, "Choose a fine-tuning's epoch, and evaluate it.")
+    parser = make_parser(prog, "Choose a fine-tuning's epoch, and evaluate it.", "runs/NAME/sft")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="fine-tuning runs, or runs that hold one")
     parser.add_argument(
         "--suite", default="hub", choices=tuple(TASKS), help="the four real tasks, or our own small ones"
