@@ -32,8 +32,8 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.formats") -
     add("--tokens", type=int, metavar="N", help=f"tokens a sample; {TOKENS}, or what the model takes, when left out")
     add("--seed", type=int, default=0, help="which samples are drawn")
     add("--batch-size", type=int, help="samples a pass; as many as keep the logits small when left out")
-    add("--out", type=Path, metavar="DIR", help="folder of the results, ./formats/NAME when left out; rows that it "
-        "holds of the same model and samples are kept")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", help="folder of the results; the run's eval/formats, or ./formats/NAME, "
+        "when left out; rows of the same model and samples that it holds are kept")  # fmt: skip
     add("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
     add("--revision", help="branch, tag or commit of a model of the Hub")
     add("--tokenizer", metavar="PATH_OR_ID", help="another tokenizer than the model's own")

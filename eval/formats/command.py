@@ -17,7 +17,7 @@ from periln.eval.formats.cured import cure_in_place, rows_that_change
 from periln.eval.formats.emulate import Emulation, seen_in_a_pass
 from periln.eval.formats.files import Records
 from periln.eval.formats.locate import Located, locate
-from periln.eval.formats.measure import Reference, measure_recipe, measure_reference, usual_batch
+from periln.eval.formats.measure import LOGIT_BYTES, Reference, measure_recipe, measure_reference, usual_batch
 from periln.eval.formats.publish import publish
 from periln.eval.formats.recipes import BLOCK, GROUPS, TARGETS, WEIGHTS, Recipe, Scaled, chosen
 from periln.eval.formats.words import AS_IT_IS, CURED
@@ -25,7 +25,7 @@ from periln.eval.targets import Model, find_measured
 from periln.eval.texts.samples import Samples, find_samples
 from periln.runkit.environment import describe_environment
 from periln.runkit.errors import UsageError
-from periln.runkit.process import start_stage
+from periln.runkit.process import peak_rss, start_stage
 from periln.runkit.progress import progress_bar
 
 Job = tuple[str, Recipe]  # variant and row
@@ -36,6 +36,13 @@ def _tokenizer(args: argparse.Namespace, model: Model) -> tuple[Any, str]:
     if args.data is None and data == "random":
         print(f"{args.model} has no tokenizer: measured on random token ids, in bits a token", file=sys.stderr)
     return None if data == "random" else model.tokenizer(args.tokenizer, args.trust_remote_code), data
+
+
+def usual_folder(model: Model) -> Path:
+    """Where the results go if nothing else is asked for: a run's into the run, a folder a checkpoint."""
+    if model.run is None:
+        return Path("formats") / model.name
+    return model.run / "eval" / "formats" / f"step_{model.chosen.step:08d}"
 
 
 def sample_sizes(tokenizer: Any, samples: Samples) -> list[int]:
@@ -83,12 +90,13 @@ def _seconds(located: Located, samples: Samples, rows: Sequence[Recipe]) -> floa
 
 
 def _memory(located: Located, samples: Samples, batch: int) -> float:
-    """Bytes at most: FP32 weights, a rounded copy of those of products, logits of one batch and of the reference."""
-    model = located.model
+    """Bytes at most: what is taken by now, a rounded copy of the products' weights, logits of a batch and of the
+    reference, and a matrix in double precision twice.
+    """
     logits = 4 * located.vocabulary * samples.ids.shape[1]
-    kept = min(logits * len(samples.ids), 512 * 2**20)
-    parameters = sum(p.numel() for p in model.parameters())
-    return 4 * parameters + 4 * located.product_parameters + kept + 3 * batch * logits
+    kept = min(logits * len(samples.ids), LOGIT_BYTES)
+    largest = max((p.weight.numel() for p in located.products), default=0)
+    return peak_rss() + 4 * located.product_parameters + kept + 4 * batch * logits + 16 * largest
 
 
 def _announce(located: Located, samples: Samples, batch: int, rows: Sequence[Recipe]) -> None:
@@ -165,17 +173,18 @@ def main(args: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     model = find_measured(args.model, args.revision)
-    out = args.out or Path("formats") / model.name
+    out = args.out or usual_folder(model)
     check_records(out)
     tokenizer, data = _tokenizer(args, model)
     config = model.chosen.config(args.trust_remote_code)
     count = args.samples or (FULL if args.full else QUICK)
     samples = find_samples(config, tokenizer, data, count, args.tokens, args.seed)
-    asked = {"model": args.model, "step": model.chosen.step, "weights_sha256": model.chosen.weights_sha256}
+    asked = {"step": model.chosen.step, "weights_sha256": model.chosen.weights_sha256}
     records = Records(out, asked | samples.described)
     sizes = sample_sizes(tokenizer, samples)
     unit = "token" if tokenizer is None else "byte"
     records.write_head(
+        model=args.model,
         name=model.name,
         unit=unit,
         sizes=sizes,

@@ -15,7 +15,7 @@ from periln.runkit.folder import json_number, read_json, write_json
 
 
 class Records:
-    """One model's folder. `asked` is what decides a row: weights, samples, version of the rows' meaning.
+    """One model's folder. `asked` is what decides a row: weights and samples.
 
     Raises:
         UserError: the folder holds rows of something else; what differs is named.

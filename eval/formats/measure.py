@@ -16,6 +16,7 @@ from periln.eval.texts.samples import Samples
 
 LOGIT_BYTES = 512 * 2**20  # of the reference's logits, kept for KL and top-1
 PASS_BYTES = 256 * 2**20  # of one batch's logits
+KL_ENTRIES = 2**21  # of logits that are in double precision at a time
 
 
 def usual_batch(samples: Samples, vocabulary: int) -> int:
@@ -61,7 +62,8 @@ def measure_reference(
 def _kl(reference: torch.Tensor, logits: torch.Tensor) -> tuple[float, int]:
     """Sum over positions of KL(reference || rounded) in nats, and at how many both name the same token."""
     total, same = 0.0, 0
-    for p, q in zip(reference.flatten(0, 1).split(64), logits.flatten(0, 1).split(64), strict=True):
+    rows = max(1, KL_ENTRIES // reference.shape[-1])
+    for p, q in zip(reference.flatten(0, 1).split(rows), logits.flatten(0, 1).split(rows), strict=True):
         p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
         total += (p.exp() * (p - q)).sum().item()
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
