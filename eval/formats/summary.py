@@ -82,12 +82,14 @@ def row_of(cell: Cell, reference: Sequence[float], sizes: Sequence[int]) -> dict
 def cheapest(cells: Iterable[tuple[Recipe, dict[str, Any]]]) -> dict[str, str | None]:
     """The row of each group with the fewest bits among those within 1 % of FP32's loss; None where there is none.
 
-    Fewest of the weights first, then of activations, KV cache and stream; of two alike the smaller rise.
+    Fewest of the weights first, then of activations, KV cache and stream; of two alike the smaller rise. A scale for
+    each channel of activations or stream is a diagnosis, which no product can take out of its sum: it does not count.
     """
     found: dict[str, str | None] = {}
     by_group: dict[str, list[tuple[Recipe, dict[str, Any]]]] = {}
     for recipe, row in cells:
-        if row["variant"] == AS_IT_IS:
+        diagnosis = any(t in (ACTIVATIONS, STREAM) and cell.scaling == CHANNEL for t, cell in recipe.cells.items())
+        if row["variant"] == AS_IT_IS and not diagnosis:
             by_group.setdefault(recipe.group, []).append((recipe, row))
     for group, members in by_group.items():
         good = [(_cost(recipe), row["rise"], recipe.name) for recipe, row in members if row["within"]]

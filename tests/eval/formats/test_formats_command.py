@@ -174,6 +174,10 @@ def test_the_cheapest_has_the_fewest_bits_of_those_within_one_per_cent():
     pairs = [(table[key], _row(key, rise, rise < 0.02)) for key, rise in zip(keys, rises, strict=True)]
     two = [(table[f"recipes: {name}"], _row(name, 0.01, True)) for name in ("INT4 W4A16", "MXFP4 W4A4", "INT8 KV8")]
     assert cheapest([*pairs, *two]) == {WEIGHTS: "INT4 per block of 128", RECIPES: "MXFP4 W4A4"}
+    # Channels' own scales cannot be taken out of a product's sum; those of keys can.
+    channels = [(table[f"{t}: INT4 per channel"], _row("INT4 per channel", 0.0, True)) for t in ("activations", "kv")]
+    token = (table["activations: INT8 per token"], _row("INT8 per token", 0.001, True))
+    assert cheapest([*channels, token]) == {"activations": "INT8 per token", "kv": "INT4 per channel"}
     none = [(table["kv: INT8 per token"], _row("INT8 per token", 0.5, False))]
     assert cheapest(none) == {"kv": None}
     assert said(none, cheapest(none)) == [
