@@ -20,7 +20,7 @@ from periln.eval.formats.locate import Located, locate
 from periln.eval.formats.measure import LOGIT_BYTES, Reference, measure_recipe, measure_reference, usual_batch
 from periln.eval.formats.publish import publish
 from periln.eval.formats.recipes import BLOCK, GROUPS, TARGETS, WEIGHTS, Recipe, Scaled, chosen
-from periln.eval.formats.words import AS_IT_IS, CURED
+from periln.eval.formats.words import AS_IT_IS, CURED, PLACES
 from periln.eval.targets import Model, find_measured
 from periln.eval.texts.samples import Samples, find_samples
 from periln.runkit.environment import describe_environment
@@ -132,7 +132,7 @@ class _Formats:
         located = seen_in_a_pass(locate(network))
         missing = {t: why for t, why in located.missing.items() if any(t in row.cells for _, row in jobs)}
         for target, why in missing.items():
-            tqdm.write(f"{target} are not measured: {why}", file=sys.stderr)
+            tqdm.write(f"not measured: {PLACES[target]}, because {why}", file=sys.stderr)
         self.records.write_head(missing=self.records.head.get("missing", {}) | missing)
         jobs = [job for job in jobs if not missing.keys() & job[1].cells.keys()]
         if not jobs:

@@ -9,7 +9,7 @@ from periln.eval.formats.heat_map import draw
 from periln.eval.formats.recipes import ROWS, Recipe
 from periln.eval.formats.summary import cheapest, row_of, said
 from periln.eval.formats.table import formats_table
-from periln.eval.formats.words import AS_IT_IS, CURED
+from periln.eval.formats.words import AS_IT_IS, CURED, PLACES
 from periln.eval.text_table import Table, to_csv, to_markdown, to_terminal
 from periln.runkit.folder import write_bytes, write_text
 
@@ -26,7 +26,7 @@ def _notes(head: dict[str, Any]) -> list[str]:
     where = "" if positions == tokens else f" KL and top-1 at {positions} of the {tokens} positions."
     per = f"; FP32: {sum(head['reference']['nats']) / sum(head['sizes']) / 0.6931471805599453:.4f} bits a {unit}"
     notes = [f"{asked['samples']} samples of {asked['tokens']} tokens of {asked['data']}{per}.{where}"]
-    notes += [f"{target} are not measured: {why}" for target, why in head.get("missing", {}).items()]
+    notes += [f"Not measured: {PLACES[target]}, because {why}." for target, why in head.get("missing", {}).items()]
     cure = head.get("cure")
     if cure is not None and cure["refused"] is not None:
         notes.append(f"Not measured after the cure: {cure['refused']}.")

@@ -1,6 +1,7 @@
 """The command: what it writes, keeps and refuses; and the table's sentences."""
 
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +9,10 @@ import pytest
 import torch
 from planted import with_large_stream
 from stability_families import build
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from periln.eval.arguments.formats import check, parse
 from periln.eval.formats import command, cured
@@ -123,6 +128,36 @@ def test_the_cure_mends_plain_casts_and_leaves_shared_scales(models, capsys):
     assert rows["as it is", "INT8 per tensor"]["kl"] == pytest.approx(rows["cured", "INT8 per tensor"]["kl"], rel=0.01)
     sentence = next(text for text in record["said"] if "before the cure" in text)
     assert sentence.startswith("stream in FP16: not finite (not finite: stream after mlp, layer 2) before the cure, ")
+
+
+def test_loss_is_counted_in_bits_a_byte_of_the_text(models, capsys):
+    words = [f"w{i}" for i in range(90)]
+    backend = Tokenizer(WordLevel({"<eos>": 0} | {w: i for i, w in enumerate(words, start=1)}, unk_token="<eos>"))
+    backend.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(models / "llama")
+    (models / "text.txt").write_text(" ".join(words[(7 * i) % 90] for i in range(200)))
+    record = run(models, *INT8_OF_WEIGHTS, "--data", str(models / "text.txt"))
+    assert record["unit"] == "byte" and all(30 <= size <= 11 * 4 for size in record["sizes"])
+    bits = sum(record["reference"]["nats"]) / math.log(2) / sum(record["sizes"])
+    cell = json.loads((models / "out" / "cells" / "as_it_is_weights_int8_per_row.json").read_text())
+    rise = sum(cell["nats"]) / math.log(2) / sum(record["sizes"]) - bits
+    row = record["rows"][0]
+    assert row["rise"] == pytest.approx(rise, abs=1e-9) and row["rise_share"] == pytest.approx(rise / bits, abs=1e-9)
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"FP32: {bits:.4f} bits a byte." in out and "bits a byte lost [95 %]" in out
+
+
+def test_what_cannot_be_located_is_said_and_the_rest_measured(models, capsys):
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
+    OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=64)).save_pretrained(
+        models / "opt"
+    )
+    words = ["--targets", "weights,stream", "--formats", "INT8", "--out", str(models / "out"), *SMALL]
+    main(parse([str(models / "opt"), *words]))
+    printed = capsys.readouterr()
+    assert "not measured: stream, because " in printed.err and "Not measured: stream, because " in printed.out
+    record = json.loads((models / "out" / "formats.json").read_text())
+    assert [row["row"] for row in record["rows"]] == ["INT8 per row"] and set(record["missing"]) == {"stream"}
 
 
 def test_a_model_that_needs_no_cure_is_told_so(models, capsys):
