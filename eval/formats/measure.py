@@ -13,6 +13,7 @@ from periln.eval.formats.emulate import Emulation, slot_rows
 from periln.eval.formats.locate import Located, vocabulary_of
 from periln.eval.formats.recipes import Recipe
 from periln.eval.texts.samples import Samples
+from periln.runkit.errors import UserError
 
 LOGIT_BYTES = 512 * 2**20  # of the reference's logits, kept for KL and top-1
 PASS_BYTES = 256 * 2**20  # of one batch's logits
@@ -48,11 +49,17 @@ class Reference:
 def measure_reference(
     model: nn.Module, samples: Samples, batch_size: int, tick: Callable[[int], None] = lambda n: None
 ) -> Reference:
-    """The model as it is, in FP32."""
+    """The model as it is, in FP32.
+
+    Raises:
+        UserError: its logits are not finite.
+    """
     stride = max(1, math.ceil(samples.ids.numel() * vocabulary_of(model) * 4 / LOGIT_BYTES))
     nats, kept = [], []
     for ids in samples.batches(batch_size, next(model.parameters()).device):
         logits = model(input_ids=ids, use_cache=False).logits
+        if not bool(logits.isfinite().all()):
+            raise UserError("the model's logits are not finite in FP32: there is nothing to compare a format with")
         nats.append(_losses(logits, ids))
         kept.append(logits[:, ::stride].float().clone())
         tick(len(ids))

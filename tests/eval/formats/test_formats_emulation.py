@@ -247,6 +247,14 @@ def test_the_interval_is_student_s_over_pairs():
     assert paired_rise([11.0], [10.0], [5])[1:] == (None, None)
 
 
+def test_a_model_that_is_not_finite_in_fp32_is_refused():
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = torch.inf
+    with pytest.raises(UserError, match="logits are not finite in FP32"):
+        measure_reference(model, random_samples(96, 2, 8, 0), 2)
+
+
 # --- what cannot be located -----------------------------------------------------------------------------------
 
 
