@@ -36,6 +36,10 @@ FLOORS = {
         *("runkit", "modeling_periln", "eval.arguments", "eval.structure", "eval.texts", "eval.targets"),
         "eval.stability",
     },
+    "eval.formats": {
+        *("runkit", "eval.arguments", "eval.structure", "eval.texts", "eval.targets", "eval.records"),
+        *("eval.text_table", "eval.figures", "eval.fp16"),
+    },
     "scripts.gpus": set(),
     "scripts.costs": {"modeling_periln"},
     "scripts.recipe": {"runkit", "modeling_periln"},

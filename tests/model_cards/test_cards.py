@@ -151,6 +151,17 @@ def test_each_checkpoint_has_the_benchs_sentences_on_itself(tmp_path):
     assert "The largest" not in section(ModelCard(render_card(find_subject(run, 4))), "FP16")
 
 
+def test_the_number_formats_are_those_of_the_checkpoint(tmp_path):
+    run = hub_run.write_run(tmp_path)
+    row = "| Cheapest number formats within 1% of FP32's loss (emulated) | "
+    assert f"{row}not measured |" in render_card(find_subject(run))
+    file = run / "eval" / "formats" / "step_00000008" / "formats.json"
+    file.parent.mkdir(parents=True)
+    hub_run.write_json(file, {"cheapest": {"weights": "INT8 per row", "stream": None}})
+    assert f"{row}weights: INT8 per row; stream: none of those measured |" in render_card(find_subject(run))
+    assert f"{row}not measured |" in render_card(find_subject(run, 4))
+
+
 def test_an_overflow_is_said_wherever_it_was_recorded(tmp_path):
     run = hub_run.write_run(tmp_path)
     (run / "flight").mkdir()
