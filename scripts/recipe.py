@@ -157,10 +157,13 @@ class Recipe:
 
     name: str = setting(decides=NOTHING)
     data: str = setting(decides=PLACE)  # data_fingerprint says what lies there
-    model: dict[str, Any]
     steps: int
     batch_size: int  # sequences a step, over all processes
     sequence_length: int
+    model: dict[str, Any] = field(default_factory=dict)  # of PeriLlamaConfig; filled in from `init_from`
+    # a checkpoint or a Hub id that the weights are from at the start (scripts/origin.py); null: drawn by the seed
+    init_from: str | None = setting(None, decides=PLACE)  # init_sha256 says what lies there
+    init_sha256: str | None = None  # of its weights; filled in
     stage: Literal["pretrain"] = "pretrain"
     seed: int = 1
     # sequences a forward pass and process; null: as many as there are
@@ -201,6 +204,8 @@ class Recipe:
             UsageError: names field and value.
         """
         check_run_name(self.name)
+        if not self.model:
+            raise UsageError("the field model is missing: give the model's fields, or init_from")
         self._check_numbers()
         self._check_schedule()
         self._check_kept()

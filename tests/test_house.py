@@ -39,18 +39,22 @@ FLOORS = {
     "scripts.gpus": set(),
     "scripts.costs": {"modeling_periln"},
     "scripts.recipe": {"runkit", "modeling_periln"},
+    "scripts.origin": {"runkit", "modeling_periln", "scripts.recipe"},
     "scripts.data": {"runkit"},
     "scripts.prepare_data": {"runkit", "scripts.data"},
     "scripts.training": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.data"),
+        "scripts.origin",
     },
-    "scripts.pretrain": {"runkit", "scripts.recipe", "scripts.data", "scripts.training"},
+    "scripts.pretrain": {"runkit", "scripts.recipe", "scripts.origin", "scripts.data", "scripts.training"},
     "scripts.bench": {"runkit", "modeling_periln"},
     "scripts.plan": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.training"),
+        "scripts.origin",
     },
     "scripts.sweep": {
         *("runkit", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.plan", "scripts.pretrain"),
+        "scripts.origin",
     },
     "scripts.demo": {"runkit", "modeling_periln", "scripts.recipe", "scripts.data"},
     "scripts.push": {"runkit", "model_cards"},
