@@ -14,6 +14,7 @@ from modeling_periln import PeriLlamaConfig
 from periln.runkit.errors import UsageError
 from periln.runkit.resume import BITS, NOTHING, PLACE, setting
 from periln.runkit.spikes import Spikes
+from periln.scripts.optimizers import read_options
 
 
 @dataclass
@@ -33,8 +34,10 @@ class NormDecay:
 
 @dataclass
 class Optimizer:
-    """AdamW, decoupled as Megatron's `adam` is. Paper: weight decay 0.033, cosine, 10 % warm-up."""
+    """Paper: Megatron's `adam`, which is AdamW, with weight decay 0.033, cosine, 10 % warm-up."""
 
+    name: str = "adamw"  # a row of scripts/optimizers
+    options: dict[str, Any] = field(default_factory=dict)  # that row's own
     learning_rate: float = 2e-3
     final_learning_rate: float = 0.1  # a share of learning_rate, where the schedule decays; ours
     warmup: float = 0.1  # a share of the steps
@@ -207,6 +210,7 @@ class Recipe:
         if not self.model:
             raise UsageError("the field model is missing: give the model's fields, or init_from")
         self._check_numbers()
+        read_options(self.optimizer.name, self.optimizer.options)
         self._check_schedule()
         self._check_kept()
         micro = self.micro_batch_size or max(1, self.batch_size // processes)

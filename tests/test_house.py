@@ -38,19 +38,20 @@ FLOORS = {
     },
     "scripts.gpus": set(),
     "scripts.costs": {"modeling_periln"},
-    "scripts.recipe": {"runkit", "modeling_periln"},
+    "scripts.optimizers": {"runkit"},
+    "scripts.recipe": {"runkit", "modeling_periln", "scripts.optimizers"},
     "scripts.origin": {"runkit", "modeling_periln", "scripts.recipe"},
     "scripts.data": {"runkit"},
     "scripts.prepare_data": {"runkit", "scripts.data"},
     "scripts.training": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.data"),
-        "scripts.origin",
+        *("scripts.origin", "scripts.optimizers"),
     },
     "scripts.pretrain": {"runkit", "scripts.recipe", "scripts.origin", "scripts.data", "scripts.training"},
     "scripts.bench": {"runkit", "modeling_periln"},
     "scripts.plan": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.training"),
-        "scripts.origin",
+        *("scripts.origin", "scripts.optimizers"),
     },
     "scripts.sweep": {
         *("runkit", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.plan", "scripts.pretrain"),

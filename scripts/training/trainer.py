@@ -39,7 +39,7 @@ from periln.scripts.training.heldout import check_heldout_sets, heldout_loss, he
 from periln.scripts.training.layer_stats import LayerStats, drop_rows, write_rows
 from periln.scripts.training.overflow import FirstNonFinite
 from periln.scripts.training.peak import PeakMemory
-from periln.scripts.training.steps import StepBook, learning_rate, make_optimizer
+from periln.scripts.training.steps import StepBook, learning_rate, make_optimizer, set_rate
 from periln.scripts.training.tracking import Tracking
 from periln.scripts.training.witness import Witness
 
@@ -131,8 +131,7 @@ class Trainer:
         """
         recipe, step, start, engine = self.recipe, self.step, time.perf_counter(), self.engine
         rate = learning_rate(step, recipe.steps, recipe.optimizer)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(engine.optimizer, rate)
         batches = self._micro_batches(step)
         waited = time.perf_counter() - start
         seen = self._look(batches[0]) if witness else None
