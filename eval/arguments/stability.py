@@ -24,9 +24,9 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.stability")
     add("models", nargs="*", metavar="MODEL", help="run folders (all their checkpoints), checkpoints, or Hub ids")
     add("--explain", type=Path, metavar="RUN", help="only tell what happened in a run, from its records")
     add("--data", default="wikitext", help="wikitext, hf:NAME[:CONFIG[:SPLIT]], a file or folder of text, or random")
-    quick = {"action": argparse.BooleanOptionalAction, "default": None}
-    add("--quick", help=f"{QUICK['samples']} samples in place of {FULL['samples']}, and as few in the other parts; "
-        "so it is where no run is given", **quick)  # fmt: skip
+    add("--quick", action=argparse.BooleanOptionalAction, default=None,
+        help=f"{QUICK['samples']} samples in place of {FULL['samples']}, and as few in the other parts; the default "
+        "where no run is given")  # fmt: skip
     add("--samples", type=int, help=f"samples for the forward pass; {_counts('samples')}")
     add("--tokens", type=int, metavar="N", help=f"tokens a sample; {TOKENS}, or what the model takes, when left out")
     add("--out", type=Path, metavar="DIR", help="results of DIR/NAME; ./stability for what is no run, when left out")

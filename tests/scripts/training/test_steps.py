@@ -159,7 +159,14 @@ def test_each_norm_decays_as_its_slot_says(norm_type):
 
 
 def test_a_negative_decay_is_refused_by_name():
-    mapping = {"name": "r", "data": "none", "model": {}, "steps": 10, "batch_size": 1, "sequence_length": 8}
+    mapping = {
+        "name": "r",
+        "data": "none",
+        "model": {"norm_placement": "pre"},
+        "steps": 10,
+        "batch_size": 1,
+        "sequence_length": 8,
+    }
     for norm_decay, message in (
         ({"qk": -0.1}, "optimizer.norm_decay.qk must be at least 0, or null, not -0.1"),
         ({"inputs": 0.1}, "unknown field optimizer.norm_decay.inputs .did you mean 'input'"),
