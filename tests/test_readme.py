@@ -2,7 +2,7 @@
 
 In the place of what needs a network or an hour there are substitutes, all of them in SUBSTITUTES and INSTEAD:
 
-- `periln demo` takes a recipe of seconds, of the same placements, rates and number of steps;
+- `periln demo` takes a recipe of small models at the same rates; the second one stops after 6 steps;
 - the model of the Hub is a small one that overflows (examples/overflowing_model.py), on random tokens, a few samples;
 - `pip install` and `uv pip install` resolve and build the project without its dependencies, and install nothing;
 - `make` prints what it would do.
@@ -38,6 +38,7 @@ TINY = {
         "num_attention_heads": 2,
         "max_position_embeddings": 512,
     },
+    "placements": ["pre", "peri"],
     "seeds": [1],
     "evaluation": {"suite": "mini", "limit": 4, "batch_size": 16},
     "sft": {"data": "mini", "epochs": 1, "batch_size": 36, "learning_rate": 1e-3, "max_length": 96},
@@ -59,6 +60,8 @@ def place(tmp_path_factory):
     recipe["sft"]["learning_rate"] = 0.001
     recipe["pretraining"] |= {"batch_size": 4, "sequence_length": 32}
     (folder / "demo.yaml").write_text(yaml.safe_dump(recipe))
+    recipe["pretraining"] |= {"steps": 6, "checkpoint_every": 6}
+    (folder / "quick.yaml").write_text(yaml.safe_dump(recipe | {"high_learning_rate_seeds": []}))
     run(folder, [sys.executable, ROOT / "examples" / "overflowing_model.py", "overflowing"])
     return folder
 
@@ -74,6 +77,7 @@ def substituted(words: list[str]) -> list[str]:
     """A command of `periln` as it is run here."""
     words = ["overflowing" if word == HUB_MODEL else word for word in words]
     more = [] if "--explain" in words else SUBSTITUTES.get(words[1], [])
+    more = ["--recipe", "quick.yaml"] if "my_texts/" in words else more
     return [sys.executable, "-m", *words, *more]
 
 
