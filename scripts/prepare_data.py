@@ -43,16 +43,16 @@ from periln.runkit.process import start_stage
 from periln.runkit.progress import progress_bar
 from periln.runkit.resume import PLACE, setting
 from periln.runkit.texts import without_long_runs
-from periln.scripts.corpus import Batch, Corpus, Limits, Mark, Records
-from periln.scripts.data import TokenData
-from periln.scripts.encoders import Encoded, Encoders
-from periln.scripts.same_data import check_same_options, content_of, without_places
-from periln.scripts.shards import LARGEST_SHARD, ShardWriter, token_dtype
-from periln.scripts.sources import HUB, INSTALLED, InstalledPython, Source, open_source
-from periln.scripts.tokenization import SPECIAL_TOKENS as SPECIAL_TOKENS
-from periln.scripts.tokenization import check_vocab_size as check_vocab_size
-from periln.scripts.tokenization import load_tokenizer, vocabulary_size
-from periln.scripts.tokenization import train_tokenizer as train_tokenizer
+from periln.scripts.data.corpus import Batch, Corpus, Limits, Mark, Records
+from periln.scripts.data.encoders import Encoded, Encoders
+from periln.scripts.data.same_data import check_same_options, content_of, without_places
+from periln.scripts.data.shards import LARGEST_SHARD, ShardWriter, token_dtype
+from periln.scripts.data.sources import HUB, INSTALLED, InstalledPython, Source, open_source
+from periln.scripts.data.token_data import TokenData
+from periln.scripts.data.tokenization import SPECIAL_TOKENS as SPECIAL_TOKENS
+from periln.scripts.data.tokenization import check_vocab_size as check_vocab_size
+from periln.scripts.data.tokenization import load_tokenizer, vocabulary_size
+from periln.scripts.data.tokenization import train_tokenizer as train_tokenizer
 
 DOCUMENT = "document.json"  # what stands around each document, in a folder of unfinished work
 SAMPLE_RUN = 1000  # characters of one kind in a row; a BPE is trained in time quadratic in them

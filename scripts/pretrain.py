@@ -24,14 +24,14 @@ from periln.runkit.folder import RunFolder, room_for
 from periln.runkit.process import StopRequest, start_stage
 from periln.runkit.progress import progress_bar
 from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
-from periln.scripts.branch import check_branch
-from periln.scripts.data import FixedOrder, TokenData
-from periln.scripts.engine import LAUNCHED, Engine, pick_device, process_count, process_rank
-from periln.scripts.heldout import check_heldout_sets
+from periln.scripts.data.token_data import FixedOrder, TokenData
 from periln.scripts.recipe import Recipe
-from periln.scripts.tracking import check_trackers
-from periln.scripts.trainer import Trainer
-from periln.scripts.zero import check_zero
+from periln.scripts.training.branch import check_branch
+from periln.scripts.training.engine import LAUNCHED, Engine, pick_device, process_count, process_rank
+from periln.scripts.training.heldout import check_heldout_sets
+from periln.scripts.training.tracking import check_trackers
+from periln.scripts.training.trainer import Trainer
+from periln.scripts.training.zero import check_zero
 
 LARGEST_PADDING = 255  # rows of the embedding that no token uses, for a round number
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from periln.runkit.errors import UsageError, did_you_mean, make_parser
-from periln.scripts.sources import HUB, INSTALLED
+from periln.scripts.data.sources import HUB, INSTALLED
 
 BPE = "bpe"  # the tokenizer that is trained on the text
 CL100K = "cl100k_base"

@@ -11,10 +11,11 @@ from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from modeling_periln.loss import chunked_losses
 from periln.runkit.errors import UsageError
 from periln.runkit.recipes import dump_yaml, from_mapping
-from periln.scripts import plan
+from periln.scripts.arguments.plan import parse
 from periln.scripts.costs import count_parameters, flops_per_token
-from periln.scripts.memory import CHUNK_TOKENS, moments, peak, situation
-from periln.scripts.memory_meter import LiveTensors, measure_step
+from periln.scripts.plan import command as plan
+from periln.scripts.plan.memory import CHUNK_TOKENS, moments, peak, situation
+from periln.scripts.plan.memory_meter import LiveTensors, measure_step
 from periln.scripts.recipe import Recipe
 
 SIZES = {
@@ -168,7 +169,7 @@ def run(capsys, recipe: Recipe, folder, *words: str) -> str:
 
     file = folder / "r.yaml"
     file.write_text(dump_yaml(to_mapping(recipe)))
-    plan.main(plan.parse([str(file), *words]))
+    plan.main(parse([str(file), *words]))
     return capsys.readouterr().out
 
 

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from periln.runkit.errors import UsageError, UserError
 from periln.scripts import prepare_data
-from periln.scripts.data import TokenData
+from periln.scripts.data.token_data import TokenData
 from periln.scripts.prepare_data import prepare
 
 SMALL = {"vocab_size": 300, "heldout_share": 0.02, "context": 64, "shard_tokens": 20_000}

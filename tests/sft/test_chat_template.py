@@ -14,8 +14,8 @@ from periln.eval.texts.windows import make_windows
 from periln.runkit.control_tokens import JOINER, ROLES, check_control_tokens, control_tokens, ignores_joiners
 from periln.runkit.encoding import text_ids
 from periln.runkit.errors import UserError
-from periln.scripts.encoders import Encoder
-from periln.scripts.tokenization import TIKTOKEN, convert_tiktoken, train_tokenizer
+from periln.scripts.data.encoders import Encoder
+from periln.scripts.data.tokenization import TIKTOKEN, convert_tiktoken, train_tokenizer
 from periln.sft.chat_template import CHAT_TEMPLATE, chat_template, template_for
 from periln.sft.conversations import Conversations, check_messages
 from periln.sft.tokens import chat_tokenizer, tokenize
