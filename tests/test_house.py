@@ -49,9 +49,8 @@ LONGEST = 400
 LONGER = {
     "scripts/prepare_data.py": 407,
     "scripts/sources.py": 459,
-    "modeling_periln/conversions.py": 444,
-    "modeling_periln/convert.py": 411,
-    "modeling_periln/modeling_periln.py": 559,
+    "modeling_periln/convert.py": 406,
+    "modeling_periln/modeling_periln.py": 562,
 }
 FOLDERS = ("modeling_periln", "runkit", "model_cards", "eval", "scripts", "sft")
 
