@@ -32,7 +32,9 @@ def model_norms(config: PeriLlamaConfig) -> Iterator[tuple[str, Norm, float]]:
     """Every norm there is: its module's name in the state dict, what it is, and its epsilon."""
     plan = config.stream_plan()
 
-    def found(name: str, norm: Norm | None, slot: str, layer_idx: int | None = None) -> Iterator:
+    def found(
+        name: str, norm: Norm | None, slot: str, layer_idx: int | None = None
+    ) -> Iterator[tuple[str, Norm, float]]:
         if norm is not None:
             yield f"model.{name}", norm, config.eps_of(slot, layer_idx) if norm.eps is None else norm.eps
 
@@ -60,6 +62,16 @@ def _in_words(name: str) -> str:
     inner = {"self_attn": "attn_inner_norm", "mlp": "mlp_inner_norm"}
     slot = inner[parts[3]] if parts[-1] == "inner_norm" else parts[-1]
     return f"{slot} of layer {int(parts[2]) + 1}"
+
+
+def score_scale(config: PeriLlamaConfig) -> float:
+    """What the scores are divided by, squared."""
+    assert config.head_dim is not None  # filled in when the configuration is made
+    return float(config.query_pre_attn_scalar or config.head_dim)
+
+
+def _odd_heads(config: PeriLlamaConfig) -> bool:
+    return (config.head_dim or 0) * config.num_attention_heads != config.hidden_size
 
 
 # Exports
@@ -90,7 +102,7 @@ def _obstacles(config: PeriLlamaConfig, target: str) -> Iterator[str]:
     if spans != wanted or any(layer.projections != plan.layers[0].projections for layer in plan.layers):
         yield f"qk_norm={config.qk_norm!r}: {target} has {other.qk_norm!r}"
     eps = norm_epsilons(config)
-    first = next(iter(eps), None)
+    first = next(iter(eps), "")
     for slot, value in eps.items():
         if value != eps[first]:
             yield f"norm_eps is {eps[first]!r} for {first} and {value!r} for {slot}: {target} has one for all norms"
@@ -181,7 +193,7 @@ def _size_obstacles(config: PeriLlamaConfig, target: str) -> Iterator[str]:
             f"hidden_size={config.hidden_size} is not a multiple of num_attention_heads={config.num_attention_heads}"
         )
         yield f"{sizes}: {target} insists on it, whatever head_dim is"
-    if other.full_heads and config.head_dim * config.num_attention_heads != config.hidden_size:
+    if other.full_heads and _odd_heads(config):
         yield f"head_dim={config.head_dim}: {target} needs heads that fill hidden_size={config.hidden_size}"
     if config.pad_token_id is not None and not -config.vocab_size <= config.pad_token_id < config.vocab_size:
         yield f"pad_token_id={config.pad_token_id} is outside of vocab_size={config.vocab_size}: {target} needs its row"
@@ -192,11 +204,10 @@ def export_remarks(config: PeriLlamaConfig, target: str) -> list[str]:
     other, plan = ARCHITECTURES[target], config.stream_plan()
     into = "the output norms' gamma" if plan.layers[0].attn.output_norm else "o_proj and down_proj"
     sublayers = [sublayer for layer in plan.layers for sublayer in layer.sublayers]
-    odd_heads = config.head_dim * config.num_attention_heads != config.hidden_size
     gain = "its difference from 1" if other.centered else "a plain number"
-    scale, table = config.query_pre_attn_scalar or config.head_dim, float(config.embedding_multiplier)
+    scale, table = score_scale(config), float(config.embedding_multiplier)
     centered = {(norm.gain or config.norm_gain) == "centered" for _, norm, _ in model_norms(config)}
-    has_scale = other.scaled_scores and float(scale).is_integer()
+    has_scale = other.scaled_scores and scale.is_integer()
     found = (
         (plan.embedding_norm is not None, "the embedding norm is folded into the embedding table"),
         (table != other.table_factor(config.hidden_size, table), "embedding_multiplier is folded into the table"),
@@ -207,7 +218,7 @@ def export_remarks(config: PeriLlamaConfig, target: str) -> list[str]:
         (not config.output_norm_learnable, "output_norm_learnable=False is lost: gamma is a parameter like any other"),
         (config.residual_dtype is not None, "residual_dtype is lost: the stream has the weights' dtype"),
         (
-            odd_heads and not other.head_dim_field,
+            _odd_heads(config) and not other.head_dim_field,
             f"head_dim is read by Transformers; serving engines' {other.name} may not read it",
         ),
         (target == "olmo2" and config.attention_bias, "attention biases: serving engines' OLMo 2 may leave them out"),

@@ -16,6 +16,7 @@
 The embedding norm of `peri` is folded into the table, or off.
 """
 
+import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
@@ -78,13 +79,16 @@ class Architecture:
 
     def table_factor(self, hidden_size: int, ours: float) -> float:
         """What the architecture multiplies embeddings with, of a model of ours that multiplies with `ours`."""
-        return {"none": 1.0, "embedding_multiplier": ours, "sqrt(hidden_size)": hidden_size**0.5}[self.table_scale]
+        return {"none": 1.0, "embedding_multiplier": ours, "sqrt(hidden_size)": math.sqrt(hidden_size)}[
+            self.table_scale
+        ]
 
 
 def _stock_class(name: str) -> type:
-    if getattr(transformers, name, None) is None:
+    found: type | None = getattr(transformers, name, None)
+    if found is None:
         raise ConversionRefused(f"transformers {transformers.__version__} has no {name}: a newer version is needed")
-    return getattr(transformers, name)
+    return found
 
 
 _PRE = {

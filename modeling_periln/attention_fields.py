@@ -52,19 +52,20 @@ def has_rope(config: Any, layer_idx: int) -> bool:
     return config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
 
-def is_rope_by_type(rope_parameters: dict | None) -> bool:
+def is_rope_by_type(rope_parameters: dict[str, Any] | None) -> bool:
     """Whether `rope_parameters` holds a rope for each layer type."""
-    return bool(rope_parameters) and any(key in LAYER_TYPES for key in rope_parameters)
+    return rope_parameters is not None and any(key in LAYER_TYPES for key in rope_parameters)
 
 
-def rope_of(config: Any, layer_type: str) -> dict:
+def rope_of(config: Any, layer_type: str) -> dict[str, Any]:
     """The rotary parameters of the layers of a type."""
-    rope = config.rope_parameters
+    rope: dict[str, Any] = config.rope_parameters
     return rope[layer_type] if is_rope_by_type(rope) else rope
 
 
-def rotary_dims(head_dim: int, rope: dict) -> int:
+def rotary_dims(head_dim: int | None, rope: dict[str, Any]) -> int:
     """How many dimensions of a head a rope turns."""
+    assert head_dim is not None  # filled in when the configuration is made
     return int(head_dim * rope.get("partial_rotary_factor", 1.0))
 
 
@@ -100,7 +101,7 @@ def validate_layers(config: Any) -> None:
         _check_types(rope, given)
 
 
-def _check_types(rope: dict, given: list[str]) -> None:
+def _check_types(rope: dict[str, Any], given: list[str]) -> None:
     """There is one rope for each type of layer that the model has, and nothing beside them."""
     for kind in sorted(set(given)):
         if kind not in rope:
@@ -128,7 +129,7 @@ def validate_ropes(config: Any) -> None:
             _validate_rope(one, f"rope_parameters[{kind!r}]", config.head_dim)
 
 
-def _validate_rope(rope: dict, field: str, head_dim: int) -> None:
+def _validate_rope(rope: dict[str, Any], field: str, head_dim: int) -> None:
     kinds = {"default", *ROPE_INIT_FUNCTIONS}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in kinds:

@@ -194,7 +194,7 @@ class PeriLlamaConfig(PreTrainedConfig):
         self.auto_map = AUTO_MAP | {k: v.split("--")[-1] for k, v in given.items() if isinstance(v, str)}
         self.validate_norms()
         self.validate_attention()
-        if is_rope_by_type(self.rope_parameters):
+        if self.rope_parameters is not None and is_rope_by_type(self.rope_parameters):
             default = {"rope_theta": kwargs.pop("rope_theta", self.default_theta)}
             self.rope_parameters = {kind: default | rope for kind, rope in self.rope_parameters.items()}
         super().__post_init__(**kwargs)
@@ -206,6 +206,12 @@ class PeriLlamaConfig(PreTrainedConfig):
             else:  # Transformers drops what steers generation, without a word
                 logger.warning(f"PeriLlamaConfig drops {key!r}: it belongs to the model's generation_config")
         self.validate_rotary()
+
+    def __eq__(self, other: object) -> bool:
+        """As a dataclass's, for which every field is an attribute; `layer_types` is none where there are no types."""
+        if other.__class__ is not self.__class__:
+            return NotImplemented
+        return all(getattr(self, f.name, None) == getattr(other, f.name, None) for f in fields(self))
 
     # Plans name modules by what is there now: properties, since `from_pretrained` sets fields after `__post_init__`.
     def _ends(self) -> dict[str, bool]:
@@ -320,6 +326,12 @@ class PeriLlamaConfig(PreTrainedConfig):
             raise ValueError(
                 f"output_norm_learnable=False freezes the output norms, but {field}={getattr(self, field)!r} has none"
             )
+        outputs = [norm for layer in plan.layers for s in layer.sublayers if (norm := s.output_norm)]
+        if not self.output_norm_learnable and all((norm.gain or self.norm_gain) == "none" for norm in outputs):
+            raise ValueError("output_norm_learnable=False freezes the output norms' gains, but they have none")
+        kinds = sorted({norm.kind or self.norm_type for norm in plan.norms()})
+        if self.norm_eps != type(self).norm_eps and kinds and set(kinds) <= set(NO_EPSILON):
+            raise ValueError(f"norm_eps={self.norm_eps!r}: the model's norms ({', '.join(kinds)}) have no epsilon")
         for norm in plan.norms():
             if norm.eps is not None and norm.kind is None and self.norm_type in NO_EPSILON:
                 raise ValueError(f"a slot of the placement has eps={norm.eps!r}: {self.norm_type} has no epsilon")

@@ -28,7 +28,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .admission import PERI_LLAMA, admissible_exports, import_obstacles, model_norms, norm_epsilons
+from .admission import PERI_LLAMA, admissible_exports, import_obstacles, model_norms, norm_epsilons, score_scale
 from .architectures import ARCHITECTURES, Architecture, ConversionRefused, architecture
 from .attention_fields import FULL, LAYER_TYPES, SLIDING, layer_types_of, rope_of, rotary_dims
 from .configuration_periln import PeriLlamaConfig
@@ -85,19 +85,21 @@ def native_config(config: PeriLlamaConfig, target: str) -> PreTrainedConfig:
     return native
 
 
-def _score_scale(config: PeriLlamaConfig) -> float:
-    return config.query_pre_attn_scalar or config.head_dim
-
-
 def _their_score_scale(config: PeriLlamaConfig, other: Architecture) -> int:
     """Of a configuration that takes whole numbers alone; what is none is folded."""
-    ours = _score_scale(config)
-    return int(ours) if other.scaled_scores and float(ours).is_integer() else config.head_dim
+    ours = score_scale(config)
+    return int(ours) if other.scaled_scores and ours.is_integer() else _head_dim(config)
+
+
+def _head_dim(config: PeriLlamaConfig) -> int:
+    assert config.head_dim is not None  # filled in when the configuration is made
+    return config.head_dim
 
 
 def _their_attention(config: PeriLlamaConfig, other: Architecture) -> dict[str, Any]:
     """Layer types, window and ropes in the other configuration."""
-    types, window, fields = layer_types_of(config), config.sliding_window, {}
+    types, window = layer_types_of(config), config.sliding_window
+    fields: dict[str, Any] = {}
     ropes = {kind: copy.deepcopy(rope_of(config, kind)) for kind in types}
     for rope in ropes.values():
         share = rope.pop("partial_rotary_factor", 1.0)
@@ -283,12 +285,13 @@ def _their_name(name: str, other: Architecture) -> str:
 def _query_factor(config: PeriLlamaConfig, other: Architecture, slot: str) -> float:
     """What the queries are multiplied by, where the other side divides the scores by another number."""
     carrier = "q_proj" if other.qk_norm is None else "q_norm"
-    return math.sqrt(_their_score_scale(config, other) / _score_scale(config)) if slot == carrier else 1.0
+    return math.sqrt(_their_score_scale(config, other) / score_scale(config)) if slot == carrier else 1.0
 
 
 def export_recipe(config: PeriLlamaConfig, target: str) -> dict[str, Recipe]:
     """For each tensor of `target` how it is made from ours; `config` must admit the export."""
-    other, plan, recipe = ARCHITECTURES[target], config.stream_plan(), {}
+    other, plan = ARCHITECTURES[target], config.stream_plan()
+    recipe: dict[str, Recipe] = {}
     norms = {f"{name}.weight": (norm.gain or config.norm_gain) == "centered" for name, norm, _ in model_norms(config)}
     dims = rotary_dims(config.head_dim, rope_of(config, layer_types_of(config)[0]))
     ours = float(config.embedding_multiplier)
@@ -304,7 +307,8 @@ def export_recipe(config: PeriLlamaConfig, target: str) -> dict[str, Recipe]:
             recipe[their_name] = Recipe((name,), partial(scaled, factor=ours / theirs))
             if plan.embedding_norm:
                 eps = next(eps for module, _, eps in model_norms(config) if module == "model.embed_norm")
-                how = {"eps": eps, "before": ours, "after": 1 / theirs, "is_centered": norms["model.embed_norm.weight"]}
+                how: dict[str, Any] = {"eps": eps, "before": ours, "after": 1 / theirs}
+                how["is_centered"] = norms["model.embed_norm.weight"]
                 recipe[their_name] = Recipe((name, "model.embed_norm.weight"), partial(normed_table, **how))
         elif name in norms:
             if other.centered or norms[name]:
@@ -313,7 +317,7 @@ def export_recipe(config: PeriLlamaConfig, target: str) -> dict[str, Recipe]:
                 make = partial(scaled, factor=factor)
             recipe[their_name] = Recipe((name,), make)
         elif other.fused_and_interleaved and slot in ("q_proj", "k_proj"):
-            order = partial(interleaved, head_dim=config.head_dim, dims=dims)
+            order = partial(interleaved, head_dim=_head_dim(config), dims=dims)
             recipe[their_name] = Recipe((name,), lambda tensor, f=factor, order=order: scaled(order(tensor), f))
         elif other.fused_and_interleaved and slot == "gate_proj":
             sources = (name, name.replace("gate_proj", "up_proj"))
@@ -346,10 +350,11 @@ def import_recipe(config: PreTrainedConfig) -> dict[str, Recipe]:
     dims = rotary_dims(ours.head_dim, rope_of(ours, layer_types_of(ours)[0]))
     for name in tensor_names(ours):
         slot, kind = name.split(".")[-2:]
-        source, make = _their_name(name, other), partial(scaled, factor=factors.get(slot, 1.0))
+        source = _their_name(name, other)
+        make: Callable[..., torch.Tensor] = partial(scaled, factor=factors.get(slot, 1.0))
         if other.fused_and_interleaved:
             if slot in ("q_proj", "k_proj"):
-                make = partial(halved, head_dim=ours.head_dim, dims=dims)
+                make = partial(halved, head_dim=_head_dim(ours), dims=dims)
             elif slot in ("gate_proj", "up_proj"):
                 source = source.replace(slot, "gate_up_proj")
                 make = partial(_half, index=("gate_proj", "up_proj").index(slot))

@@ -14,6 +14,7 @@ class PeriLlamaScaledEmbedding(nn.Embedding):
     def __init__(self, num_embeddings: int, embedding_dim: int, multiplier: float):
         super().__init__(num_embeddings, embedding_dim)
         self.multiplier = float(multiplier)
+        self.scale: torch.Tensor
         self.register_buffer("scale", torch.tensor(self.multiplier), persistent=False)
 
     def reset_scale(self) -> None:

@@ -21,7 +21,7 @@ def masks_by_type(layer_types: Iterable[str], attention_mask: Any, **how: Any) -
     return {kind: MASKS[kind](attention_mask=attention_mask, **how) for kind in layer_types}
 
 
-def positions_of_packed(cu_seq_lens: torch.Tensor, length: int) -> torch.LongTensor:
+def positions_of_packed(cu_seq_lens: torch.Tensor, length: int) -> torch.Tensor:
     """Position ids (1, S) that restart at every document, from the documents' starts and the end (documents + 1,)."""
     starts = cu_seq_lens.long()
     index = torch.arange(length, device=starts.device)

@@ -97,7 +97,7 @@ class PeriLlamaAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = (config.query_pre_attn_scalar or self.head_dim) ** -0.5
+        self.scaling = float(config.query_pre_attn_scalar or self.head_dim) ** -0.5
         self.sliding_window = config.sliding_window if layer_types_of(config)[layer_idx] == SLIDING else None
         self.rotate = rotation_of(config, layer_idx)
         self.attention_dropout = config.attention_dropout

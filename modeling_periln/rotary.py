@@ -34,11 +34,13 @@ class PeriLlamaRotaryEmbedding(LlamaRotaryEmbedding):
         sin[..., : sin.shape[-1] // 2].neg_()  # a tensor of this call alone
         return cos.unsqueeze(2), sin.unsqueeze(2)
 
-    def by_type(self, layer_types: Iterable[str], x: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Tables]:
+    def by_type(
+        self, layer_types: Iterable[str], x: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> dict[str, Tables]:
         """The tables for each type of layer: the same."""
         return dict.fromkeys(layer_types, self(x, position_ids=position_ids))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -58,7 +60,9 @@ class PeriLlamaRotaryEmbeddings(nn.ModuleDict):
             one.__dict__["rope_parameters"] = rope_of(config, kind)
             self[kind] = PeriLlamaRotaryEmbedding(config=one)
 
-    def by_type(self, layer_types: Iterable[str], x: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Tables]:
+    def by_type(
+        self, layer_types: Iterable[str], x: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> dict[str, Tables]:
         """The tables for each type of layer: its own."""
         return {kind: self[kind](x, position_ids=position_ids) for kind in layer_types}
 

@@ -18,6 +18,7 @@ from periln.eval.stability.probe import Probe
 from periln.eval.stability.redundancy import skip_losses
 from periln.eval.stability.verdict import checkpoint_verdict, depth_profile
 from periln.eval.structure.anatomy import Anatomy, find_anatomy
+from periln.eval.structure.words import describe
 from periln.eval.texts.samples import Samples
 from periln.eval.texts.windows import token_loss
 from periln.runkit.folder import json_number
@@ -132,6 +133,7 @@ def measure(
     record = {
         "step": step,
         "placement": anatomy.placement,
+        "structure": describe(anatomy),
         "num_layers": anatomy.num_layers,
         "hidden_size": anatomy.hidden_size,
         "loss": probe.loss,
@@ -144,6 +146,6 @@ def measure(
         "seconds": round(time.monotonic() - started, 2),
         "peak_rss_bytes": peak_rss(),
     }
-    record["verdict"] = checkpoint_verdict(record, table)
+    record["verdict"] = [*checkpoint_verdict(record, table), f"Its norms, as found: {record['structure']}."]
     angles = pd.DataFrame(probe.angles.rows(step), columns=ANGLE_COLUMNS)
     return Measured(table, angles, json_number(record))
