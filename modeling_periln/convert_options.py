@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-TARGETS = ("llama", "olmo2", "hyperclovax", "glm4", "peri_llama")
+TARGETS = (
+    *("llama", "olmo2", "hyperclovax", "glm4", "mistral", "qwen3", "olmo3", "exaone4", "gemma3_text", "bitnet"),
+    "peri_llama",
+)
 WIKITEXT, NO_TEXT = "wikitext", "none"
 
 

@@ -28,6 +28,8 @@ class NormDecay:
     output: float | None = None  # B, on its output
     residual: float | None = None  # C, on the stream after the add
     qk: float | None = None  # of queries and keys
+    v: float | None = None  # of values
+    inner: float | None = None  # before o_proj and down_proj
     embedding: float | None = None
     final: float | None = None
 

@@ -27,6 +27,8 @@ NORM_SLOTS = {
     "residual_norm": "residual",
     "q_norm": "qk",
     "k_norm": "qk",
+    "v_norm": "v",
+    "inner_norm": "inner",
     "embed_norm": "embedding",
     "final_norm": "final",
 }
