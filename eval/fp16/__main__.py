@@ -34,7 +34,7 @@ from periln.eval.texts.samples import find_samples
 from periln.runkit.checkpoints import save_tokenizer
 from periln.runkit.environment import describe_environment
 from periln.runkit.errors import UsageError
-from periln.runkit.folder import write_folder, write_json, write_text
+from periln.runkit.folder import check_room, write_folder, write_json, write_text
 from periln.runkit.process import start_stage
 
 
@@ -105,6 +105,8 @@ def main(args: argparse.Namespace) -> None:
     transformers_logging.set_verbosity_error()
     source = find_measured(args.model, args.revision)
     checkpoint = source.chosen
+    weights = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
+    check_room(args.out, weights, "the rewritten copy")
     config, (tokenizer, data) = checkpoint.config(args.trust_remote_code), find_tokenizer(args, source)
     samples = find_samples(config, tokenizer, data, args.samples, args.tokens, args.seed, TOKENS)
     model, dtype = load(checkpoint, args.trust_remote_code, args.device), stored_dtype(config)

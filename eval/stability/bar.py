@@ -10,7 +10,7 @@ from tqdm import tqdm
 from periln.eval.stability.plan import STEPS, Plan
 from periln.runkit.progress import progress_bar
 
-SHAPE = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+SHAPE = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 @contextmanager
