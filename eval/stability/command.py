@@ -36,6 +36,7 @@ def _options(args: argparse.Namespace) -> Options:
         backward_samples=min(args.backward_samples, args.samples),
         skip_samples=min(args.skip_samples, args.samples),
         fp16_samples=min(args.fp16_samples, args.samples),
+        skip_tokens=args.skip_tokens,
         loss_scale=args.loss_scale,
         certificate=not args.no_certificate,
     )

@@ -33,11 +33,13 @@ class Options:
     skip_samples: int = 16
     fp16_samples: int = 4
     loss_scale: float = 1.0
+    skip_tokens: int | None = None
     certificate: bool = False
 
     def asked(self) -> dict[str, Any]:
         """What decides the result (the batch size does not)."""
-        return {k: v for k, v in asdict(self).items() if k != "batch_size"}
+        without = {"batch_size"} | ({"skip_tokens"} if self.skip_tokens is None else set())
+        return {k: v for k, v in asdict(self).items() if k not in without}
 
 
 @dataclass
@@ -81,7 +83,8 @@ class Plan:
         add(1, "forward", "forward", PROBED * len(samples.ids))
         add(o.certificate, "certificate", "certify", CERTIFICATE)
         add(o.backward_samples, "backward", "backward", BACKWARD * o.backward_samples)
-        add(o.skip_samples, "skipped layers", "skips", float(o.skip_samples))
+        tokens = samples.ids.shape[1]
+        add(o.skip_samples, "skipped layers", "skips", o.skip_samples * min(1.0, (o.skip_tokens or tokens) / tokens))
         add(o.fp16_samples, "FP16", "in_fp16", (FP16_FORWARD + FP16_BACKWARD) * o.fp16_samples)
         return plan
 
