@@ -21,6 +21,7 @@ from periln.eval.stability.redundancy import skip_losses, staged_skip_losses
 from periln.eval.stability.verdict import checkpoint_verdict, depth_profile
 from periln.eval.structure.anatomy import Anatomy, find_anatomy
 from periln.eval.structure.stages import Stages, find_stages
+from periln.eval.structure.words import describe
 from periln.eval.texts.samples import Samples
 from periln.eval.texts.windows import token_loss
 from periln.runkit.folder import json_number
@@ -143,6 +144,7 @@ class _Measurement:
         record = {
             "step": self.step,
             "placement": anatomy.placement,
+            "structure": describe(anatomy),
             "num_layers": anatomy.num_layers,
             "hidden_size": anatomy.hidden_size,
             "loss": probe.loss,
@@ -156,7 +158,7 @@ class _Measurement:
             "seconds": round(time.monotonic() - started, 2),
             "peak_rss_bytes": peak_rss(),
         }
-        record["verdict"] = checkpoint_verdict(record, table)
+        record["verdict"] = [*checkpoint_verdict(record, table), f"Its norms, as found: {record['structure']}."]
         if stopped is not None:
             record["verdict"].append(f"Stopped in the part {stopped!r}: what comes after it was not measured.")
         angles = pd.DataFrame(probe.angles.rows(self.step), columns=ANGLE_COLUMNS)
