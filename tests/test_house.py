@@ -66,7 +66,7 @@ FLOORS = {
     "scripts.push": {"runkit", "model_cards"},
     "sft": {"runkit", "modeling_periln"},
 }
-COMMANDS = ("eval.bench", "eval.benchmarks", "eval.evaluate", "eval.loss", "eval.watch")
+COMMANDS = ("eval.bench", "eval.benchmarks", "eval.evaluate", "eval.loss", "eval.watch", "eval.widen")
 FOR_COMMANDS = {
     *("runkit", "eval.arguments", "eval.options", "eval.scoring", "eval.targets", "eval.text_table"),
     "eval.texts",
