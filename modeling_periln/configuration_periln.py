@@ -12,9 +12,9 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
+from .attention_fields import is_rope_by_type, validate_layers, validate_ropes
 from .placements import StreamPlan, plan_stream
 from .slots import NO_EPSILON
 
@@ -60,32 +60,14 @@ _PASSED_THROUGH = {
     "name_or_path",
     "num_labels",
     "output_attentions",
+    "partial_rotary_factor",
     "quantization_config",
     "rope_scaling",
     "rope_theta",
     "torch_dtype",
 }
 # Fields that Transformers' caches and masks read from any configuration, and that this family does not have.
-_REFUSED = ("sliding_window", "attention_chunk_size", "layer_types", "is_causal")
-# Every key that a type of rotary embedding reads.
-_ROPE_KEYS = {
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "factor",
-    "high_freq_factor",
-    "long_factor",
-    "low_freq_factor",
-    "mscale",
-    "mscale_all_dim",
-    "original_max_position_embeddings",
-    "partial_rotary_factor",
-    "rope_theta",
-    "rope_type",
-    "short_factor",
-    "truncate",
-    "type",
-}
+_REFUSED = ("attention_chunk_size", "is_causal")
 
 
 def _raising_value_errors(config_class: type) -> type:
@@ -120,6 +102,10 @@ class PeriLlamaConfig(PreTrainedConfig):
         max_position_embeddings, initializer_range, use_cache, tie_word_embeddings, rope_parameters,
         attention_bias, attention_dropout, mlp_bias: as in Llama. The default RoPE theta is 500,000 (Llama 3).
         classifier_dropout: before the head of token classification.
+        layer_types, sliding_window, no_rope_layers, and a rope for each layer type or for a share of a head's
+            dimensions in rope_parameters: see `attention_fields.py`.
+        query_pre_attn_scalar: scores are divided by its square root (Gemma); None: by that of head_dim.
+        embedding_multiplier: multiplies the rows of the embedding table when they are read (Gemma: sqrt(hidden_size)).
         norm_placement: a row of `placements.PLACEMENTS`, `mix`, or a mapping with a row of your own.
         layer_placements: a list with one placement (name or mapping) a layer; overrides `norm_placement`.
         embedding_norm, final_norm: override the placement's two norms at the ends of the stream.
@@ -144,6 +130,7 @@ class PeriLlamaConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {"rms_norm_eps": "norm_eps"}
     default_theta = 500_000.0
+    ignore_keys_at_rope_validation = {"partial_rotary_factor"}  # Transformers would warn of it
 
     vocab_size: int = 100_352
     hidden_size: int = 1024
@@ -165,6 +152,11 @@ class PeriLlamaConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     mlp_bias: bool = False
     classifier_dropout: float | int = 0.0
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    no_rope_layers: list[int] | None = None
+    query_pre_attn_scalar: float | int | None = None
+    embedding_multiplier: float | int = 1.0
 
     norm_placement: str | dict = "peri"
     layer_placements: list[str | dict] | None = None
@@ -201,13 +193,25 @@ class PeriLlamaConfig(PreTrainedConfig):
         given = kwargs.pop("auto_map", None) or {}
         self.auto_map = AUTO_MAP | {k: v.split("--")[-1] for k, v in given.items() if isinstance(v, str)}
         self.validate_norms()
+        self.validate_attention()
+        if self.rope_parameters is not None and is_rope_by_type(self.rope_parameters):
+            default = {"rope_theta": kwargs.pop("rope_theta", self.default_theta)}
+            self.rope_parameters = {kind: default | rope for kind, rope in self.rope_parameters.items()}
         super().__post_init__(**kwargs)
+        if self.layer_types is None:
+            del self.layer_types
         for key in unknown:
             if hasattr(self, key):
                 logger.warning(f"PeriLlamaConfig keeps the unknown field {key!r}, which it does not read")
             else:  # Transformers drops what steers generation, without a word
                 logger.warning(f"PeriLlamaConfig drops {key!r}: it belongs to the model's generation_config")
         self.validate_rotary()
+
+    def __eq__(self, other: object) -> bool:
+        """As a dataclass's, for which every field is an attribute; `layer_types` is none where there are no types."""
+        if other.__class__ is not self.__class__:
+            return NotImplemented
+        return all(getattr(self, f.name, None) == getattr(other, f.name, None) for f in fields(self))
 
     # Plans name modules by what is there now: properties, since `from_pretrained` sets fields after `__post_init__`.
     def _ends(self) -> dict[str, bool]:
@@ -258,10 +262,12 @@ class PeriLlamaConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As Transformers', which drops an override that is misspelt, and checks none that it sets."""
         cls._unknown(kwargs)
-        loaded = super().from_dict(config_dict, **kwargs)
+        whole = {key: kwargs.pop(key) for key in ("layer_types", "rope_parameters") if key in kwargs}
+        loaded = super().from_dict({**config_dict, **whole}, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.validate_sizes()
         config.validate_norms()
+        config.validate_attention()
         return loaded
 
     @classmethod
@@ -270,7 +276,9 @@ class PeriLlamaConfig(PreTrainedConfig):
         known, unknown = [f.name for f in fields(cls)], []
         for key in kwargs:
             if key in _REFUSED:
-                raise ValueError(f"{key}={kwargs[key]!r}: attention is causal and full in every layer of this family")
+                raise ValueError(
+                    f"{key}={kwargs[key]!r}: attention of this family is causal, full or in a sliding window"
+                )
             if key in known or key in _PASSED_THROUGH or key in cls.attribute_map:
                 continue
             if key.startswith("_") or key.endswith("_token_id"):
@@ -318,6 +326,12 @@ class PeriLlamaConfig(PreTrainedConfig):
             raise ValueError(
                 f"output_norm_learnable=False freezes the output norms, but {field}={getattr(self, field)!r} has none"
             )
+        outputs = [norm for layer in plan.layers for s in layer.sublayers if (norm := s.output_norm)]
+        if not self.output_norm_learnable and all((norm.gain or self.norm_gain) == "none" for norm in outputs):
+            raise ValueError("output_norm_learnable=False freezes the output norms' gains, but they have none")
+        kinds = sorted({norm.kind or self.norm_type for norm in plan.norms()})
+        if self.norm_eps != type(self).norm_eps and kinds and set(kinds) <= set(NO_EPSILON):
+            raise ValueError(f"norm_eps={self.norm_eps!r}: the model's norms ({', '.join(kinds)}) have no epsilon")
         for norm in plan.norms():
             if norm.eps is not None and norm.kind is None and self.norm_type in NO_EPSILON:
                 raise ValueError(f"a slot of the placement has eps={norm.eps!r}: {self.norm_type} has no epsilon")
@@ -335,31 +349,17 @@ class PeriLlamaConfig(PreTrainedConfig):
                 if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
                     raise ValueError(f"{name}={value!r} must be a number of at least 0 (a list of them per layer)")
 
+    def validate_attention(self) -> None:
+        """Layer types, window, ropes and scales fit each other and the number of layers."""
+        validate_layers(self)
+        for name in ("query_pre_attn_scalar", "embedding_multiplier"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value!r} must be a number above 0")
+
     def validate_rotary(self) -> None:
         """The rotary parameters: what Transformers would warn of, or fail at when the model is built, is refused."""
-        rope = self.rope_parameters or {}
-        kinds = {"default", *ROPE_INIT_FUNCTIONS}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in kinds:
-            raise ValueError(f"rope_parameters['rope_type']={kind!r} must be one of {sorted(kinds)}")
-        unknown = rope.keys() - _ROPE_KEYS
-        if unknown:
-            name = min(unknown)
-            close = get_close_matches(name, _ROPE_KEYS, n=1, cutoff=0.5)
-            raise ValueError(f"rope_parameters has an unknown key {name!r}: use one of {close or sorted(_ROPE_KEYS)}")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            share = rope["partial_rotary_factor"]
-            raise ValueError(
-                f"rope_parameters['partial_rotary_factor']={share!r}: all dimensions of a head are rotated"
-            )
-        for name in ("rope_theta", "factor"):
-            value = rope.get(name, 1)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < float("inf"):
-                raise ValueError(f"rope_parameters[{name!r}]={value!r} must be a number of at least 1")
-        pairs = self.head_dim // 2
-        for name in ("short_factor", "long_factor"):  # a list of one number would be broadcast
-            if name in rope and (not isinstance(rope[name], list) or len(rope[name]) != pairs):
-                raise ValueError(f"rope_parameters[{name!r}]={rope[name]!r} must have head_dim / 2 = {pairs} numbers")
+        validate_ropes(self)
 
     def stream_plan(self) -> StreamPlan:
         """The placement with its rules evaluated for every layer."""
@@ -378,5 +378,9 @@ class PeriLlamaConfig(PreTrainedConfig):
         eps = self.norm_eps.get(slot, 1e-6) if isinstance(self.norm_eps, dict) else self.norm_eps
         return float(eps[layer_idx] if isinstance(eps, list) else eps)
 
+
+# Transformers takes the presence of `layer_types`, whatever its value, for layers of several types: a configuration
+# without any has no such attribute, nor has its class.
+del PeriLlamaConfig.layer_types
 
 __all__ = ["PeriLlamaConfig"]

@@ -1,6 +1,6 @@
-"""Convert between PeriLlama and the architectures that serving engines know: Llama, OLMo 2, HyperCLOVA X, GLM-4.
+"""Convert between PeriLlama and the architectures that serving engines know (`architectures.py`).
 
-    python -m modeling_periln.convert SRC DST --to llama|olmo2|hyperclovax|glm4|peri_llama
+    python -m modeling_periln.convert SRC DST --to llama|olmo2|hyperclovax|glm4|...|peri_llama
     python -m modeling_periln.convert --refresh-code CHECKPOINT...      # see refresh.py
 
 In memory: `to_native(model, "llama")`, `from_native(model)`. What converts, and what is folded where, is told in
@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
+from .admission import export_remarks
 from .configuration_periln import PeriLlamaConfig
 from .conversions import (
     ARCHITECTURES,
@@ -49,8 +50,9 @@ from .conversions import (
 )
 from .convert_options import NO_TEXT, WIKITEXT, parse
 from .modeling_periln import PeriLlamaForCausalLM
+from .pipes import until_unread
 from .proof import TOLERANCE, ConversionFailed, compare, in_words, model_class
-from .refresh import refresh_code
+from .refresh import refresh
 from .sources import ADAPTER_CONFIG, COMPANIONS, base_of, check_whole, checkpoint_of, is_adapter, merge, read_json
 from .version import __version__
 
@@ -65,7 +67,7 @@ def to_native(model: PreTrainedModel, target: str) -> PreTrainedModel:
     the logits equal to 1e-5.
 
     Args:
-        target: a key of `ARCHITECTURES`: `llama`, `olmo2`, `hyperclovax` or `glm4`.
+        target: a key of `ARCHITECTURES`, such as `llama`, `olmo2` or `gemma3_text`.
 
     Raises:
         ConversionRefused: (a ValueError) the model or its configuration does not admit it; which field, and why.
@@ -76,11 +78,10 @@ def to_native(model: PreTrainedModel, target: str) -> PreTrainedModel:
 
 
 def from_native(model: PreTrainedModel) -> PeriLlamaForCausalLM:
-    """A new PeriLlamaForCausalLM, the same function as `model`: a Llama, OLMo 2, HyperCLOVA X or GLM-4.
+    """A new PeriLlamaForCausalLM, the same function as `model`, which is of one of `ARCHITECTURES`.
 
-    Llama becomes the row `pre`, OLMo 2 `output` with full QK-norm, GLM-4 and HyperCLOVA X `peri` without embedding
-    norm (`pre` if `use_post_norm` is off). HyperCLOVA X's residual multiplier becomes `residual_scale`, its others
-    are folded into weights. Device, dtype and the rest as in `to_native`.
+    `architectures.py` says which row each becomes. HyperCLOVA X's residual multiplier becomes `residual_scale`, its
+    others are folded into weights. Device, dtype and the rest as in `to_native`.
 
     Raises:
         ConversionRefused: (a ValueError) no row is this architecture, or a field has a value that no row has.
@@ -113,8 +114,17 @@ def _built(source: PreTrainedModel, config: PreTrainedConfig, recipe: Mapping[st
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    _scale_table(model, config)
     model.generation_config = copy.deepcopy(source.generation_config)
     return model.to(source.device).train(source.training)
+
+
+def _scale_table(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """The number that a table's rows are multiplied with, where it is a buffer: it is in no state dict."""
+    table, kind, size = model.model.embed_tokens, config.model_type, config.hidden_size
+    for name, _ in list(table.named_buffers(recurse=False)):
+        factor = config.embedding_multiplier if kind == PERI_LLAMA else architecture(kind).table_factor(size, 1.0)
+        table.register_buffer(name, torch.tensor(float(factor)), persistent=False)
 
 
 def _check_names(have: Mapping[str, Any], recipe: Mapping[str, Recipe], tied: bool) -> None:
@@ -235,21 +245,7 @@ def remarks(config: PreTrainedConfig, to: str) -> list[str]:
     """What the conversion folds, and what the other configuration has no field for."""
     if config.model_type != PERI_LLAMA:
         return [f"a factor of {factor:g} is folded into {name}" for name, factor in import_factors(config).items()]
-    plan = config.stream_plan()
-    into = "the output norms' gamma" if plan.layers[0].attn.output_norm else "o_proj and down_proj"
-    sublayers = [sublayer for layer in plan.layers for sublayer in layer.sublayers]
-    other_head = config.head_dim * config.num_attention_heads != config.hidden_size
-    found = (
-        (plan.embedding_norm is not None, "the embedding norm is folded into the embedding table"),
-        (any(sublayer.c != 1.0 for sublayer in sublayers), "c is folded into the input norms' gamma"),
-        (any(sublayer.s != 1.0 for sublayer in sublayers), f"s (with residual_scale) is folded into {into}"),
-        (not config.output_norm_learnable, "output_norm_learnable=False is lost: gamma is a parameter like any other"),
-        (config.residual_dtype is not None, "residual_dtype is lost: the stream has the weights' dtype"),
-        (to == "olmo2" and other_head, "head_dim is read by Transformers; serving engines' OLMo 2 may not read it"),
-        (to == "olmo2" and config.attention_bias, "attention biases: serving engines' OLMo 2 may leave them out"),
-        (to == "glm4" and config.eos_token_id is None, "eos_token_id=None: Glm4Config puts GLM-4's own in its place"),
-    )
-    return [text for applies, text in found if applies]
+    return export_remarks(config, to)
 
 
 def _open_weights(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_open]:
@@ -347,7 +343,7 @@ def _bytes(size: int | str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0; 1 if the conversion failed; 2 if it was refused. SIGTERM exits with 143."""
-    return run(parse(argv))
+    return until_unread(lambda: run(parse(argv)))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -380,10 +376,9 @@ def run(args: argparse.Namespace) -> int:
 def _refresh(args: argparse.Namespace) -> int:
     for folder in args.refresh_code:
         try:
-            changed = refresh_code(folder)
+            print(f"{folder}: {refresh(folder)}")
         except Exception as error:
             return _failed(error, args.debug)
-        print(f"{folder}: {', '.join(changed) + ' replaced' if changed else 'the code is this version already'}")
     return 0
 
 

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-TARGETS = ("llama", "olmo2", "hyperclovax", "glm4", "peri_llama")
+TARGETS = (
+    *("llama", "olmo2", "hyperclovax", "glm4", "mistral", "qwen3", "olmo3", "exaone4", "gemma3_text", "bitnet"),
+    "peri_llama",
+)
 WIKITEXT, NO_TEXT = "wikitext", "none"
 
 
@@ -19,7 +22,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "periln-convert") -> ar
     """The command line's arguments: of a conversion, or with `--refresh-code` of the refreshing of checkpoints."""
     words = sys.argv[1:] if argv is None else argv
     if "--refresh-code" in words:
-        about = "Replace the code in PeriLlama checkpoints by this package's."
+        about = "Replace the code in PeriLlama checkpoints by this package's; in adapters, the path of a moved base."
         about += f"\n\nexample:\n  {prog} --refresh-code runs/NAME/checkpoints/step_00000120"
         parser = _Parser(prog=prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--refresh-code", required=True, nargs="+", type=Path, metavar="CHECKPOINT", help="folders")

@@ -27,7 +27,6 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -43,13 +42,16 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .arguments import CACHE, one_cache, refuse_unknown, update_cache
+from .attention_fields import SLIDING, layer_types_of
 from .configuration_periln import PeriLlamaConfig
+from .embedding import build_embedding
 from .loss import IGNORE_INDEX, chunked_losses, shift_labels, softmax_part
+from .masks import masks_by_type, positions_of_packed
 from .norms import make_norm
 from .placements import LayerPlan
-from .registration import refuse_megatron, register_names
+from .registration import register_everywhere
 from .residual import PeriLlamaResidual, times
-from .rotary import PeriLlamaRotaryEmbedding, rotate
+from .rotary import build_rotary, rotation_of
 from .slots import Norm
 
 
@@ -95,7 +97,9 @@ class PeriLlamaAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
+        self.scaling = float(config.query_pre_attn_scalar or self.head_dim) ** -0.5
+        self.sliding_window = config.sliding_window if layer_types_of(config)[layer_idx] == SLIDING else None
+        self.rotate = rotation_of(config, layer_idx)
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
 
@@ -131,7 +135,7 @@ class PeriLlamaAttention(nn.Module):
         query, key, value = self._normed("full", query, key, value)
         query, key, value = query.view(hidden_shape), key.view(hidden_shape), value.view(hidden_shape)  # B S H|K E
         query, key, value = self._normed("head", query, key, value)
-        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        query, key = self.rotate(query, *position_embeddings), self.rotate(key, *position_embeddings)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # B H|K S E
 
         if cache is not None:
@@ -148,6 +152,7 @@ class PeriLlamaAttention(nn.Module):
             attention_mask,
             dropout=0.0 if not self.training else self.attention_dropout,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
             **kwargs,
         )
         attn_output = self.inner_norm(attn_output.reshape(*input_shape, -1).contiguous())
@@ -280,14 +285,8 @@ class PeriLlamaPreTrainedModel(PreTrainedModel):
             module.reset()
         else:
             super()._init_weights(module)
-
-
-def positions_of_packed(cu_seq_lens: torch.Tensor, length: int) -> torch.LongTensor:
-    """Position ids (1, S) that restart at every document, from the documents' starts and the end (documents + 1,)."""
-    starts = cu_seq_lens.long()
-    index = torch.arange(length, device=starts.device)
-    document = torch.searchsorted(starts, index, right=True) - 1
-    return (index - starts[document]).unsqueeze(0)
+            if hasattr(module, "reset_scale"):  # our scaled embedding
+                module.reset_scale()
 
 
 class PeriLlamaModel(PeriLlamaPreTrainedModel):
@@ -296,14 +295,15 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
     def __init__(self, config: PeriLlamaConfig):
         config.validate_sizes()  # a field may have been set since the configuration was made
         config.validate_norms()
+        config.validate_attention()
         super().__init__(config)
         plan = config.stream_plan()
-        # No padding_idx: with pad = eos it would keep the document separator's row at zero.
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = build_embedding(config.vocab_size, config.hidden_size, config.embedding_multiplier)
         self.embed_norm = build_norm(config, "embed_norm", plan.embedding_norm)
         self.layers = nn.ModuleList(PeriLlamaDecoderLayer(config, i, row) for i, row in enumerate(plan.layers))
         self.final_norm = build_norm(config, "final_norm", plan.final_norm)
-        self.rotary_emb = PeriLlamaRotaryEmbedding(config=config)
+        self.rotary_emb = build_rotary(config)
+        self.layer_types = layer_types_of(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -367,20 +367,23 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
                 module_dtype = inputs_embeds.dtype
             hidden_states = hidden_states.to(getattr(torch, self.config.residual_dtype))
 
-        causal_mask = create_causal_mask(
+        types = dict.fromkeys(self.layer_types)
+        masks = masks_by_type(
+            types,
+            attention_mask,
             config=self.config,
             inputs_embeds=inputs_embeds if module_dtype is not None else hidden_states,
-            attention_mask=attention_mask,
             position_ids=mask_positions,
             **{CACHE: cache},
         )
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        ropes = self.rotary_emb.by_type(types, inputs_embeds, position_ids)
 
-        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+        layers = self.layers[: self.config.num_hidden_layers]
+        for layer_type, decoder_layer in zip(self.layer_types, layers, strict=False):
             hidden_states = decoder_layer(
                 hidden_states,
-                attention_mask=causal_mask,
-                position_embeddings=position_embeddings,
+                attention_mask=masks[layer_type],
+                position_embeddings=ropes[layer_type],
                 position_ids=position_ids,
                 use_cache=use_cache,
                 module_dtype=module_dtype,
@@ -546,8 +549,7 @@ class PeriLlamaForQuestionAnswering(GenericForQuestionAnswering, PeriLlamaPreTra
         self.post_init()
 
 
-register_names()
-refuse_megatron()
+register_everywhere()
 
 __all__ = [
     "PeriLlamaForCausalLM",

@@ -15,17 +15,28 @@ a placement is: a new one is a new row of `PLACEMENTS`. What may stand in a slot
 | `deepnorm` | 2203.00555: x <- C(alpha x + f(x)) |
 | `lns` | LayerNorm Scaling, 2502.05795: A's output times 1/sqrt(l) |
 | `sub_ln` | Magneto, 2210.06423: A, and a norm before the last projection of each sublayer |
-| `normformer` | 2110.09456: A; attention with B and one gain a head; the MLP with a norm before down_proj |
+| `normformer` | 2110.09456: A; attention with B and one gain a head before o_proj; a norm before down_proj |
 | `hybrid` | HybridNorm, 2503.04598: norms on q, k and v; one norm on the stream between attention and MLP |
-| `hybrid_star` | the same, its first layer Pre-LN |
+| `hybrid_star` | the same, its first layer Pre-LN in both sublayers, with the norms on q, k and v |
 | `keel` | 2601.19895: x <- C(alpha x + f(A(x))) with alpha = 2L, the number of sublayers |
 | `learned_residual` | Post-LN whose skip connection has one learned factor a channel, as Admin's (2004.08249) |
 | `mix` | Mix-LN, 2412.13795: the first quarter of the layers `post`, the rest `pre` |
 | `none` | no norm at all |
 | `pre_post` | A and C; sometimes called Peri-LN, which it is not |
 
-The equations of `keel`, `normformer`, `sub_ln`, `hybrid`, `hybrid_star` and `learned_residual` were written down
-without the papers at hand, and have still to be compared with them.
+What five of these rows were compared with, the papers' texts not being at hand:
+
+- `sub_ln`: torchscale's decoder, whose `subln` multiplies the initial v_proj, out_proj and both matrices of the MLP by
+  sqrt(log(2L)) and norms before out_proj and the MLP's second matrix.
+- `normformer`: fairseq's layer has the same norms (`attn_ln`, `ffn_layernorm`). Its gain a head stands after out_proj,
+  on the channels of attention's output; here it is before o_proj, where the channels are the heads'.
+- `hybrid`, `hybrid_star`: the authors' configurations (github.com/BryceZhuo/HybridNorm): norms on queries, keys and
+  values; no `attn_norm`; `ffn_residual_after_norm`; in the first layer of the second an `attn_norm`, and the MLP's
+  residual before its norm. That the norms are over one head each is the paper's equation, not seen in code.
+- `keel`: Norm(alpha h + f(Norm(h))) in the comparison of residual updates of Attention Residuals (table 5 there). The
+  value of alpha has still to be compared.
+
+`learned_residual` (Admin) has still to be compared.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -20,6 +20,7 @@ from .modeling_periln import PeriLlamaForCausalLM
 
 TOLERANCE = 1e-5  # of the largest logit
 CHECKED_SHAPES = ((1, 1), (2, 7), (3, 33))  # batch, tokens
+WINDOWS, LONGEST = 3, 1024  # a model with a sliding window is compared over three of it, to this many tokens
 SEED = 20250202
 TEXT_WINDOWS, TEXT_LENGTH = 2, 256
 
@@ -40,7 +41,9 @@ Batch = dict[str, torch.Tensor]
 def random_batches(config: PreTrainedConfig) -> list[Batch]:
     """Random tokens in several shapes, the first row of each padded on the left."""
     generator, batches = torch.Generator().manual_seed(SEED), []
-    for batch, length in CHECKED_SHAPES:
+    window = getattr(config, "sliding_window", None)
+    shapes = CHECKED_SHAPES if window is None else (*CHECKED_SHAPES, (2, min(WINDOWS * window, LONGEST)))
+    for batch, length in shapes:
         length = min(length, config.max_position_embeddings)
         ids = torch.randint(0, config.vocab_size, (batch, length), generator=generator)
         mask = torch.ones_like(ids)

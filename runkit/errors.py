@@ -6,6 +6,7 @@ The exit codes, the same for every command:
     1    failed, or refused for the state of things: a folder of another run, a lock, a diverged run, a full disk
     2    bad usage or input: an argument, a recipe, a path that is missing or holds something else
     130  interrupted (SIGINT); what can be resumed was saved
+    141  nobody reads the output any more (`| head`)
     143  terminated (SIGTERM); likewise
 """
 
@@ -19,8 +20,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
+from periln.family import part
+
 USAGE, FAILURE = 2, 1
 INTERRUPTED, TERMINATED = 130, 143
+_PIPES = part("pipes")
+UNREAD: int = _PIPES["UNREAD"]
+unread: Callable[[], bool] = _PIPES["unread"]
+until_unread: Callable[[Callable[[], int | None]], int] = _PIPES["until_unread"]
 
 
 class UserError(Exception):
@@ -130,6 +137,8 @@ def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and unread():
+            return UNREAD
         if args.debug:
             raise
         where = f": {error.filename}" if error.filename else ""

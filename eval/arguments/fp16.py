@@ -32,8 +32,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.fp16") -> a
     add("--seed", type=int, default=0, help="of the choice of samples")
     add("--margin", type=float, default=2.0, metavar="BITS", help="bits between peaks and 65504")
     add("--loss-scale", type=float, default=1.0, help="of the backward pass that must stay finite")
-    backward = {"action": argparse.BooleanOptionalAction, "default": True}
-    add("--backward", help="look at gradients too", **backward)
+    add("--backward", action=argparse.BooleanOptionalAction, default=True, help="look at gradients too")
     add("--keep-eps", action="store_true", help="leave the one epsilon of a family without slots as it is")
     add("--scale-sums", action="store_true", help="where norms stand on the stream: a factor for each sum")
     add("--tolerance", type=float, default=1e-2, help="largest difference of logits, of the largest logit")

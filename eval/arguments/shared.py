@@ -9,6 +9,7 @@ from periln.runkit.tasks import SUITES
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")  # auto: as saved
 TOKENS = 256  # a sample of text, where nothing else is asked for
+SCORINGS = ("plain", "shared")
 TEXTS = ("wikitext", "random")  # what --data calls by name
 
 
@@ -45,6 +46,13 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
     more.add_argument("--num-fewshot", type=int, default=0, help="examples before each item")
     more.add_argument("--batch-size", default="16", help="requests a batch, or auto: as many as the memory holds")
+    more.add_argument(
+        "--scoring",
+        choices=SCORINGS,
+        default="plain",
+        help="plain: lm_eval's log-likelihoods to the bit; shared: the common beginning of a question's answers is "
+        "computed once, log-likelihoods within 1e-4",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser, more: argparse._ArgumentGroup) -> None:

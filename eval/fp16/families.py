@@ -11,5 +11,8 @@ EPSILON_OF = {
     "olmo2": "rms_norm_eps",
     "llama": "rms_norm_eps",
     "qwen3": "rms_norm_eps",
+    "mistral": "rms_norm_eps",
+    "olmo3": "rms_norm_eps",
+    "exaone4": "rms_norm_eps",
     "gpt_neox": "layer_norm_eps",
 }

@@ -25,7 +25,7 @@ from torch import nn
 from periln.eval.fp16.families import EPSILON_OF
 from periln.eval.structure.anatomy import Anatomy
 from periln.eval.structure.inside import Unknown, linear_maps
-from periln.eval.structure.norms import NormFacts
+from periln.eval.structure.norms import NormFacts, is_norm
 from periln.eval.structure.points import Point
 from periln.eval.structure.sublayers import Norm, Sublayer
 from periln.runkit.errors import UserError, did_you_mean
@@ -164,7 +164,15 @@ def _sublayer(layout: Layout, s: Sublayer, stream: str) -> str:
     return stream
 
 
+def _no_other_norms(s: Sublayer, *known: str) -> None:
+    """Norms inside a sublayer would end the groups that go through it: of values, or before the last projection."""
+    other = next((n for n, m in s.module.named_children() if n not in known and is_norm(m)), None)
+    if other is not None:
+        raise Unknown(f"it has a norm of its own inside ({other})")
+
+
 def _attention(layout: Layout, s: Sublayer, where: str, reads: str, gives: str) -> None:
+    _no_other_norms(s, "q_norm", "k_norm")
     linears, name = linear_maps(s.module), s.name
     values = f"{name}.values"
     parts = dict(s.module.named_children())
@@ -201,6 +209,7 @@ def _attention(layout: Layout, s: Sublayer, where: str, reads: str, gives: str) 
 
 
 def _mlp(layout: Layout, s: Sublayer, where: str, reads: str, gives: str) -> None:
+    _no_other_norms(s)
     linears, name = linear_maps(s.module), s.name
     hidden, down = f"{name}.hidden", "down_proj"
     if set(linears) == {"gate_proj", "up_proj", "down_proj"}:

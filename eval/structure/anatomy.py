@@ -155,6 +155,13 @@ def _check_chain(layers: list[tuple[str, nn.Module]], wholes: list[Call | None])
         UserError: one does not.
     """
     for (name, layer), whole in zip(layers, wholes, strict=True):
+        wide = [x for x in (whole.given, whole.result) if x is not None and x.ndim > 3] if whole is not None else []
+        if wide:
+            streams = " x ".join(str(n) for n in wide[0].shape[2:-1])
+            raise UserError(
+                f"{name} ({type(layer).__name__}) carries {streams} residual streams at once, as hyper-connections do: "
+                "one stream is followed here"
+            )
         if whole is None or whole.given is None or whole.result is None or whole.given.shape != whole.result.shape:
             raise UserError(f"{name} ({type(layer).__name__}) does not turn a stream into a stream of the same shape")
         if not bool(whole.result.isfinite().all()):

@@ -116,6 +116,17 @@ def _factors(total: torch.Tensor, parts: list[torch.Tensor]) -> list[float] | No
     return [1.0 if abs(k - 1) < near else k for k in fitted.tolist()]
 
 
+def _by_channel(total: torch.Tensor, parts: list[torch.Tensor]) -> bool:
+    """Whether each channel of the sum has factors of its own, as a learned vector of them gives."""
+    columns = torch.stack([p.double().flatten(0, -2).T for p in parts], dim=-1)  # channels, tokens, parts
+    t = total.double().flatten(0, -2).T[..., None]
+    fitted = torch.linalg.lstsq(columns, t).solution
+    near = _eps(total, *parts)
+    exact = (t - columns @ fitted)[..., 0].abs() <= near * (columns * fitted.mT).abs().sum(-1)
+    # A part with a factor of 0 is not in the sum: a module that adds the stream by itself gives that.
+    return bool(exact.all() and fitted.abs().min() > near and fitted.std(dim=0).max() > 1e-3)
+
+
 _ATTENTION_WORDS = ("attention", "attn")
 
 
@@ -199,11 +210,15 @@ class LayerReader:
             a_res = next((n for n in self.norms if same(n.result, total)), None)
             first = None if a_res is None else _factors(a_res.given, [x, self._after(attn, a_out)])
             if first is None:
+                sums = [total, *(n.given for n in self.norms if same(n.result, total))]
+                self._refuse_factors(sums, [x, self._after(attn, a_out)])
                 raise self.refuse("what its MLP reads is not its input plus what attention gives")
             between = Point(a_res.name, a_res.module, "input")
             middle = Point(a_res.name, a_res.module, "output")
         second = self._second(stream, self._after(mlp, m_out), end)
         if second is None:
+            sums = [end, *(n.given for n in self.norms if same(n.result, end))]
+            self._refuse_factors(sums, [stream, self._after(mlp, m_out)])
             raise self.refuse("its output is not the stream after attention plus what its MLP gives")
         factors, m_res = second
         start, out = Point(self.name, self.layer, "input"), Point(self.name, self.layer, "output")
@@ -213,6 +228,10 @@ class LayerReader:
             make("attn", attn, a_out, a_in, a_res, tuple(first), start, between, middle, False),
             make("mlp", mlp, m_out, m_in, m_res, tuple(factors), middle, last, out, False),
         ]
+
+    def _refuse_factors(self, sums: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
+        if any(_by_channel(total, parts) for total in sums):
+            raise self.refuse("its residual sum has another factor for each channel (a learned vector)")
 
     def _second(self, stream: torch.Tensor, branch: torch.Tensor, end: torch.Tensor):
         """Factors of the second add and its norm C: `end` is their sum, or a norm of it."""

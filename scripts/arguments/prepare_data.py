@@ -5,9 +5,8 @@ import os
 from pathlib import Path
 
 from periln.runkit.errors import UsageError, did_you_mean, make_parser, more_options
-from periln.scripts.data.sources import HUB, INSTALLED
+from periln.scripts.data.sources import BPE, HUB, INSTALLED
 
-BPE = "bpe"  # the tokenizer that is trained on the text
 CL100K = "cl100k_base"
 DEFAULT_SOURCE = HUB + "mlfoundations/dclm-baseline-1.0"
 SAVE_SECONDS = 20.0

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from periln.runkit.errors import UserError
-from periln.runkit.texts import problem_of
+from periln.runkit.texts import UNDECODABLE, problem_of
+from periln.scripts.data.documents import LONGEST, TOO_LONG, Document, Source, digest64
 from periln.scripts.data.sources import INSTALLED as INSTALLED
-from periln.scripts.data.sources import LONGEST, TOO_LONG, UNDECODABLE, Document, Source, digest64
 
 BATCH_DOCUMENTS, BATCH_BYTES = 256, 1 << 20
 LISTED = 10_000  # names listed for each reason of skipping; all are counted

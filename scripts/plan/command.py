@@ -21,6 +21,7 @@ from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
 from periln.scripts.arguments.plan import check
 from periln.scripts.costs import count_parameters, flops_per_token
 from periln.scripts.gpus import GPUS
+from periln.scripts.origin import adopt_origin
 from periln.scripts.plan.memory import Moment, Situation, peak, situation
 from periln.scripts.recipe import Recipe
 
@@ -36,6 +37,9 @@ def load(path: Path, overrides: list[str], processes: int) -> tuple[Recipe, Peri
         UsageError, UserError: what `Recipe.check` refuses, or a data folder that cannot be read.
     """
     recipe = from_mapping(Recipe, apply_overrides(read_yaml(path), overrides, Recipe))
+    if adopt_origin(recipe) is not None:
+        recipe.check(processes)
+        return recipe, recipe.model_config(), "of init_from"
     recipe.check(processes)
     index = Path(recipe.data) / "index.json"
     if "vocab_size" in recipe.model:

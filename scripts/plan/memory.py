@@ -11,7 +11,8 @@ from typing import Literal
 from modeling_periln import PeriLlamaConfig
 from modeling_periln.placements import LayerPlan
 from modeling_periln.slots import Learned
-from periln.scripts.costs import count_parameters, vectors_of_a_norm, widths
+from periln.scripts.costs import count_parameters, hidden_entries, vectors_of_a_norm, widths
+from periln.scripts.optimizers import find_row
 from periln.scripts.recipe import Recipe
 
 FP32, INT64 = 4, 8
@@ -37,6 +38,7 @@ class Situation:
     emulated: bool  # FP16 on a CPU: products are computed from FP32 copies
     engine: Engines = "single"
     processes: int = 1
+    optimizer: str = "adamw"  # a row of scripts/optimizers
 
     @property
     def tokens(self) -> int:
@@ -67,6 +69,7 @@ def situation(
         emulated=device == "cpu" and mode == "fp16",
         engine="single" if gpus == 1 else engine,
         processes=gpus,
+        optimizer=recipe.optimizer.name,
     )
 
 
@@ -137,9 +140,11 @@ def _standing(config: PeriLlamaConfig, s: Situation) -> dict[str, float]:
     """What is there during all of forward and backward."""
     count, shards = count_parameters(config), s.processes if s.engine == "fsdp2" else 1
     mask = s.micro * s.length**2 if s.document_masking else 0
+    row, hidden = find_row(s.optimizer), hidden_entries(config)
+    state = row.hidden_state * hidden + row.other_state * (count.total - hidden)
     parts = {
         "weights (FP32)": FP32 * count.total / shards,
-        "AdamW moments (FP32)": 2 * FP32 * count.total / shards,
+        f"state of {s.optimizer} (FP32)": FP32 * state / shards,
         # Autocast keeps its casts of the weights until the step's forward and backward passes are done.
         "weights in half precision (autocast)": s.module * count.matrices if s.autocast else 0,
         "batch": 2 * INT64 * s.local_batch * s.length + mask,
@@ -205,8 +210,11 @@ def moments(config: PeriLlamaConfig, s: Situation) -> list[Moment]:
         "backward of the embedding", max(earlier, everything), 0.0, 0.0,
         work=FP32 * (s.tokens * d + (table if s.accumulates else 0)),
     )  # fmt: skip
-    # The update itself needs no more: fused AdamW works in place.
-    return [loss, head, last, first, embedding]
+    # Fused AdamW works in place; Muon takes one matrix after another, each of them whole.
+    needed = find_row(s.optimizer).update_bytes * d * max(f, *widths(config)[2:])
+    update = moment("the update", everything, 0.0, 0.0, work=needed)
+    update.parts.pop("weights in half precision (autocast)")  # gone with the last micro batch
+    return [loss, head, last, first, embedding, update]
 
 
 def peak(config: PeriLlamaConfig, s: Situation) -> Moment:

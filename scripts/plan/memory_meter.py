@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
+from periln.runkit.process import peak_rss
 from periln.scripts.recipe import Recipe
 from periln.scripts.training.engine import Engine
-from periln.scripts.training.peak import peak_rss
 from periln.scripts.training.steps import make_optimizer
 
 

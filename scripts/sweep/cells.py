@@ -32,6 +32,7 @@ from periln.runkit.recipes import (
     to_mapping,
 )
 from periln.runkit.resume import resumption
+from periln.scripts.origin import adopt_origin, find_origin
 from periln.scripts.pretrain import open_data
 from periln.scripts.recipe import Recipe, check_run_name
 
@@ -137,7 +138,8 @@ class Sweep:
         for cell in self.cells:
             recipe = replace(cell.recipe)
             try:
-                open_data(recipe, self.recipe_file(cell))
+                fresh = recipe.init_from is not None and not cell.run.checkpoints()
+                open_data(recipe, self.recipe_file(cell), find_origin(str(recipe.init_from)) if fresh else None)
             except UserError as error:
                 raise type(error)(f"cell {cell.name}: {error}") from error
             began = cell.run.recipe.get("data_fingerprint") if (cell.run.path / "recipe.yaml").exists() else None
@@ -160,7 +162,7 @@ def _check_grid(mapping: dict[str, Any], grid: Any, path: Path) -> dict[str, lis
     grid = flatten(grid)
     for field, values in grid.items():
         check_field(mapping, field, Recipe)
-        if field in ("name", "stage", "data_fingerprint"):
+        if field in ("name", "stage", "data_fingerprint", "init_sha256"):
             raise UsageError(f"grid.{field} cannot be varied")
         if not isinstance(values, list) or not values:
             raise UsageError(f"grid.{field} must be a list of values, not {values!r}")
@@ -192,11 +194,12 @@ def load_sweep(path: Path, runs: Path = Path("runs")) -> Sweep:
             changed = merge(changed, at_path(field, value))
         cell_name = _cell_name(values)
         try:
-            recipe = from_mapping(Recipe, changed | {"name": cell_name})
+            recipe, run = from_mapping(Recipe, changed | {"name": cell_name}), RunFolder(runs / name / cell_name)
+            adopt_origin(recipe, run)
             recipe.check()
-        except UsageError as error:
-            raise UsageError(f"{path}, cell {cell_name}: {error}") from error
-        cells.append(Cell(recipe, values, RunFolder(runs / name / cell_name)))
+        except UserError as error:
+            raise type(error)(f"{path}, cell {cell_name}: {error}") from error
+        cells.append(Cell(recipe, values, run))
     names = [cell.name for cell in cells]
     twice = [n for n in names if names.count(n) > 1]
     if twice:

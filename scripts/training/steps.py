@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from periln.runkit.spikes import SpikeCounter, Spikes
+from periln.scripts.optimizers import find_row, read_options
+from periln.scripts.optimizers.rows import Shared
 from periln.scripts.recipe import Divergence, Optimizer
 from periln.scripts.training.schedules import rate
 
@@ -25,6 +27,8 @@ NORM_SLOTS = {
     "residual_norm": "residual",
     "q_norm": "qk",
     "k_norm": "qk",
+    "v_norm": "v",
+    "inner_norm": "inner",
     "embed_norm": "embedding",
     "final_norm": "final",
 }
@@ -44,20 +48,33 @@ def weight_decay(name: str, parameter: nn.Parameter, recipe: Optimizer) -> float
     return recipe.weight_decay if recipe.decay_norms_and_biases else 0.0
 
 
-def make_optimizer(model: nn.Module, recipe: Optimizer) -> torch.optim.AdamW:
-    """AdamW with decoupled decay; a group for the matrices, and one for each decay that the vectors have."""
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+# The matrices that are tables of tokens, by their modules' names; the others are hidden ones.
+TABLES = ("embed_tokens", "lm_head")
+
+
+def is_hidden(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix between two layers of the stream's or a module's width."""
+    return parameter.ndim >= 2 and name.rpartition(".")[0].rpartition(".")[2] not in TABLES
+
+
+def make_optimizer(model: nn.Module, recipe: Optimizer) -> torch.optim.Optimizer:
+    """The recipe's optimizer; decay is decoupled. A group for each decay of the tables of tokens, of the hidden
+    matrices and of the vectors.
+    """
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = parameter.ndim < 2, weight_decay(name, parameter, recipe)
+            key = parameter.ndim < 2, is_hidden(name, parameter), weight_decay(name, parameter, recipe)
             groups.setdefault(key, []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": groups[key], "weight_decay": key[1]} for key in sorted(groups)],
-        lr=recipe.learning_rate,
-        betas=(recipe.beta1, recipe.beta2),
-        eps=recipe.eps,
-        fused=True,
-    )
+    listed = [{"params": groups[key], "hidden": key[1], "weight_decay": key[2]} for key in sorted(groups)]
+    shared = Shared(recipe.learning_rate, (recipe.beta1, recipe.beta2), recipe.eps)
+    return find_row(recipe.name).build(listed, shared, read_options(recipe.name, recipe.options))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group the step's rate, times its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("rate_factor", 1.0)
 
 
 class StepBook:

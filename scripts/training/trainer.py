@@ -28,6 +28,7 @@ from periln.runkit.steps import StepRecord, final_loss, finite
 from periln.scripts.costs import flops_per_token
 from periln.scripts.data.token_data import FixedOrder, TokenData
 from periln.scripts.gpus import GPUS
+from periln.scripts.origin import load_origin
 from periln.scripts.recipe import Recipe
 from periln.scripts.training.batches import Batches
 from periln.scripts.training.branch import begin_branch
@@ -38,7 +39,7 @@ from periln.scripts.training.heldout import check_heldout_sets, heldout_loss, he
 from periln.scripts.training.layer_stats import LayerStats, drop_rows, write_rows
 from periln.scripts.training.overflow import FirstNonFinite
 from periln.scripts.training.peak import PeakMemory
-from periln.scripts.training.steps import StepBook, learning_rate, make_optimizer
+from periln.scripts.training.steps import StepBook, learning_rate, make_optimizer, set_rate
 from periln.scripts.training.tracking import Tracking
 from periln.scripts.training.witness import Witness
 
@@ -75,8 +76,14 @@ class Trainer:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(data.tokenizer_path)
         begin_documents_with(self.tokenizer, data.begins_with)  # of older data it begins a text as no document does
 
+        environment = run.path / "environment.json"
+        before = read_json(environment) if environment.exists() else {}
         torch.manual_seed(recipe.seed)
-        self.model = PeriLlamaForCausalLM(resolved_config(recipe, data, self.tokenizer)).to(self.device)
+        self.model = PeriLlamaForCausalLM(resolved_config(recipe, data, self.tokenizer))
+        self.origin: dict[str, Any] | None = before.get("init_from")
+        if recipe.init_from is not None and not run.checkpoints() and recipe.branch_from is None:
+            self.origin = load_origin(recipe, self.model)
+        self.model.to(self.device)
         self.sizes = {id(p): p.numel() for p in self.model.parameters()}
         self.embeddings = {id(p) for p in (self.model.get_input_embeddings().weight, self.model.lm_head.weight)}
         self.model.train()
@@ -90,9 +97,7 @@ class Trainer:
         if recipe.flight.steps:
             self.recorder = FlightRecorder(recipe, run, self.engine, self.layer_stats)
         self.heldout, self.heldout_sets = None, {}
-        environment = run.path / "environment.json"
-        before = read_json(environment).get("heldout_sets", {}) if environment.exists() else {}
-        self.heldout_hashes = check_heldout_sets(recipe.heldout_sets, before)
+        self.heldout_hashes = check_heldout_sets(recipe.heldout_sets, before.get("heldout_sets", {}))
         if recipe.heldout_every is not None:
             asked = (data, self.tokenizer, recipe.sequence_length, recipe.heldout_sequences)
             self.heldout = heldout_sequences(*asked)
@@ -126,8 +131,7 @@ class Trainer:
         """
         recipe, step, start, engine = self.recipe, self.step, time.perf_counter(), self.engine
         rate = learning_rate(step, recipe.steps, recipe.optimizer)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(engine.optimizer, rate)
         batches = self._micro_batches(step)
         waited = time.perf_counter() - start
         seen = self._look(batches[0]) if witness else None
@@ -217,6 +221,7 @@ class Trainer:
             "processes": self.engine.processes,
             "data": {"fingerprint": self.data.fingerprint, "tokens": len(self.data)} | self._data_options(),
             "parameter_class": type(next(self.model.parameters())).__name__,
+            "init_from": self.origin,
             "heldout_sets": self.heldout_hashes,
             "loss_scaler": self.engine.scaler is not None,
             "mfu": "6N + 12LHQT FLOPs a token (scripts/costs.py), of the data sheet's dense FP16 FLOP/s"

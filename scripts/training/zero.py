@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType, is_deepspeed_available, parse_flag
 from torch import nn
 
 from periln.runkit.errors import UsageError
+from periln.scripts.optimizers import find_row
 from periln.scripts.recipe import Recipe
 
 
@@ -52,6 +53,8 @@ def check_zero(recipe: Recipe, processes: int) -> None:
         return
     if processes == 1:
         raise UsageError("DeepSpeed was asked for one process: it shards over several")
+    if reason := find_row(recipe.optimizer.name).refused.get(f"zero{zero_stage()}"):
+        raise UsageError(f"optimizer.name {recipe.optimizer.name}: not with DeepSpeed's ZeRO: {reason}")
     if recipe.deterministic:
         raise UsageError("deterministic: not with DeepSpeed, whose reductions are its own")
     if recipe.compile:

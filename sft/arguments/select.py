@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 
 from periln.runkit.errors import UsageError, make_parser
+from periln.runkit.tasks import SUITES
 
 TASKS = {
     "hub": ("openbookqa", "commonsense_qa", "rte", "mnli"),
-    "mini": ("mini_arc_easy", "mini_hellaswag", "mini_piqa", "mini_social_iqa", "mini_winogrande"),
+    "mini": SUITES["mini"],
 }
 
 

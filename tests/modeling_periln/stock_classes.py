@@ -9,7 +9,8 @@ from modeling_periln.conversions import ARCHITECTURES
 
 def needs(target: str) -> None:
     """Skip the test where Transformers itself cannot build `target`, a key of `ARCHITECTURES`."""
-    name, version = f"{ARCHITECTURES[target].name}Config", transformers.__version__
+    row, version = ARCHITECTURES[target], transformers.__version__
+    name = row.config_name or f"{row.name}Config"
     if not hasattr(transformers, name):
         pytest.skip(f"transformers {version} has no {name}")
     try:

@@ -149,7 +149,7 @@ def test_a_misspelt_field_in_a_saved_config_is_refused_too(tmp_path):
     ("override", "says"),
     [
         ({"norm_placment": "pre"}, "'norm_placment' .value 'pre'.: did you mean 'norm_placement'"),
-        ({"sliding_window": 8}, "sliding_window=8"),
+        ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
         ({"norm_placement": "periln"}, "norm_placement='periln'.*'peri'"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 .*num_key_value_heads=3"),
         ({"layer_placements": ["pre"]}, "1 entries for num_hidden_layers=3"),
@@ -424,7 +424,7 @@ def test_a_bad_epsilon_under_its_alias_is_a_value_error_too():
 
 
 @pytest.mark.parametrize(
-    "field", [{"sliding_window": 4}, {"is_causal": False}, {"layer_types": ["full_attention"] * 3}]
+    "field", [{"attention_chunk_size": 4}, {"is_causal": False}, {"layer_types": ["chunked_attention"] * 3}]
 )
 def test_a_field_that_transformers_would_obey_is_refused(field):
     assert next(iter(field)) in error_of(**field)

@@ -277,8 +277,8 @@ REFUSED = [
     ("llama", {"norm_placement": "pre", "hidden_size": 22}, "hidden_size=22 is not .*num_attention_heads=4"),
     ("hyperclovax", {"hidden_size": 22}, "hidden_size=22"),
     ("llama", {"norm_placement": "pre", "pad_token_id": 61}, "pad_token_id=61 is outside of vocab_size=61"),
-    ("mistral", {}, "'mistral' is no architecture"),
-    ("olmo", {}, "did you mean 'olmo2'"),
+    ("gpt2", {}, "'gpt2' is no architecture"),
+    ("olmo", {}, "did you mean 'olmo.'"),
 ]  # fmt: skip
 
 
@@ -293,22 +293,26 @@ def test_what_cannot_be_exported_is_refused_with_field_and_reason(target, change
 def test_which_row_goes_where():
     row = {name: admissible_exports(tiny_config(norm_placement=name)) for name in modeling_periln.PLACEMENT_NAMES}
     admitted = {name: {target for target, reason in reasons.items() if reason is None} for name, reasons in row.items()}
-    pre = {"llama", "hyperclovax"}
-    expected = {"pre": pre, "lns": pre, "peri": {"hyperclovax", "glm4"}, "sandwich": {"hyperclovax", "glm4"}}
+    pre, peri = {"llama", "hyperclovax", "mistral"}, {"hyperclovax", "glm4"}
+    expected = {"pre": pre, "lns": pre, "peri": peri, "sandwich": peri}
     assert admitted == {name: expected.get(name, set()) for name in modeling_periln.PLACEMENT_NAMES}
+    filled = tiny_config(norm_placement="sub_ln", hidden_size=24)
+    assert {target for target, reason in admissible_exports(filled).items() if reason is None} == {"bitnet"}
+    for row, target in (("pre", "qwen3"), ("output", "exaone4"), ("sandwich", "gemma3_text")):
+        assert admissible_exports(tiny_config(norm_placement=row, qk_norm="head"))[target] is None
     assert admissible_exports(tiny_config(**OUTPUT))["olmo2"] is None
     assert admissible_exports(tiny_config(residual_dtype="float16"))["glm4"] is None  # it belongs to the run
 
 
 def test_what_cannot_be_imported_is_refused():
     refused = {
-        "partial_rotary_factor=0.5": stock_model(
-            "Glm4", rope_parameters=ROPE | {"partial_rotary_factor": 0.5}, head_dim=8
+        "'partial_rotary_factor'..0.5 would rotate 3 of head_dim=6": stock_model(
+            "Glm4", rope_parameters=ROPE | {"partial_rotary_factor": 0.5}
         ),
         "head_dim=5 must be even": stock_model("Llama"),
         "is_causal=False": stock_model("Llama", is_causal=False),
         "needs a LlamaForCausalLM, not a LlamaModel": stock_model("Llama").model,
-        "'qwen3' is no row": stock_model("Qwen3"),
+        "'qwen2' is no row": stock_model("Qwen2"),
         "'peri_llama' is no row": tiny_model(),
     }
     refused["head_dim=5 must be even"].config.head_dim = 5
@@ -491,10 +495,10 @@ def test_half_precision_weights_stay_half_where_the_fold_is_a_power_of_two(tmp_p
 
 WRONG = {
     "scaled": lambda tensor, factor: tensor,
-    "normed_table": lambda table, gamma, eps: table,
-    "interleaved": lambda tensor, head_dim: tensor,
+    "normed_table": lambda table, gamma, eps, **how: table,
+    "interleaved": lambda tensor, head_dim, dims: tensor,
     "_half": lambda tensor, index: tensor.chunk(2)[1 - index],
-    "not a number": lambda table, gamma, eps: table * float("nan"),
+    "not a number": lambda table, gamma, eps, **how: table * float("nan"),
 }
 
 

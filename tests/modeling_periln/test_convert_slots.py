@@ -11,7 +11,7 @@ OUTPUT = {"output_norm": True, "final_norm": True, "q_norm": "full", "k_norm": "
 
 
 @pytest.mark.parametrize(
-    "norm", [{"kind": "layernorm"}, {"kind": "dyt"}, {"gain": "centered"}, {"gain": "none"}], ids=str
+    "norm", [{"kind": "layernorm"}, {"kind": "dyt"}, {"gain": "scalar"}, {"gain": "none"}], ids=str
 )
 @pytest.mark.parametrize(
     ("target", "row", "slot"),

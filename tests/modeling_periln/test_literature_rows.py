@@ -1,7 +1,7 @@
 """Rows of the literature, kinds of norms and learned factors against their sources' equations, in float64.
 
-The reference shares no code with the model: each row is written out as an equation, which has still to be compared with
-its paper, and reads the model's weights by name. H heads, D hidden size, L layers; all sublayers have 2L.
+The reference shares no code with the model: each row is written out as an equation (`placements.py` says what each was
+compared with) and reads the model's weights by name. H heads, D hidden size, L layers; all sublayers have 2L.
 """
 
 import json

@@ -19,6 +19,7 @@ COMMANDS = [verb.command for verb in VERBS if verb.command != "convert"] + list(
 WRONG = {
     "bench": ["here", "--samples", "0"],
     "cure": ["here", "out", "--margin", "13"],
+    "formats": ["here", "--formats", "INT3"],
     "bounds": ["here", "--out", "new", "--data", "nowhere.txt"],
     "figures": ["fig99", "here"],
     "report": ["here", "--out", "file"],
@@ -177,6 +178,8 @@ def test_the_readme_names_the_extras():
         (["bench", "here", "--tokenizer", "no such"], "--tokenizer no such does not exist"),
         (["bench", "here", "--out", "file"], "--out file is not a folder"),
         (["cure", "here", "full"], "full exists: nothing is overwritten"),
+        (["formats", "here", "--out", "full"], "full holds something else than measured formats"),
+        (["formats", "here", "--targets", "weight"], "--targets has no 'weight' (did you mean 'weights'?)"),
         (["bounds", "here", "--out", "full"], "full exists: nothing is overwritten"),
         (["prepare-data", "--out", "new", "--tokenizer", "cl100k"], "(did you mean 'cl100k_base'?)"),
         (["prepare-data", "--out", "file"], "--out file is not a folder"),

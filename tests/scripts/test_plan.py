@@ -109,6 +109,8 @@ CASES = [
     {"mode": "fp16", "stream": "float32", "model": {"norm_type": "layernorm"}},
     {"mode": "fp32", "document_masking": True},
     {"mode": "fp16", "optimizer": {"z_loss": 1e-4}},
+    WIDE | {"mode": "fp32", "optimizer": {"name": "muon"}},
+    {"mode": "fp16", "optimizer": {"name": "muon"}},
 ]  # fmt: skip
 
 
@@ -132,7 +134,7 @@ def test_every_moment_can_be_the_peak():
     few = {"model": {"vocab_size": 60, "hidden_size": 64}, "batch_size": 1, "sequence_length": 100}
     table = {"model": {"vocab_size": 5000}, "batch_size": 1, "sequence_length": 8}
     of = {"softmax": TALL, "last layer": LONG, "first layer": few | {"activation_checkpointing": True}}
-    of |= {"embedding": table}
+    of |= {"embedding": table, "the update": WIDE | {"optimizer": {"name": "muon"}, "sequence_length": 1}}
     for name, fields in of.items():
         recipe = make_recipe(**fields)
         assert name in peak(recipe.model_config(), situation(recipe, device="cpu")).name
@@ -148,7 +150,7 @@ def test_engines_share_out_what_they_share_out():
     )
     for parts, share in ((single, 1), (ddp, 1), (fsdp2, 8)):
         assert parts["weights (FP32)"] == parts["gradients (FP32)"] == total / share
-        assert parts["AdamW moments (FP32)"] == 2 * total / share
+        assert parts["state of adamw (FP32)"] == 2 * total / share
         assert ("all-gather buffers (FSDP2)" in parts) == (share == 8)
 
 

@@ -134,7 +134,7 @@ def test_added_tokens_of_any_spelling_are_kept_out():
 )
 def test_a_token_that_content_could_become_all_the_same_is_refused(tmp_path, token, message):
     tokenizer = bpe()
-    tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=token == "Q")])
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):
         chat_tokenizer(tmp_path)

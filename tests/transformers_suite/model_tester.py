@@ -1,5 +1,6 @@
 """What Transformers' common tests ask of a family: its classes, a tiny configuration, and inputs for it."""
 
+import copy
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class PeriLlamaModelTester:
         )
 
     def get_config(self) -> PeriLlamaConfig:
-        return PeriLlamaConfig(**SIZES, num_labels=self.num_labels, **self.fields)
+        return PeriLlamaConfig(**SIZES | {"num_labels": self.num_labels} | copy.deepcopy(self.fields))
 
     def prepare_config_and_inputs_for_common(self) -> tuple[PeriLlamaConfig, dict[str, torch.Tensor]]:
         """The configuration and a batch (B, S); row i sees its first i + 1 tokens, the rest is padding."""

@@ -4,6 +4,7 @@ Run by `make test-hf TRANSFORMERS_SRC=...`, see tests/README.md. The name keeps 
 `tests` is Transformers' own: conftest.py has seen to that.
 """
 
+import copy
 import sys
 import unittest
 from typing import Any
@@ -55,14 +56,38 @@ class CommonTests(test_modeling_common.ModelTesterMixin, GenerationTesterMixin, 
         self.all_model_classes = self.model_tester.all_model_classes
 
     def test_config(self) -> None:
-        ConfigTester(self, config_class=PeriLlamaModelTester.config_class, **self.fields).run_common_tests()
+        ConfigTester(
+            self, config_class=PeriLlamaModelTester.config_class, **copy.deepcopy(self.fields)
+        ).run_common_tests()
 
 
 class ParallelTests(CommonTests, test_tensor_parallel_mixin.TensorParallelTesterMixin, test_fsdp_mixin.FSDPTesterMixin):
     """And in two processes."""
 
 
+LAYER_TYPES = ["sliding_attention", "full_attention"]  # of the two layers that these models have
+TWO_ROPES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
 VARIANTS = {
+    "SlidingWindow": {"norm_placement": "pre", "sliding_window": 4},
+    "SlidingAndFullLayers": {"norm_placement": "output", "qk_norm": "full", "sliding_window": 4},
+    "RopeByLayerTypeCentered": {
+        "norm_placement": "sandwich",
+        "norm_gain": "centered",
+        "qk_norm": "head",
+        "sliding_window": 4,
+        "rope_parameters": TWO_ROPES,
+        "query_pre_attn_scalar": 9,
+        "embedding_multiplier": 5.5,
+        "tie_word_embeddings": True,
+    },
+    "PartialRotary": {
+        "norm_placement": "peri",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+    },
+    "LayersWithoutRope": {"norm_placement": "output", "qk_norm": "head", "no_rope_layers": [1, 0]},
     "HybridCentered": {"norm_placement": "hybrid", "norm_gain": "centered"},
     "PeriRmsnormHeadQkTied": {"norm_placement": "peri", "qk_norm": "head", "tie_word_embeddings": True},
     "PostLayernormFullQkEmbedFinal": {
@@ -80,8 +105,16 @@ TABLE = {
     for placement in PLACEMENT_NAMES
     for norm in ("rmsnorm", "layernorm")
 } | VARIANTS
+for _name in ("SlidingAndFullLayers", "RopeByLayerTypeCentered", "LayersWithoutRope"):
+    # Their test of the configuration alone takes the default number of layers.
+    VARIANTS[_name]["num_hidden_layers"] = 2
+    if "sliding_window" in VARIANTS[_name]:
+        VARIANTS[_name]["layer_types"] = LAYER_TYPES
 # Plans differ only in which norms there are, so that a few rows stand for all.
-PARALLEL = ("PeriRmsnorm", "PostLayernorm", "PeriRmsnormHeadQkTied", "PostLayernormFullQkEmbedFinal")
+PARALLEL = (
+    *("PeriRmsnorm", "PostLayernorm", "PeriRmsnormHeadQkTied", "PostLayernormFullQkEmbedFinal"),
+    "RopeByLayerTypeCentered",
+)
 
 for _name, _fields in TABLE.items():
     _base = ParallelTests if _name in PARALLEL else CommonTests

@@ -12,7 +12,7 @@ import pytest
 
 from periln.runkit.errors import UserError
 from periln.scripts.data import corpus as corpus_module
-from periln.scripts.data import sources
+from periln.scripts.data import readers
 from periln.scripts.data.corpus import INSTALLED, Corpus, HashSet, Limits, Mark, Records
 from periln.scripts.data.sources import open_source
 
@@ -146,12 +146,12 @@ def test_endless_runs_are_named_and_counted_wherever_they_stand(tmp_path, text):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_a_document_that_is_too_long_is_passed_over_without_being_held(tmp_path, text, monkeypatch, name):
-    monkeypatch.setattr(sources, "LONGEST", 5_000)
+    monkeypatch.setattr(readers, "LONGEST", 5_000)
     monkeypatch.setattr(corpus_module, "LONGEST", 5_000)
     texts = ["first", "word " * 2_000, "é " * 1_500, "last"]
     lines = "".join(json.dumps({"text": one}, ensure_ascii=False) + "\n" for one in texts).encode()
     if name == "a.parquet":
-        monkeypatch.setattr(sources, "LARGE_CHUNK", 5_000)
+        monkeypatch.setattr(readers, "LARGE_CHUNK", 5_000)
         pd.DataFrame({"text": texts}).to_parquet(text / name, row_group_size=3)
     elif name == "a.jsonl.zst":
         with pa.CompressedOutputStream(str(text / name), "zstd") as file:
@@ -170,9 +170,9 @@ def test_a_document_that_is_too_long_is_passed_over_without_being_held(tmp_path,
 def test_rows_of_a_large_chunk_are_read_one_by_one(text, monkeypatch):
     pd.DataFrame({"text": [f"row {i}" for i in range(9)]}).to_parquet(text / "a.parquet", row_group_size=4)
     expected = list(open_source(str(text)).read(None))
-    asked, real = [], sources._values
-    monkeypatch.setattr(sources, "LARGE_CHUNK", 10)
-    monkeypatch.setattr(sources, "_values", lambda *args: asked.append(args[-1]) or real(*args))
+    asked, real = [], readers._values
+    monkeypatch.setattr(readers, "LARGE_CHUNK", 10)
+    monkeypatch.setattr(readers, "_values", lambda *args: asked.append(args[-1]) or real(*args))
     assert list(open_source(str(text)).read(None)) == expected and asked == [True] * 3
 
 
@@ -209,7 +209,7 @@ def test_the_list_of_the_skipped_ends_but_their_count_does_not(tmp_path, text, m
 
 
 def test_a_long_text_file_is_cut_at_line_ends_and_nowhere_else(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 64)
+    monkeypatch.setattr(readers, "PIECE", 64)
     whole = "".join(f"é line {i}\n" for i in range(40)) + "x漢🙂é" * 40
     (text / "a.txt").write_text(whole)
     pieces = [document.text for document in open_source(str(text)).read(None)]
@@ -219,7 +219,7 @@ def test_a_long_text_file_is_cut_at_line_ends_and_nowhere_else(tmp_path, text, m
 
 
 def test_a_source_goes_on_after_any_document(text, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 16)  # so that some .txt are several documents
+    monkeypatch.setattr(readers, "PIECE", 16)  # so that some .txt are several documents
     write_folder(text)
     source = open_source(str(text))
     documents, positions = [], [None]

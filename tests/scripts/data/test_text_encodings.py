@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from periln.runkit.errors import UserError
-from periln.scripts.data.sources import UNDECODABLE, open_source
+from periln.runkit.texts import UNDECODABLE
+from periln.scripts.data.sources import open_source
 
 TEXTS = ["one\u2028line\u2029and \x85 no more", "zwei Äpfel\r\nund drei", "三つ 🙂"]
 LINES = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in TEXTS]

@@ -9,9 +9,9 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
+from periln.runkit import process
 from periln.runkit.folder import RunFolder, weights_hash
 from periln.scripts.pretrain import load_recipe
-from periln.scripts.training import peak
 from periln.scripts.training.batches import document_boundaries, document_mask
 from periln.scripts.training.trainer import Trainer
 from periln.scripts.training.witness import Witness
@@ -129,7 +129,7 @@ def test_a_deterministic_run_is_asked_of_torch_and_recorded(tmp_path, data):
 
 
 def test_the_peak_memory_is_that_of_the_steady_step(tmp_path, data):
-    if not peak.reset_peak_rss():
+    if not process.reset_peak_rss():
         pytest.skip("this system does not let a process reset its peak")
     trainer, size = trainer_of(tmp_path, data), 300 * 2**20
     torch.ones(size // 4).sum()

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from tiny import MODEL
 
 from periln.runkit.errors import UsageError
 from periln.runkit.recipes import from_mapping
@@ -63,6 +64,6 @@ def test_runs_of_one_step_and_runs_that_are_all_warm_up_or_all_decay_have_rates(
     ],
 )
 def test_mistakes_in_a_schedule_are_found_before_the_first_step(fields, message):
-    mapping = {"name": "r", "data": "none", "model": {}, "steps": 10, "batch_size": 1, "sequence_length": 8}
+    mapping = {"name": "r", "data": "none", "model": dict(MODEL), "steps": 10, "batch_size": 1, "sequence_length": 8}
     with pytest.raises(UsageError, match=message):
         from_mapping(Recipe, mapping | {"optimizer": fields}).check()

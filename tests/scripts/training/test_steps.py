@@ -121,7 +121,16 @@ def test_without_a_loss_scale_nothing_is_a_probe():
     assert unscaled.record(3.0, True, 1.0) == "backward"
 
 
-SLOTS = {"input": 0.01, "output": 0.02, "residual": 0.03, "qk": 0.04, "embedding": 0.05, "final": 0.06}
+SLOTS = {
+    "input": 0.01,
+    "output": 0.02,
+    "residual": 0.03,
+    "qk": 0.04,
+    "v": 0.07,
+    "inner": 0.08,
+    "embedding": 0.05,
+    "final": 0.06,
+}
 
 
 def decays(model: PeriLlamaForCausalLM, recipe: Optimizer) -> dict[str, float]:
@@ -133,6 +142,7 @@ def decays(model: PeriLlamaForCausalLM, recipe: Optimizer) -> dict[str, float]:
 @pytest.mark.parametrize("norm_type", ["rmsnorm", "layernorm"])
 def test_each_norm_decays_as_its_slot_says(norm_type):
     every = dict.fromkeys(("input_norm", "output_norm", "residual_norm", "embedding_norm", "final_norm"), True)
+    every |= {"attn_inner_norm": True, "mlp_inner_norm": True, "v_norm": "head"}
     sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "qk_norm": "full", "norm_type": norm_type, "attention_bias": True}
     model = PeriLlamaForCausalLM(PeriLlamaConfig(**sizes, norm_placement=every))
@@ -143,6 +153,9 @@ def test_each_norm_decays_as_its_slot_says(norm_type):
         "attn_residual_norm": 0.03,
         "self_attn.q_norm": 0.04,
         "self_attn.k_norm": 0.04,
+        "self_attn.v_norm": 0.07,
+        "self_attn.inner_norm": 0.08,
+        "mlp.inner_norm": 0.08,
     }
     for module, expected in layer.items():
         assert found[f"model.layers.1.{module}.weight"] == expected
@@ -159,7 +172,14 @@ def test_each_norm_decays_as_its_slot_says(norm_type):
 
 
 def test_a_negative_decay_is_refused_by_name():
-    mapping = {"name": "r", "data": "none", "model": {}, "steps": 10, "batch_size": 1, "sequence_length": 8}
+    mapping = {
+        "name": "r",
+        "data": "none",
+        "model": {"norm_placement": "pre"},
+        "steps": 10,
+        "batch_size": 1,
+        "sequence_length": 8,
+    }
     for norm_decay, message in (
         ({"qk": -0.1}, "optimizer.norm_decay.qk must be at least 0, or null, not -0.1"),
         ({"inputs": 0.1}, "unknown field optimizer.norm_decay.inputs .did you mean 'input'"),
