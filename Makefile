@@ -17,7 +17,7 @@ DEMO_FLAGS = --out "$(OUT)" $(if $(DEVICE),--device "$(DEVICE)") $(if $(TEXT),--
 # A file's tests stay together; every test has one thread (tests/conftest.py).
 PARALLEL = --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-slow test-fast test-oldest test-newest test-hf test-vllm lint setup clean
+.PHONY: demo docs notebooks test test-slow test-fast test-oldest test-newest test-hf test-vllm lint setup clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -39,13 +39,19 @@ demo: $(STAMP) ## the Peri-LN study in miniature: ends with report.html
 	@exec $(BIN)/python -m scripts.demo $(DEMO_FLAGS) --stop-with-parent $$PPID
 
 test: $(STAMP) ## the whole test suite, the fast tests first
-	$(BIN)/python -m pytest -m 'not kills' $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not kills and not notebooks' $(PARALLEL) $(PYTEST_ARGS)
+
+docs: $(STAMP) ## the documentation, into site/; a broken link or reference fails
+	$(BIN)/python -m mkdocs build --strict
+
+notebooks: $(STAMP) ## the notebooks of examples/ from top to bottom, at their full size
+	$(BIN)/python -m pytest -m notebooks $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## what takes minutes by itself: a run killed sixty times
 	$(BIN)/python -m pytest -m kills $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## the tests that train nothing and start nothing
-	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not notebooks' $(PARALLEL) $(PYTEST_ARGS)
 
 test-oldest: ## the model family on the oldest versions that pyproject.toml admits, in an environment made anew
 	@rm -rf "$(VENV)-oldest"
@@ -72,7 +78,7 @@ test-hf: $(STAMP) ## Transformers' own common model tests; TRANSFORMERS_SRC=/pat
 	TRANSFORMERS_SRC="$(TRANSFORMERS_SRC)" $(BIN)/python -m pytest tests/transformers_suite/peri_llama_tests.py \
 		-o addopts= -p no:cacheprovider -rfE -W ignore::pytest.PytestUnknownMarkWarning $(PYTEST_ARGS)
 
-test-vllm: $(STAMP) ## every placement and export in vLLM; VLLM_PYTHON=/path/to/its/python, see README.md
+test-vllm: $(STAMP) ## every placement and export in vLLM; VLLM_PYTHON=/path/to/its/python, see docs/how-to/convert-and-serve.md
 	VLLM_PYTHON="$(VLLM_PYTHON)" $(BIN)/python -m pytest tests/modeling_periln/test_vllm.py $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff (lint and format) and mypy

@@ -12,7 +12,7 @@ from periln.runkit.errors import UsageError
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that the flags ask for, checked."""
     size, device = batch_size(args.batch_size), device_of(args.device)
-    settings = Settings(args.num_fewshot, args.limit, size, args.dtype, device)
+    settings = Settings(args.num_fewshot, args.limit, size, args.dtype, device, args.scoring)
     settings.check()
     return settings
 

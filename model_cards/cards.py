@@ -27,7 +27,7 @@ from periln.model_cards.placement import EQUATION, diagram, norms_in_words, plan
 from periln.model_cards.subject import Subject
 from periln.runkit.placements import placement_name
 from periln.runkit.public import public
-from periln.runkit.tasks import TASKS
+from periln.runkit.tasks import SUITES, TASKS
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PAPER = "2502.02732"
@@ -129,6 +129,8 @@ def render_card(subject: Subject, options: CardOptions = CardOptions()) -> str:
     """
     plan, config = plan_of(subject.config), subject.config
     stage = subject.recipe.get("stage")
+    scored = list(dict.fromkeys(r["task"] for r in results(subject) if r.get("harness")))
+    minis = [task for task in scored if task.startswith("mini_")]
     before = Subject(None, subject.parent) if subject.parent is not None else None
     card = ModelCard.from_template(
         card_data(subject, options),
@@ -152,7 +154,8 @@ def render_card(subject: Subject, options: CardOptions = CardOptions()) -> str:
         hardware=markdown(hardware(subject), ("hardware and time", "")),
         scores=score_table(subject),
         benchmarks=bool(eval_results(subject)),
-        mini=any(str(r["task"]).startswith("mini_") for r in results(subject)),
+        tasks=",".join([task for task in scored if task not in minis] or SUITES["hub"]),
+        mini_tasks=",".join(minis),
         seeds=seed_table(subject),
         stability=markdown(stability_rows(subject), ("FP16", "")),
         verdict=verdict(subject),

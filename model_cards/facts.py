@@ -312,13 +312,26 @@ def certificate(subject: Subject) -> str:
     return said + (f"; without a bound: {len(open_)}" if open_ else "")
 
 
+def number_formats(subject: Subject) -> str:
+    """The cheapest format of each target within 1 % of FP32's loss, as `eval.formats` measured this checkpoint."""
+    if subject.run is None or subject.step is None:
+        return MISSING
+    file = subject.run.path / "eval" / "formats" / f"step_{subject.step:08d}" / "formats.json"
+    found = read_json(file) if file.exists() else None
+    cheapest = found.get("cheapest") if isinstance(found, dict) else None
+    if not isinstance(cheapest, dict) or not cheapest:
+        return MISSING
+    return "; ".join(f"{target}: {name or 'none of those measured'}" for target, name in cheapest.items())
+
+
 def stability_rows(subject: Subject) -> list[Row]:
-    """FP16 headroom in training and on the bench, and the certificate."""
+    """FP16 headroom in training and on the bench, the certificate, and number formats."""
     training, bench = training_headroom(subject), bench_headroom(subject)
     return [
         ("FP16 headroom in training", str(training or MISSING)),
         ("FP16 headroom on the stability bench", str(bench or MISSING)),
         ("FP16 certificate (from the weights)", certificate(subject)),
+        ("Cheapest number formats within 1% of FP32's loss (emulated)", number_formats(subject)),
     ]
 
 

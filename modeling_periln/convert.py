@@ -50,8 +50,9 @@ from .conversions import (
 )
 from .convert_options import NO_TEXT, WIKITEXT, parse
 from .modeling_periln import PeriLlamaForCausalLM
+from .pipes import until_unread
 from .proof import TOLERANCE, ConversionFailed, compare, in_words, model_class
-from .refresh import refresh_code
+from .refresh import refresh
 from .sources import ADAPTER_CONFIG, COMPANIONS, base_of, check_whole, checkpoint_of, is_adapter, merge, read_json
 from .version import __version__
 
@@ -342,7 +343,7 @@ def _bytes(size: int | str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0; 1 if the conversion failed; 2 if it was refused. SIGTERM exits with 143."""
-    return run(parse(argv))
+    return until_unread(lambda: run(parse(argv)))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -375,10 +376,9 @@ def run(args: argparse.Namespace) -> int:
 def _refresh(args: argparse.Namespace) -> int:
     for folder in args.refresh_code:
         try:
-            changed = refresh_code(folder)
+            print(f"{folder}: {refresh(folder)}")
         except Exception as error:
             return _failed(error, args.debug)
-        print(f"{folder}: {', '.join(changed) + ' replaced' if changed else 'the code is this version already'}")
     return 0
 
 

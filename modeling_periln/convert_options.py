@@ -22,13 +22,16 @@ def parse(argv: Sequence[str] | None = None, prog: str = "periln-convert") -> ar
     """The command line's arguments: of a conversion, or with `--refresh-code` of the refreshing of checkpoints."""
     words = sys.argv[1:] if argv is None else argv
     if "--refresh-code" in words:
-        parser = _Parser(prog=prog, description="Replace the code in PeriLlama checkpoints by this package's.")
+        about = "Replace the code in PeriLlama checkpoints by this package's; in adapters, the path of a moved base."
+        about += f"\n\nexample:\n  {prog} --refresh-code runs/NAME/checkpoints/step_00000120"
+        parser = _Parser(prog=prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--refresh-code", required=True, nargs="+", type=Path, metavar="CHECKPOINT", help="folders")
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return parser.parse_args(words)
-    more = f"{prog} --refresh-code CHECKPOINT... replaces the code in PeriLlama checkpoints by this package's"
-    about = "Convert a checkpoint between PeriLlama and a stock class."
-    parser = _Parser(prog=prog, description=about, epilog=more)
+    about = "Convert a checkpoint between PeriLlama and a stock class, without a change of the function."
+    about += f"\n\nexamples:\n  {prog} runs/NAME exported --to llama\n  {prog} --refresh-code CHECKPOINT"
+    more = "--refresh-code has a help of its own: --refresh-code --help"
+    parser = _Parser(prog=prog, description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(refresh_code=None)
     parser.add_argument("src", metavar="SRC", help="model, run or adapter folder, or Hub id")
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder; must not exist, or be empty")

@@ -49,7 +49,7 @@ from .loss import IGNORE_INDEX, chunked_losses, shift_labels, softmax_part
 from .masks import masks_by_type, positions_of_packed
 from .norms import make_norm
 from .placements import LayerPlan
-from .registration import refuse_megatron, register_names
+from .registration import register_everywhere
 from .residual import PeriLlamaResidual, times
 from .rotary import build_rotary, rotation_of
 from .slots import Norm
@@ -549,8 +549,7 @@ class PeriLlamaForQuestionAnswering(GenericForQuestionAnswering, PeriLlamaPreTra
         self.post_init()
 
 
-register_names()
-refuse_megatron()
+register_everywhere()
 
 __all__ = [
     "PeriLlamaForCausalLM",

@@ -1,7 +1,8 @@
-"""Replace the code that a checkpoint carries by the installed package's: `periln-convert --refresh-code CHECKPOINT`.
+"""Bring a checkpoint up to date: `periln-convert --refresh-code CHECKPOINT`.
 
-A checkpoint's own code is as old as the checkpoint, and runs wherever `trust_remote_code=True` loads it. Weights,
-tokenizer and every other field of the configuration stay as they are, to the byte.
+A checkpoint's own code is as old as the checkpoint, and runs wherever `trust_remote_code=True` loads it: it is replaced
+by the installed package's. An adapter names its base by an absolute path, which leads nowhere when both have been
+moved: it is replaced by that of today. Weights, tokenizer and every other field stay as they are, to the byte.
 """
 
 import hashlib
@@ -17,8 +18,49 @@ from transformers.dynamic_module_utils import custom_object_save
 from .configuration_periln import AUTO_MAP, PeriLlamaConfig
 from .conversions import PERI_LLAMA, ConversionRefused
 from .modeling_periln import PeriLlamaForCausalLM
+from .sources import ADAPTER_CONFIG, BASE_RECORD, base_of, is_adapter
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
+
+
+def refresh(folder: Path) -> str:
+    """Do what is to be done for a model or an adapter, and say what was. Raises as `refresh_code`, `refresh_base`."""
+    if is_adapter(folder):
+        changed, known = refresh_base(folder), "it names its base by the right path already"
+    else:
+        changed, known = refresh_code(folder), "the code is this version already"
+    return f"{', '.join(changed)} replaced" if changed else known
+
+
+def refresh_base(adapter: Path) -> list[str]:
+    """Have an adapter name its base by the path at which it is found now, in adapter_config.json and manifest.json.
+
+    PEFT's own classes look for the base nowhere else (a relative path they take from the working folder).
+
+    Returns:
+        The names of the files that changed; empty if the base is where it says, or is one of the Hub.
+
+    Raises:
+        ConversionRefused: no base beside it, or one with other weights. ConversionFailed: a damaged file.
+    """
+    config, manifest = _read_json(adapter / ADAPTER_CONFIG), _read_manifest(adapter)
+    named = Path(str(config.get("base_model_name_or_path") or ""))
+    beside = _read_json(adapter / BASE_RECORD).get("path") if (adapter / BASE_RECORD).is_file() else None
+    places = [adapter / str(place) for place in (beside, named) if place is not None]
+    there = [place.resolve() for place in places if place.is_dir()]
+    if (beside is None and not there) or (named.is_absolute() and there[:1] == [named.resolve()]):
+        return []
+    base = base_of(adapter)
+    with tempfile.TemporaryDirectory(dir=adapter.parent, prefix=f".{adapter.name}.base.") as folder:
+        changed = [Path(folder) / ADAPTER_CONFIG]
+        _write_json(changed[0], config | {"base_model_name_or_path": str(base)})
+        if manifest is not None:  # first: after a kill between the two, the same command writes the same bytes
+            changed.insert(0, Path(folder) / MANIFEST)
+            _write_json(changed[0], manifest | {ADAPTER_CONFIG: _entry(changed[1])})
+        for file in changed:
+            shutil.copymode(adapter / file.name, file)
+            os.replace(file, adapter / file.name)
+    return sorted(file.name for file in changed)
 
 
 def refresh_code(folder: Path | str) -> list[str]:

@@ -94,8 +94,10 @@ def is_adapter(folder: Path) -> bool:
     return True
 
 
-def base_of(adapter: Path, fetch: Callable[[str], Path]) -> Path:
-    """The folder of an adapter's base model; `fetch` finds one that is no folder here on the Hub.
+def base_of(adapter: Path, fetch: Callable[[str], Path] | None = None) -> Path:
+    """The folder of an adapter's base model, which `base.json` finds where both have been moved together.
+
+    `fetch` finds one that is no folder here on the Hub; None: it is missing.
 
     Raises:
         ConversionRefused: no base, one that is gone, or one with other weights than base.json says; an adapter that is
@@ -112,8 +114,10 @@ def base_of(adapter: Path, fetch: Callable[[str], Path]) -> Path:
     record = read_json(adapter / BASE_RECORD) if (adapter / BASE_RECORD).is_file() else {}
     places = [adapter / str(record["path"])] if "path" in record else []
     places.append(adapter / base)  # of an absolute path, that path
-    found = [checkpoint_of(place) for place in places if place.is_dir()] or [checkpoint_of(fetch(base))]
-    found = [place for place in found if (place / "config.json").is_file()]
+    found = [checkpoint_of(place) for place in places if place.is_dir()]
+    if not found and fetch is not None:
+        found = [checkpoint_of(fetch(base))]
+    found = [place.resolve() for place in found if (place / "config.json").is_file()]
     if not found:
         raise ConversionRefused(f"the base model of {adapter} is missing: {base}")
     expected = record.get("weights_sha256")

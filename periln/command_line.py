@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from periln.family import part
-from periln.runkit.errors import USAGE, did_you_mean
+from periln.runkit.errors import USAGE, did_you_mean, until_unread
 from periln.start import start
 from periln.verbs import VERBS, Verb, install_line
 
@@ -23,7 +23,10 @@ def overview() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Returns its exit code; 2 for a verb that there is not."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    return until_unread(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(words: list[str]) -> int:
     if not words:
         print(f"{overview()}\n\nerror: name a verb", file=sys.stderr)
         return USAGE

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
-from periln.runkit.errors import INTERRUPTED, UserError, run_command
+from periln.runkit.errors import INTERRUPTED, UserError, run_command, until_unread
 from periln.verbs import extra_of, install_line
 
 
@@ -22,8 +22,18 @@ def start(
 
     An argument that cannot be is refused before the command's module is imported. Ctrl-C until then ends the process
     at once: nothing has been begun, and an import has nothing to save. A package that the command needs and that is
-    not installed is named in one sentence with the extra that brings it.
+    not installed is named in one sentence with the extra that brings it. Where nobody reads the output any more
+    (`| head`), the command ends without a word.
     """
+    return until_unread(lambda: _started(command, parse, check, argv))
+
+
+def _started(
+    command: str,
+    parse: Callable[[list[str] | None], argparse.Namespace],
+    check: Callable[[argparse.Namespace], None],
+    argv: list[str] | None,
+) -> int:
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if interruptible:
         signal.signal(signal.SIGINT, _leave)

@@ -18,6 +18,7 @@ VERBS = (
     Verb("convert", "convert", "", "Convert a checkpoint between PeriLlama and a stock class"),
     Verb("bench", "eval.stability", "bench", "Measure what a norm placement does to any causal LM"),
     Verb("cure", "eval.fp16", "bench", "Rewrite a model so that it runs in FP16, the same function"),
+    Verb("formats", "eval.formats", "bench", "Measure which number formats a causal LM survives"),
     Verb("bounds", "eval.bounds", "bench", "Bound a model's gradients and residual steps"),
     Verb("figures", "eval.figures", "bench", "Redraw the paper's figures from run folders"),
     Verb("report", "eval.report", "bench", "Write tables, figures and a report of all runs in a folder"),

@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from periln.runkit.control_tokens import without_control_tokens
 from periln.runkit.errors import UserError
 
 PIECE = 1 << 18  # characters encoded at once: the library takes about 150 bytes of memory for each
@@ -21,7 +22,7 @@ TRIES = 8  # places of each kind that are tried
 
 
 class TextEncoder:
-    """Ids of texts alone: no special token is added, and one that a text spells is only text.
+    """Ids of texts alone: no special token is added, and a control token that a text spells is only text.
 
     A text longer than `PIECE` is cut into pieces where the pre-tokenizer begins a new word in the whole text as in
     the piece, which is tried for each cut; the ids are those of the whole. A tokenizer without such places (one that
@@ -29,11 +30,10 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer = without_control_tokens(tokenizer)
         # A tokenizer's file may ask to cut or pad texts.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
 
     @classmethod
     def of(cls, tokenizer: Any) -> "TextEncoder":
@@ -44,7 +44,7 @@ class TextEncoder:
         """
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise UserError(f"the tokenizer {type(tokenizer).__name__} has no fast (tokenizer.json) form")
-        return cls(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+        return cls(tokenizer.backend_tokenizer)
 
     def __call__(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:
         """The ids of each text, uint32; and whether they may differ from those of the text encoded in one go."""

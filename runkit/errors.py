@@ -6,6 +6,7 @@ The exit codes, the same for every command:
     1    failed, or refused for the state of things: a folder of another run, a lock, a diverged run, a full disk
     2    bad usage or input: an argument, a recipe, a path that is missing or holds something else
     130  interrupted (SIGINT); what can be resumed was saved
+    141  nobody reads the output any more (`| head`)
     143  terminated (SIGTERM); likewise
 """
 
@@ -13,12 +14,20 @@ import argparse
 import io
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
+
+from periln.family import part
 
 USAGE, FAILURE = 2, 1
 INTERRUPTED, TERMINATED = 130, 143
+_PIPES = part("pipes")
+UNREAD: int = _PIPES["UNREAD"]
+unread: Callable[[], bool] = _PIPES["unread"]
+until_unread: Callable[[Callable[[], int | None]], int] = _PIPES["until_unread"]
 
 
 class UserError(Exception):
@@ -51,15 +60,58 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"error: {message}\n")
 
+    def format_help(self) -> str:
+        """The options of every command come last."""
+        self._action_groups.sort(key=lambda group: group.title == EVERY_COMMAND)
+        return super().format_help()
 
-def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """An argument parser whose `--help` shows defaults, whose errors are one line, with `--debug`."""
-    parser = _Parser(prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--stop-with-parent", type=int, metavar="PID", help="stop once no longer this process's child")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; as many as torch takes when left out")
-    parser.add_argument("--bar", type=int, default=0, metavar="LINE", help="line of the progress bar, from 0")
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that say something: not None, a switch that is off, an empty list, or a file of ours."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if (
+            default is None
+            or default is False
+            or default == []
+            or (isinstance(default, Path) and default.is_absolute())
+        ):
+            return action.help
+        return super()._get_help_string(action)
+
+
+EVERY_COMMAND = "options of every command"
+MORE = "more options"
+WIDTH = 78  # characters of a description's line
+
+
+def make_parser(prog: str, description: str, *examples: str) -> argparse.ArgumentParser:
+    """The parser of a command: errors in one line; `--help` shows examples and defaults.
+
+    Args:
+        prog: what is typed, such as `periln bench`.
+        description: one sentence on what the command is for.
+        examples: what may follow `prog`, a line each.
+
+    Options that few users need belong into `more_options(parser)`. `--stop-with-parent` and `--bar` are for commands
+    that start others, and are not shown.
+    """
+    lines = "".join(f"\n  {prog} {words}" for words in examples)
+    heading = f"\n\nexample{'s' if len(examples) > 1 else ''}:" if examples else ""
+    about = textwrap.fill(description, WIDTH) + heading + lines
+    parser = _Parser(prog=prog, description=about, formatter_class=_Help)
+    every = parser.add_argument_group(EVERY_COMMAND)
+    every.add_argument("--threads", type=int, metavar="N", help="CPU threads; as many as torch takes when left out")
+    every.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--stop-with-parent", type=int, help=argparse.SUPPRESS)  # a process id
+    parser.add_argument("--bar", type=int, default=0, help=argparse.SUPPRESS)  # the progress bar's line, from 0
     return parser
+
+
+def more_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The group of the options that few users need: shown after the others."""
+    return parser.add_argument_group(MORE)
 
 
 def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
@@ -85,6 +137,8 @@ def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and unread():
+            return UNREAD
         if args.debug:
             raise
         where = f": {error.filename}" if error.filename else ""

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
 import periln
@@ -72,6 +73,21 @@ def stop_with_parent(parent: int | None, poll_seconds: float = 0.5) -> None:
 
 
 def peak_rss() -> int:
-    """The process's largest resident set so far, in bytes."""
+    """The largest resident set of this process, in bytes: since `reset_peak_rss` where that works, else ever."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_rss() -> bool:
+    """Have `peak_rss` begin anew from what is resident now; False where the system has no such thing."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

@@ -79,6 +79,12 @@ def count_parameters(config: PeriLlamaConfig) -> Parameters:
     )
 
 
+def hidden_entries(config: PeriLlamaConfig) -> int:
+    """The entries of all matrices inside the layers, without their biases."""
+    d, f, q, k = widths(config)
+    return config.num_hidden_layers * (2 * d * q + 2 * d * k + 3 * d * f)
+
+
 def flops_per_token(config: PeriLlamaConfig, sequence_length: int) -> float:
     """FLOPs of forward and backward a token: 6N + 12 L H Q T, as in PaLM (arXiv 2204.02311), appendix B.
 

@@ -11,24 +11,19 @@ are 16 to 32 bytes a document for its hash, and what `datasets` and `pyarrow` ho
 
 import sys
 
-from periln.scripts.arguments.prepare_data import BPE, SAVE_SECONDS, check, parse
+from periln.scripts.arguments.prepare_data import SAVE_SECONDS, check, parse
 from periln.start import start
 
 if __name__ == "__main__":
     sys.exit(start("scripts.prepare_data", parse, check))  # parses before the imports below, which take seconds
 
 import argparse
-import errno
-import fcntl
-import glob
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,73 +36,22 @@ from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import read_json, room_for, sha256_of, write_folder, write_json
 from periln.runkit.process import start_stage
 from periln.runkit.progress import progress_bar
-from periln.runkit.resume import PLACE, setting
 from periln.runkit.texts import without_long_runs
-from periln.scripts.corpus import Batch, Corpus, Limits, Mark, Records
-from periln.scripts.data import TokenData
-from periln.scripts.encoders import Encoded, Encoders
-from periln.scripts.same_data import check_same_options, content_of, without_places
-from periln.scripts.shards import LARGEST_SHARD, ShardWriter, token_dtype
-from periln.scripts.sources import HUB, INSTALLED, InstalledPython, Source, open_source
-from periln.scripts.tokenization import SPECIAL_TOKENS as SPECIAL_TOKENS
-from periln.scripts.tokenization import check_vocab_size as check_vocab_size
-from periln.scripts.tokenization import load_tokenizer, vocabulary_size
-from periln.scripts.tokenization import train_tokenizer as train_tokenizer
+from periln.scripts.data.corpus import Batch, Corpus, Mark, Records
+from periln.scripts.data.documents import Source
+from periln.scripts.data.encoders import Encoded, Encoders
+from periln.scripts.data.local_files import InstalledPython
+from periln.scripts.data.options import Options
+from periln.scripts.data.same_data import content_of, without_places
+from periln.scripts.data.shards import ShardWriter, token_dtype
+from periln.scripts.data.sources import BPE, HUB, INSTALLED
+from periln.scripts.data.token_data import TokenData
+from periln.scripts.data.tokenization import SPECIAL_TOKENS as SPECIAL_TOKENS
+from periln.scripts.data.tokenization import load_tokenizer, vocabulary_size
+from periln.scripts.data.tokenization import train_tokenizer as train_tokenizer
+from periln.scripts.data.work_folder import DOCUMENT, publish, standing, work_folder
 
-DOCUMENT = "document.json"  # what stands around each document, in a folder of unfinished work
 SAMPLE_RUN = 1000  # characters of one kind in a row; a BPE is trained in time quadratic in them
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything that decides the result; recorded in index.json, part of the fingerprint (but for local paths).
-
-    Attributes:
-        source, dataset_config, split, revision, text_column: see `open_source`.
-        tokenizer: `bpe`, `cl100k_base`, or a folder or Hub id.
-        vocab_size: of the BPE; None where the tokenizer is another.
-        context: the tokenizer's model_max_length; None: the tokenizer's own (512 for the BPE, 8192 for cl100k_base).
-        sample_bytes: the BPE is trained on so much of the training text, from its start.
-        max_tokens: tokenizing ends with the document that reaches it; None: no limit.
-        others: see `Limits`.
-    """
-
-    source: str = setting(decides=PLACE)
-    vocab_size: int | None = None
-    max_bytes: int | None = None
-    heldout_share: float = 0.02
-    context: int | None = None
-    dataset_config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    text_column: str = "text"
-    tokenizer: str = setting(BPE, decides=PLACE)
-    tokenizer_revision: str | None = None
-    sample_bytes: int = 1 << 26
-    max_tokens: int | None = None
-    heldout_documents: int | None = None
-    max_document_bytes: int | None = None
-    shard_tokens: int = 1 << 27
-
-    def check(self) -> None:
-        """Raise UsageError for what cannot be, before anything is read."""
-        if self.tokenizer == BPE:
-            check_vocab_size(self.vocab_size)
-        if not 0 < self.heldout_share < 1:
-            raise UsageError(f"heldout_share must lie between 0 and 1, not {self.heldout_share}")
-        for name in ("max_bytes", "max_tokens", "max_document_bytes", "sample_bytes", "heldout_documents"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, not {value}")
-        if not 1 <= self.shard_tokens <= LARGEST_SHARD:
-            raise UsageError(f"shard_tokens must lie between 1 and {LARGEST_SHARD}, not {self.shard_tokens}")
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(self.heldout_share, self.max_bytes, self.heldout_documents, self.max_document_bytes)
-
-    def open_source(self) -> Source:
-        return open_source(self.source, self.text_column, self.dataset_config, self.split, self.revision)
 
 
 def prepare(
@@ -150,81 +94,17 @@ def prepare(
         str(Path(source).resolve()) if local else source, vocab_size, max_bytes, heldout_share, context, **more
     )
     options.check()
-    if (index := _standing(out, options)) is not None:
+    if (index := standing(out, options)) is not None:
         return index
-    with room_for(out), _work_folder(out, options) as work:
-        if _standing(out, options) is None:  # else another process was here while we waited for the folder
+    with room_for(out), work_folder(out, options) as work:
+        if standing(out, options) is None:  # else another process was here while we waited for the folder
             if not (work / "index.json").exists():
                 _fill(work, options, workers, save_seconds, tiktoken_file, bar)
-            _publish(work, out)
+            publish(work, out)
     return read_json(out / "index.json")
 
 
-def _standing(out: Path, options: Options) -> dict | None:
-    """The index of data that stands at `out` already."""
-    if (out / "index.json").exists():
-        index = read_json(out / "index.json")
-        check_same_options(out, index, options)
-        return index
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty and holds no prepared data; give another folder")
-    return None
-
-
-# --- the folder of unfinished work ------------------------------------------------------------------------
-@contextmanager
-def _work_folder(out: Path, options: Options) -> Iterator[Path]:
-    """The hidden folder of this work, held for this process alone."""
-    key = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:8]
-    work = out.with_name(f".{out.name}.{key}.work")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        if not os.access(work, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(f"cannot write {work}: {error.strerror}") from error
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(_held(work))
-        except BlockingIOError as error:
-            raise UserError(f"{out} is being prepared by another process; wait for it or stop it") from error
-        try:
-            yield work
-        except UserError:
-            if {path.name for path in work.iterdir()} <= {"source.json"}:  # refused before it began
-                shutil.rmtree(work)
-            raise
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Lock a folder; the lock dies with the process. Raises BlockingIOError where another holds it."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _publish(work: Path, out: Path) -> None:
-    """The finished work takes its name; unfinished work of other options for the same name has no more use."""
-    for name in ("state.json", "source.json", DOCUMENT, "hashes.bin"):
-        (work / name).unlink(missing_ok=True)
-    try:
-        os.rename(work, out)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise UserError(f"{out} has been filled by something else meanwhile; the data lies in {work}") from error
-        raise
-    for stale in out.parent.glob(f".{glob.escape(out.name)}.*.work"):
-        try:
-            with _held(stale):
-                shutil.rmtree(stale, ignore_errors=True)
-        except BlockingIOError:  # somebody is at it, and will be told at the end
-            pass
-
-
+# --- the parts of the work -----------------------------------------------------------------------------------
 def _pinned(work: Path, source: Source) -> dict[str, Any]:
     """What the source was when the work began."""
     if (work / "source.json").exists():

@@ -24,38 +24,43 @@ from periln.runkit.folder import RunFolder, room_for
 from periln.runkit.process import StopRequest, start_stage
 from periln.runkit.progress import progress_bar
 from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
-from periln.scripts.branch import check_branch
-from periln.scripts.data import FixedOrder, TokenData
-from periln.scripts.engine import LAUNCHED, Engine, pick_device, process_count, process_rank
-from periln.scripts.heldout import check_heldout_sets
-from periln.scripts.recipe import Recipe
-from periln.scripts.tracking import check_trackers
-from periln.scripts.trainer import Trainer
-from periln.scripts.zero import check_zero
+from periln.scripts.data.token_data import FixedOrder, TokenData
+from periln.scripts.origin import Origin, adopt_origin, check_tokenizer
+from periln.scripts.recipe import Recipe, check_run_name
+from periln.scripts.training.branch import check_branch
+from periln.scripts.training.engine import LAUNCHED, Engine, pick_device, process_count, process_rank
+from periln.scripts.training.heldout import check_heldout_sets
+from periln.scripts.training.tracking import check_trackers
+from periln.scripts.training.trainer import Trainer
+from periln.scripts.training.zero import check_zero
 
 LARGEST_PADDING = 255  # rows of the embedding that no token uses, for a round number
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, TokenData]:
+def load_recipe(path: Path, overrides: Sequence[str] = (), runs: Path = Path("runs")) -> tuple[Recipe, TokenData]:
     """Read and check a recipe with its data, before any work starts; `overrides` are such as `seed=2`.
+
+    What `init_from` names is looked up; where it is gone, the run's folder in `runs` says what it was.
 
     Raises:
         UsageError, UserError: names the field or the path.
     """
     recipe = from_mapping(Recipe, apply_overrides(read_yaml(path), overrides, Recipe))
+    check_run_name(recipe.name)
+    origin = adopt_origin(recipe, RunFolder(runs / recipe.name))
     recipe.check(process_count())
     pick_device(recipe.device)
     check_zero(recipe, process_count())
     check_trackers(recipe.trackers)
     check_heldout_sets(recipe.heldout_sets, {})
-    return recipe, open_data(recipe, path)
+    return recipe, open_data(recipe, path, origin)
 
 
-def open_data(recipe: Recipe, path: Path) -> TokenData:
-    """The data of a recipe (of the file `path`), whose fingerprint is filled in.
+def open_data(recipe: Recipe, path: Path, origin: Origin | None = None) -> TokenData:
+    """The data of a recipe (of the file `path`) that begins with `origin`; their fingerprint is filled in.
 
     Raises:
-        UsageError, UserError: data that is missing, too little, of another fingerprint or another vocabulary.
+        UsageError, UserError: data that is missing, too little, of another fingerprint, vocabulary or tokenizer.
     """
     data = TokenData(recipe.data)
     FixedOrder(data, recipe.sequence_length, recipe.batch_size, recipe.seed)  # are there tokens for one sequence?
@@ -63,7 +68,11 @@ def open_data(recipe: Recipe, path: Path) -> TokenData:
         raise UserError(f"data: {recipe.data} has another fingerprint than the recipe {path}")
     recipe.data_fingerprint = data.fingerprint
     asked, have = recipe.model.get("vocab_size", data.vocab_size), data.vocab_size
-    if not have <= asked <= have + LARGEST_PADDING:
+    if origin is not None:
+        check_tokenizer(origin, data.tokenizer_path)
+    if recipe.init_from is not None and have > asked:
+        raise UsageError(f"init_from: {recipe.init_from} has {asked} tokens, and the data {data.path} have {have}")
+    if recipe.init_from is None and not have <= asked <= have + LARGEST_PADDING:
         raise UsageError(
             f"model.vocab_size {asked} is not the data's: {data.path} has {have} tokens (padding by up to "
             f"{LARGEST_PADDING} is fine)"
@@ -77,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         args.stop_with_parent = os.getppid()  # Accelerate's launcher leaves its child behind when it is stopped
     start_stage(args)
     stop = StopRequest().install()
-    planned = [load_recipe(path, args.set) for path in args.config]
+    planned = [load_recipe(path, args.set, args.runs) for path in args.config]
     names = [recipe.name for recipe, _ in planned]
     if len(set(names)) != len(names):
         raise UsageError(f"two recipes have the same name: {', '.join(sorted(n for n in names if names.count(n) > 1))}")

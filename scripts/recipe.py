@@ -14,6 +14,7 @@ from modeling_periln import PeriLlamaConfig
 from periln.runkit.errors import UsageError
 from periln.runkit.resume import BITS, NOTHING, PLACE, setting
 from periln.runkit.spikes import Spikes
+from periln.scripts.optimizers import read_options
 
 
 @dataclass
@@ -35,8 +36,10 @@ class NormDecay:
 
 @dataclass
 class Optimizer:
-    """AdamW, decoupled as Megatron's `adam` is. Paper: weight decay 0.033, cosine, 10 % warm-up."""
+    """Paper: Megatron's `adam`, which is AdamW, with weight decay 0.033, cosine, 10 % warm-up."""
 
+    name: str = "adamw"  # a row of scripts/optimizers
+    options: dict[str, Any] = field(default_factory=dict)  # that row's own
     learning_rate: float = 2e-3
     final_learning_rate: float = 0.1  # a share of learning_rate, where the schedule decays; ours
     warmup: float = 0.1  # a share of the steps
@@ -159,10 +162,13 @@ class Recipe:
 
     name: str = setting(decides=NOTHING)
     data: str = setting(decides=PLACE)  # data_fingerprint says what lies there
-    model: dict[str, Any]
     steps: int
     batch_size: int  # sequences a step, over all processes
     sequence_length: int
+    model: dict[str, Any] = field(default_factory=dict)  # of PeriLlamaConfig; filled in from `init_from`
+    # a checkpoint or a Hub id that the weights are from at the start (scripts/origin.py); null: drawn by the seed
+    init_from: str | None = setting(None, decides=PLACE)  # init_sha256 says what lies there
+    init_sha256: str | None = None  # of its weights; filled in
     stage: Literal["pretrain"] = "pretrain"
     seed: int = 1
     # sequences a forward pass and process; null: as many as there are
@@ -203,7 +209,10 @@ class Recipe:
             UsageError: names field and value.
         """
         check_run_name(self.name)
+        if not self.model:
+            raise UsageError("the field model is missing: give the model's fields, or init_from")
         self._check_numbers()
+        read_options(self.optimizer.name, self.optimizer.options)
         self._check_schedule()
         self._check_kept()
         micro = self.micro_batch_size or max(1, self.batch_size // processes)

@@ -14,21 +14,31 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
+from modeling_periln import refresh, sources
+from modeling_periln.conversions import ConversionRefused
+from modeling_periln.proof import ConversionFailed
 from periln.runkit.errors import UserError
-from periln.runkit.folder import read_json, weights_hash, write_json
+from periln.runkit.folder import weights_hash, write_json
 
-FILE = "base.json"
+
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    try:
+        yield
+    except (ConversionRefused, ConversionFailed) as error:
+        raise UserError(str(error)) from error
 
 
 def is_adapter(checkpoint: Path) -> bool:
-    return (checkpoint / "adapter_config.json").exists()
+    """Whether a checkpoint is an adapter. Raises UserError where it holds a model as well."""
+    with _in_our_words():
+        return sources.is_adapter(checkpoint)
 
 
 def write_base(folder: Path, checkpoint: Path, base: Path) -> None:
     """Write base.json into `folder`, for an adapter that will stand at `checkpoint`."""
     path = Path(os.path.relpath(base.resolve(), checkpoint.resolve())).as_posix()
-    write_json(folder / FILE, {"path": path, "weights_sha256": weights_hash(base)})
+    write_json(folder / sources.BASE_RECORD, {"path": path, "weights_sha256": weights_hash(base)})
 
 
 def base_of(checkpoint: Path) -> Path:
@@ -37,19 +47,18 @@ def base_of(checkpoint: Path) -> Path:
     Raises:
         UserError: neither is there, or what is there has other weights.
     """
-    named = Path(read_json(checkpoint / "adapter_config.json").get("base_model_name_or_path") or "")
-    places, expected = [named], None
-    if (checkpoint / FILE).exists():
-        record = read_json(checkpoint / FILE)
-        places.insert(0, checkpoint.resolve() / record["path"])
-        expected = record["weights_sha256"]
-    there = [place.resolve() for place in places if (place / "config.json").exists()]
-    if not there:
-        raise UserError(f"the base model of {checkpoint} is missing: {places[0].resolve()}")
-    for place in there:
-        if expected in (None, weights_hash(place)):
-            return place
-    raise UserError(f"the base model of {checkpoint} has other weights than it was trained on: {there[0]}")
+    with _in_our_words():
+        return sources.base_of(checkpoint)
+
+
+def name_base_again(checkpoint: Path) -> bool:
+    """Have an adapter that was moved together with its base name that by the path of today; whether it named another.
+
+    Raises:
+        UserError: see `base_of`.
+    """
+    with _in_our_words():
+        return bool(refresh.refresh_base(checkpoint))
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
 from periln.runkit.steps import final_loss
 from periln.runkit.steps import finite as finite_or_none
 from periln.sft import lora
+from periln.sft.base import name_base_again
 from periln.sft.before_after import record_before_after
 from periln.sft.checkpointing import latest_resumable
 from periln.sft.conversations import Conversations, load_conversations
@@ -227,6 +228,12 @@ def _is_over(run: RunFolder) -> bool:
 
 def _run_job(job: Job, bar: tqdm, stop: StopRequest) -> None:
     run = job.run
+    for adapter in (path for path in run.checkpoints() if job.recipe.peft is not None):
+        try:
+            if name_base_again(adapter):  # stock PEFT looks for the base nowhere else
+                tqdm.write(f"{adapter}: its base has moved, adapter_config.json names it again")
+        except UserError:  # damaged: whoever needs it is told so
+            pass
     if _is_over(run):
         bar.update(job.steps)
         return

@@ -8,7 +8,12 @@ from periln.runkit.tasks import SUITES
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.benchmarks") -> argparse.Namespace:
-    parser = make_parser(prog, "Score checkpoints on tasks of lm-evaluation-harness.")
+    parser = make_parser(
+        prog,
+        "Score checkpoints on tasks of lm-evaluation-harness.",
+        "runs/NAME",
+        "runs/NAME --tasks arc_easy --limit 200",
+    )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="run folders, checkpoints or ids of the Hub")
     parser.add_argument(
         "--tasks", default=",".join(SUITES["hub"]), metavar="A,B,...", help="any of lm-eval's, mini, or your own"

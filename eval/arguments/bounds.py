@@ -4,17 +4,20 @@ import argparse
 from pathlib import Path
 
 from periln.eval.arguments.shared import check_data, check_least, check_model, check_new_folder, check_tokenizer
-from periln.runkit.errors import make_parser
+from periln.runkit.errors import make_parser, more_options
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.bounds") -> argparse.Namespace:
-    parser = make_parser(prog, "Proposition 3.1, residual steps and the certificate on a model.")
+    parser = make_parser(
+        prog, "Bound a model's gradients and residual steps, token by token.", "runs/NAME --out bounds/"
+    )
     add = parser.add_argument
     add("model", metavar="MODEL", help="run folder (its newest checkpoint), checkpoint, or Hub id")
     add("--out", type=Path, required=True, metavar="DIR", help="new folder; nothing is overwritten")
     add("--data", default="wikitext", help="wikitext, hf:NAME[:CONFIG[:SPLIT]], a file or folder of text, or random")
     add("--samples", type=int, default=32, help="samples")
     add("--tokens", type=int, default=128, help="tokens a sample")
+    add = more_options(parser).add_argument
     add("--batch-size", type=int, default=4, help="samples a pass")
     add("--seed", type=int, default=0, help="which samples are drawn")
     add("--tokenizer", metavar="PATH_OR_ID", help="another tokenizer than the model's own")

@@ -9,7 +9,11 @@ from periln.runkit.tasks import SUITES
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.evaluate") -> argparse.Namespace:
-    parser = make_parser(prog, "Benchmarks, held-out loss and samples of checkpoints.")
+    parser = make_parser(
+        prog,
+        "Measure benchmarks, held-out loss and sample texts of checkpoints.",
+        "runs/NAME --heldout data/heldout.jsonl",
+    )
     parser.add_argument("targets", type=Path, nargs="*", metavar="RUN_OR_CHECKPOINT", help="run or checkpoint folders")
     parser.add_argument("--check-data", action="store_true", help="only load the tasks' data, and stop")
     parser.add_argument("--suite", default="mini", help="'mini' (our own items) or 'hub' (the real tasks)")

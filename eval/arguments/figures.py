@@ -28,8 +28,8 @@ def names_of(text: str) -> list[str]:
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.figures") -> argparse.Namespace:
-    parser = make_parser(prog, "The Peri-LN paper's figures, redrawn from run folders: PNG, SVG and a caption each.")
-    parser.formatter_class = type("Help", (argparse.RawDescriptionHelpFormatter, parser.formatter_class), {})
+    about = "Redraw the Peri-LN paper's figures from run folders: PNG, SVG and a caption each."
+    parser = make_parser(prog, about, "all runs/", "3a,4,headroom runs/NAME --out figures/")
     parser.epilog = f"figures:\n  all       every figure the runs have records for\n{EXPLAINED}"
     parser.add_argument("fig", metavar="FIG", help="a figure's number, several with commas between, or all")
     parser.add_argument(

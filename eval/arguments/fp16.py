@@ -5,39 +5,39 @@ from pathlib import Path
 
 from periln.eval.arguments.shared import check_data, check_least, check_model, check_new_folder, check_tokenizer
 from periln.eval.fp16.families import EPSILON_OF
-from periln.runkit.errors import UsageError, make_parser
+from periln.runkit.errors import UsageError, make_parser, more_options
 
 TOKENS = 512  # a sample, where nothing else is asked for
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.fp16") -> argparse.Namespace:
-    parser = make_parser(prog, f"Make a model FP16-safe, the same function. For {', '.join(EPSILON_OF)}.")
-    parser.add_argument("model", metavar="MODEL", help="model folder, run folder (its newest checkpoint) or Hub id")
-    parser.add_argument("out", metavar="OUT", type=Path, help="new folder; nothing is overwritten")
-    parser.add_argument("--data", "--text", metavar="DATA", help="for the peaks: wikitext, hf:NAME, random, "
+    parser = make_parser(
+        prog,
+        f"Rewrite a model so that it runs in FP16, the same function. For {', '.join(EPSILON_OF)}.",
+        "google/gemma-3-270m gemma-fp16",
+        "runs/NAME cured --data my_texts/",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="model folder, run folder (its newest checkpoint) or Hub id")
+    add("out", metavar="OUT", type=Path, help="new folder; nothing is overwritten")
+    add("--data", "--text", metavar="DATA", help="for the peaks: wikitext, hf:NAME, random, "
                         "or a file or folder of text; wikitext when left out (random without a tokenizer)")  # fmt: skip
-    parser.add_argument("--samples", type=int, default=64, help="samples")
-    parser.add_argument("--tokens", "--context", type=int, metavar="N",
+    add("--samples", type=int, default=64, help="samples")
+    add("--tokens", "--context", type=int, metavar="N",
                         help=f"tokens a sample; {TOKENS}, or what the model takes, when left out")  # fmt: skip
-    parser.add_argument("--tokenizer", metavar="PATH_OR_ID", help="another tokenizer than the model's own")
-    parser.add_argument("--batch-size", type=int, default=4, help="samples a batch")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples")
-    parser.add_argument("--margin", type=float, default=2.0, metavar="BITS", help="bits between peaks and 65504")
-    parser.add_argument("--loss-scale", type=float, default=1.0, help="of the backward pass that must stay finite")
-    backward = {"action": argparse.BooleanOptionalAction, "default": True}
-    parser.add_argument("--backward", help="look at gradients too", **backward)
-    parser.add_argument(
-        "--keep-eps", action="store_true", help="leave the one epsilon of a family without slots as it is"
-    )
-    parser.add_argument(
-        "--scale-sums", action="store_true", help="where norms stand on the stream: a factor for each sum"
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-2, help="largest difference of logits, of the largest logit"
-    )
-    parser.add_argument("--revision", help="of a Hub id: branch, tag or commit")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository carries")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run it")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="where to run it")
+    add = more_options(parser).add_argument
+    add("--tokenizer", metavar="PATH_OR_ID", help="another tokenizer than the model's own")
+    add("--batch-size", type=int, default=4, help="samples a batch")
+    add("--seed", type=int, default=0, help="of the choice of samples")
+    add("--margin", type=float, default=2.0, metavar="BITS", help="bits between peaks and 65504")
+    add("--loss-scale", type=float, default=1.0, help="of the backward pass that must stay finite")
+    add("--backward", action=argparse.BooleanOptionalAction, default=True, help="look at gradients too")
+    add("--keep-eps", action="store_true", help="leave the one epsilon of a family without slots as it is")
+    add("--scale-sums", action="store_true", help="where norms stand on the stream: a factor for each sum")
+    add("--tolerance", type=float, default=1e-2, help="largest difference of logits, of the largest logit")
+    add("--revision", help="of a Hub id: branch, tag or commit")
+    add("--trust-remote-code", action="store_true", help="run code that the model's repository carries")
     return parser.parse_args(argv)
 
 

@@ -3,12 +3,13 @@
 import argparse
 from pathlib import Path
 
-from periln.runkit.errors import UsageError, did_you_mean
+from periln.runkit.errors import UsageError, did_you_mean, more_options
 from periln.runkit.models import is_local
 from periln.runkit.tasks import SUITES
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")  # auto: as saved
 TOKENS = 256  # a sample of text, where nothing else is asked for
+SCORINGS = ("plain", "shared")
 TEXTS = ("wikitext", "random")  # what --data calls by name
 
 
@@ -32,7 +33,10 @@ def batch_size(text: str) -> int | str:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The flags of `settings_of`, and of the models."""
-    parser.add_argument(
+    parser.add_argument("--limit", type=float, help="items a task, or a share of them below 1; all when left out")
+    more = more_options(parser)
+    add_model_options(parser, more)
+    more.add_argument(
         *("--include-path", "--include_path"),
         type=Path,
         action="append",
@@ -40,22 +44,27 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="tasks of your own, as .yaml files for lm-eval, of which the code is run; may be given several times",
     )
-    parser.add_argument("--num-fewshot", type=int, default=0, help="examples before each item")
-    parser.add_argument("--limit", type=float, help="items a task, or a share of them below 1; all when left out")
-    parser.add_argument("--batch-size", default="16", help="requests a batch, or auto: as many as the memory holds")
-    add_model_options(parser)
+    more.add_argument("--num-fewshot", type=int, default=0, help="examples before each item")
+    more.add_argument("--batch-size", default="16", help="requests a batch, or auto: as many as the memory holds")
+    more.add_argument(
+        "--scoring",
+        choices=SCORINGS,
+        default="plain",
+        help="plain: lm_eval's log-likelihoods to the bit; shared: the common beginning of a question's answers is "
+        "computed once, log-likelihoods within 1e-4",
+    )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """How models are found and loaded."""
-    parser.add_argument("--revision", help="branch, tag or commit, for models of the Hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that a model brings along")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as saved")
+def add_model_options(parser: argparse.ArgumentParser, more: argparse._ArgumentGroup) -> None:
+    """How models are found and loaded, and where results go."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU where torch sees one")
     parser.add_argument(
         "--out", type=Path, metavar="PATH", help="folder for results, or a .json for one target's; else the run's eval/"
     )
     parser.add_argument("--again", action="store_true", help="compute what is there already once more")
+    more.add_argument("--revision", help="branch, tag or commit, for models of the Hub")
+    more.add_argument("--trust-remote-code", action="store_true", help="run the code that a model brings along")
+    more.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as saved")
 
 
 def check_settings(args: argparse.Namespace) -> None:

@@ -11,7 +11,12 @@ FORMATS = ("terminal", "markdown", "csv", "latex")
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.tables") -> argparse.Namespace:
-    parser = make_parser(prog, "The paper's Table 2 and Tables 6 to 11 from your own runs.")
+    parser = make_parser(
+        prog,
+        "Draw the paper's Table 2 and Tables 6 to 11 from your own runs.",
+        "runs/ --compare-paper",
+        "runs/ --format latex",
+    )
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders, or folders of runs")
     parser.add_argument("--scores", type=Path, metavar="FILE", help="a CSV with a row a seed, in place of runs")
     parser.add_argument("--format", choices=FORMATS, default="terminal", help="CSV holds one table, see --table")

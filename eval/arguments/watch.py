@@ -9,7 +9,9 @@ from periln.runkit.tasks import SUITES
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.watch") -> argparse.Namespace:
-    parser = make_parser(prog, "Score a run's checkpoints while it trains.")
+    parser = make_parser(
+        prog, "Score a run's checkpoints while it trains.", "runs/NAME --every 4 --tasks arc_easy,piqa"
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a pretraining run, begun or about to begin")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every n-th checkpoint, and the last")
     parser.add_argument(

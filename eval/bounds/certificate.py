@@ -20,7 +20,7 @@ in FP32 counts as a part of one, see `reach.py`); norms' statistics must be in F
 FP32, and the weights be those that the pass uses. What is left out is underflow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -61,7 +61,10 @@ class _Rows:
 
 @torch.no_grad()
 def certify(
-    model: nn.Module, measured: Mapping[Key, float] | None = None, anatomy: Anatomy | None = None
+    model: nn.Module,
+    measured: Mapping[Key, float] | None = None,
+    anatomy: Anatomy | None = None,
+    tell: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The certificate of a causal LM whose stream `find_anatomy` can follow.
 
@@ -69,6 +72,7 @@ def certify(
         model: in FP32 (or the FP16 weights widened to it); it is run twice on a few tokens to learn its structure.
         measured: the largest |value| seen, by (layer, sublayer, tensor), for the column beside the bound.
         anatomy: the model's, if it is known already.
+        tell: called after the embedding, each sublayer, and the head.
 
     Returns:
         `limit`; `rows` (layer, sublayer, tensor, bound or None, channel, length (the largest Euclidean one of a token's
@@ -83,10 +87,12 @@ def certify(
     inside = look_inside(model, anatomy.sublayers, anatomy.hidden_size)
     rows = _Rows(measured or {})
     stream = _embedding(anatomy, rows)
+    tell()
     waiting: Reach | None = None  # the first branch of a parallel layer, until the one add
     for sublayer in anatomy.sublayers:
         branch = _branch(sublayer, anatomy.hidden_size, inside[sublayer.name], stream, rows)
         branch = None if branch is None else branch.scaled(sublayer.multiplier)
+        tell()
         if sublayer.residual_add is None:
             waiting, missing = branch, branch is None
             continue
@@ -94,6 +100,7 @@ def certify(
             branch = None if missing or branch is None else branch.plus(waiting)
         stream = _add(sublayer, anatomy.hidden_size, stream, branch, rows)
     _ends(anatomy, stream, rows)
+    tell()
     return _summary(rows.rows)
 
 

@@ -22,6 +22,7 @@ from periln.eval.structure.norms import NormFacts
 from periln.runkit.number_format import FP16
 
 SUMMED = 8000.0  # terms whose sum in FP32 is off by less than one rounding to FP16
+ROWS = 4096  # of a large matrix that are in FP64 at once
 EXACT_SPECTRUM = 1024  # largest side whose spectral norm is taken from eigenvalues
 
 
@@ -68,7 +69,7 @@ class Reach:
 def rows_reach(rows: torch.Tensor, norm: NormFacts | None, scale: float | None) -> Reach:
     """The rows (V, D) of an embedding table, behind a norm or times a scale: finitely many vectors, so exact."""
     box, length = torch.zeros(rows.shape[-1], dtype=torch.float64), 0.0
-    for block in rows.detach().split(4096):
+    for block in rows.detach().split(ROWS):
         x = block.double().cpu()
         x = apply_norm(norm, x) if norm is not None else x * (1.0 if scale is None else scale)
         box = torch.maximum(box, x.abs().amax(0))
@@ -115,12 +116,17 @@ def norm_reach(norm: NormFacts, size: int, given: Reach | None) -> Reach:
 
 
 def linear_rows(given: Reach, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The largest |W_j x + b_j| of every row (out,), for any x of `given`."""
-    weight = weight.detach().double().cpu()
-    shift = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.detach().double().cpu()
+    """The largest |W_j x + b_j| of every row (out,), for any x of `given`; `ROWS` rows at a time are in FP64."""
+    shifts = torch.zeros(len(weight)) if bias is None else bias.detach()
+    blocks = zip(weight.detach().split(ROWS), shifts.split(ROWS), strict=True)
+    return torch.cat([_linear_rows(given, w.double().cpu(), b.double().cpu()) for w, b in blocks])
+
+
+def _linear_rows(given: Reach, weight: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    size = weight.abs()
     ellipsoid = given.radius * (weight * given.gain).norm(dim=1) + (weight @ given.centre + shift).abs()
-    ellipsoid += given.roundings_of(weight.shape[1]) * FP16.unit_roundoff * (weight.abs() @ given.centre.abs())
-    box = weight.abs() @ given.box + shift.abs()
+    ellipsoid += given.roundings_of(weight.shape[1]) * FP16.unit_roundoff * (size @ given.centre.abs())
+    box = size @ given.box + shift.abs()
     return torch.minimum(ellipsoid, torch.minimum(box, weight.norm(dim=1) * given.length + shift.abs()))
 
 

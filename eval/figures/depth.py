@@ -6,7 +6,7 @@ from matplotlib import cm
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from periln.eval.figures.layer_rows import by_depth, layer_rows, source_words
+from periln.eval.figures.layer_rows import layer_rows, source_words
 from periln.eval.figures.pieces import (
     DEPTH,
     DEPTH_CROSS,
@@ -31,7 +31,7 @@ from periln.eval.figures.selection import (
     seeds_words,
     sizes,
 )
-from periln.eval.records.derived import at_edge
+from periln.eval.records.derived import at_edge, by_depth
 from periln.eval.records.words import first_and_last, first_steps, recorded_steps
 
 MOST_ROWS = 4  # of learning rates, below the initialization; more: every series at its best rate

@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from periln.eval.figures.depth import STREAM, panels
-from periln.eval.figures.layer_rows import by_depth, layer_rows, source_words
+from periln.eval.figures.layer_rows import layer_rows, source_words
 from periln.eval.figures.pieces import (
     DEPTH,
     Drawn,
@@ -23,6 +23,7 @@ from periln.eval.figures.pieces import (
     wrapped,
 )
 from periln.eval.figures.selection import View, at_best_rate, rate_names, rates_words, seeds_words, sizes
+from periln.eval.records.derived import by_depth
 from periln.eval.records.words import recorded_steps
 from periln.runkit.number_format import FP16
 

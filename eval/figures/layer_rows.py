@@ -147,11 +147,3 @@ def data_words(report: dict[str, Any]) -> str:
     if isinstance(tokens, (int, float)):
         words += f" ({tokens:,.0f} predicted tokens)"
     return words
-
-
-def by_depth(rows: pd.DataFrame, stat: str) -> pd.DataFrame:
-    """(run, step, x, y): attention stands at half numbers, the MLP of layer l at l, the embedding at 0."""
-    rows = rows[rows.stat == stat]
-    x = rows.layer.astype(float) - 0.5 * (rows.sublayer == "attn")
-    tidy = pd.DataFrame({"run": rows.run, "step": rows.step, "x": x, "y": rows.value})
-    return tidy.sort_values("x", kind="stable")

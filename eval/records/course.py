@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from periln.eval.records.frames import read_layers
+from periln.eval.records.words import number
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import RunFolder, read_json
 from periln.runkit.number_format import FP16
@@ -102,10 +103,6 @@ def module_text(module: str) -> str:
         return module
     part = "MLP" if found[2].startswith("mlp") else "attention" if "att" in found[2] else found[2]
     return f"{module} (layer {int(found[1]) + 1}, {part})"
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def against_limit(value: float) -> str:

@@ -38,9 +38,12 @@ def largest(layers: pd.DataFrame, tensors: Sequence[str]) -> pd.Series | None:
     return rows.loc[rows.value.astype(float).fillna(math.inf).idxmax()]
 
 
-def by_depth(layers: pd.DataFrame, tensor: str, stat: str) -> pd.DataFrame:
-    """(run, step, x, y): attention stands at half numbers, the MLP of layer l at l, the embedding at 0."""
-    rows = layers[(layers.tensor == tensor) & (layers.stat == stat)]
+def by_depth(layers: pd.DataFrame, stat: str, tensor: str | None = None) -> pd.DataFrame:
+    """One statistic over depth as (run, step, x, y), of one tensor where it is named.
+
+    The attention of layer l is at l - 1/2, its MLP at l, the embedding at 0.
+    """
+    rows = layers[(layers.stat == stat) & ((layers.tensor == tensor) if tensor else True)]
     x = rows.layer.astype(float) - 0.5 * (rows.sublayer == "attn")
     tidy = pd.DataFrame({"run": rows.run, "step": rows.step, "x": x, "y": rows.value.astype(float)})
     return tidy.sort_values("x", kind="stable")

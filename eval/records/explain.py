@@ -19,11 +19,11 @@ from periln.eval.records.course import (
     event_text,
     happenings,
     is_probe,
-    number,
     place_text,
     read,
     steps_text,
 )
+from periln.eval.records.words import number
 from periln.runkit.number_format import FP16
 from periln.runkit.placements import placement_name
 

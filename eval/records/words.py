@@ -43,7 +43,7 @@ def listed(steps: pd.Series) -> str:
 
 
 def number(x: float) -> str:
-    """Three digits, in the form that reads best."""
+    """Three significant digits or the whole number, in the form that reads best: `0.0123`, `51,234`, `1.04e+05`."""
     if not math.isfinite(x):
         return "not finite"
-    return f"{x:.3g}" if abs(x) < 1e5 else f"{x:.2e}"
+    return f"{x:.3g}" if abs(x) < 1e3 else f"{x:,.0f}" if abs(x) < 1e5 else f"{x:.2e}"

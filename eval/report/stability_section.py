@@ -73,8 +73,23 @@ def _certificate(folder: Path) -> list[str]:
     return certificate_words(found, f" (step {step})") if isinstance(found, dict) else []
 
 
+def _formats(folder: Path) -> dict[str, Any] | None:
+    """What the number formats' table says of the newest checkpoint that has one: a heading, and sentences."""
+    files = sorted((folder / "eval" / "formats").glob("step_*/formats.json"))
+    found = read_json(files[-1]) if files else None
+    if not isinstance(found, dict) or not found.get("said"):
+        return None
+    asked = found.get("asked") or {}
+    on = f"{asked.get('samples')} samples of {asked.get('tokens')} tokens, step {asked.get('step')}"
+    return {
+        "heading": printable(f"Number formats, by emulation in FP32 ({on}):"),
+        "said": [printable(text) for text in found["said"] if isinstance(text, str)],
+    }
+
+
 def bench(frames: Frames) -> list[dict[str, Any]]:
-    """A mapping for each run of which there is something to say: name, explained, verdict, measured, certificate."""
+    """A mapping for each run of which there is something to say: name, explained, verdict, measured, certificate,
+    formats (None, or a heading and what is said)."""
     said = []
     for _, run in view_of(frames).runs.iterrows():
         folder = frames.folders.get(run.run)
@@ -87,7 +102,8 @@ def bench(frames: Frames) -> list[dict[str, Any]]:
             "verdict": _sentences(report),
             "measured": f"The stability bench, on {data_words(report)}:",
             "certificate": _certificate(folder),
+            "formats": _formats(folder),
         }
-        if entry["explained"] or entry["verdict"] or entry["certificate"]:
+        if entry["explained"] or entry["verdict"] or entry["certificate"] or entry["formats"]:
             said.append(entry)
     return said

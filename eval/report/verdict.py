@@ -41,7 +41,7 @@ def _loss(frames: Frames, rate: float) -> list[str]:
 
 def _growth(frames: Frames, rate: float) -> list[str]:
     """The stream's variance after the last layer, at initialization and at the end."""
-    parts, data = [], by_depth(frames.layers, "stream", "variance")
+    parts, data = [], by_depth(frames.layers, "variance", "stream")
     for placement in frames.placements:
         runs = frames.cell(rate, placement)
         of = data[data.run.isin(runs.run[runs.status != "diverged"])]

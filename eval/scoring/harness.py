@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from periln.eval.arguments.shared import SCORINGS
+from periln.eval.scoring import gold
 from periln.eval.scoring.own_tasks import OwnTasks
 from periln.eval.targets import Target
 from periln.runkit.encoding import before_text
@@ -34,18 +36,24 @@ FOLDERS = {
     **{task.name: task.folder for task in TASKS},
     **{"openbookqa": "openbookqa", "commonsense_qa": "commonsense_qa", "rte": "glue", "mnli": "glue"},
 }
+PLAIN, SHARED = SCORINGS
 SEED = 1234  # the harness's own default, for the examples before an item too
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a score beside weights and task; `batch_size` is a number or `auto`."""
+    """What decides a score beside weights and task.
+
+    `batch_size` is a number or `auto`. `scoring`: `plain`, log-likelihoods that are lm_eval's bit for bit, or `shared`,
+    which computes the common beginning of a question's answers once (see `shared.py`).
+    """
 
     num_fewshot: int = 0
     limit: float | None = None
     batch_size: int | str = 16
     dtype: str = "auto"
     device: str = "cpu"
+    scoring: str = PLAIN
 
     def check(self) -> None:
         """Raise UsageError for a value that cannot be; names it."""
@@ -67,6 +75,7 @@ class Settings:
             "batch_size": self.batch_size,
             "dtype_asked": self.dtype,
             "device": self.device,
+            "scoring": self.scoring,
             "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
         }
 
@@ -128,7 +137,11 @@ class Benchmarks:
         # take hours on a large model, they are what one wants to see.
         with redirect_stderr(io.StringIO()) if name in SUITES["mini"] else nullcontext():
             try:
-                return evaluate(lm=lm, task_dict=self._loaded[name], limit=self.settings.limit, log_samples=log_samples)
+                answer = evaluate(lm=lm, task_dict=self._loaded[name], limit=self.settings.limit, log_samples=True)
+                answer["gold"] = self._gold(name, answer["samples"])
+                if not log_samples:
+                    del answer["samples"]
+                return answer
             except AssertionError as error:  # the harness's only word for an item that does not fit
                 raise UserError(
                     f"{target.name}: lm-eval refuses an item of {name}; an answer is probably longer than the model's "
@@ -137,15 +150,22 @@ class Benchmarks:
             except FloatingPointError as error:
                 raise UserError(f"{target.name}, {name}: {error}; its scores would mean nothing") from error
 
+    def _gold(self, name: str, samples: dict[str, Any]) -> list[dict[str, Any]]:
+        """Bits a byte of the right answers, a row for each of the harness's tasks that have them."""
+        tasks = self._loaded[name]["tasks"]
+        found = (gold.row(task, gold.bits_per_byte(tasks[task], of)) for task, of in samples.items() if task in tasks)
+        return [row for row in found if row is not None]
+
     def load_model(self, target: Target) -> Any:
         """The target as the harness wants it."""
         from periln.eval.scoring.likelihood import ContinuationLM
+        from periln.eval.scoring.shared import SharedPrefixLM
 
         settings = self.settings
         model, tokenizer = target.load(settings.device, settings.dtype)
         before = before_text(tokenizer)
-        tokenizer.split_special_tokens = True  # what a task's text spells is text
-        return ContinuationLM(
+        kind = SharedPrefixLM if settings.scoring == SHARED else ContinuationLM
+        return kind(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=settings.batch_size,
@@ -196,7 +216,10 @@ class Benchmarks:
         if name in self.definitions:
             own[name] = {**self.definitions[name], "tasks": sorted(known)}
         scored = [*(task for task in old.get("tasks", []) if task != name), name]
-        sizes = old.get("batch_sizes", {})
+        sizes, why = old.get("batch_sizes", {}), getattr(lm, "why_not", None)
+        plainly: dict[str, str] = {k: v for k, v in old.get("scored_plainly", {}).items() if k != name}
+        if why:
+            plainly[name] = why
         if self.settings.batch_size == "auto":
             sizes = sizes | {name: sorted({int(size) for size in lm.batch_sizes.values()})}
         return {
@@ -205,6 +228,7 @@ class Benchmarks:
             "dtype": str(lm.model.dtype).removeprefix("torch."),
             **({"batch_sizes": sizes} if sizes else {}),
             **({"own_tasks": own} if own else {}),
+            **({"scored_plainly": plainly} if plainly else {}),
             "results": kept + new,
         }
 
@@ -241,6 +265,7 @@ def _matching(file: Path, head: dict[str, Any]) -> dict[str, Any] | None:
         or (record.get("evaluated") or {}).get("weights_sha256") != head["evaluated"]["weights_sha256"]
     ):
         return None
+    record = {"scoring": PLAIN} | record  # the records of earlier versions do not say it
     same = all(record.get(key) == value for key, value in head.items() if key not in ("evaluated", "dtype_asked"))
     return record if same and asked in (record.get("dtype_asked"), record.get("dtype")) else None
 
@@ -271,12 +296,17 @@ def _results(answer: dict[str, Any]) -> list[dict[str, Any]]:
                     **({"num_fewshot": shots} if isinstance(shots, int) else {}),
                 }
             )
+    shots = {row["task"]: row["num_fewshot"] for row in rows if "num_fewshot" in row}
+    for row in answer["gold"]:
+        rows.append(row | ({"num_fewshot": shots[row["task"]]} if row["task"] in shots else {}))
     return rows
 
 
 def result_file(target: Target, settings: Settings) -> Path:
     """Where the results go: a file for these weights and settings, so that no result replaces another's."""
     asked = {"weights": weights_hash(target.checkpoint)} | settings.recorded()
+    if settings.scoring == PLAIN:
+        del asked["scoring"]  # the files keep the names that they had before there was another
     short = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     limit = "" if settings.limit is None else f"-limit{settings.limit:g}"
     return target.results / f"benchmarks-{target.checkpoint.name}-{settings.num_fewshot}shot{limit}-{short}.json"

@@ -1,5 +1,7 @@
 """The harness's HFLM, with the softmax taken only where an answer is scored."""
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -8,6 +10,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from lm_eval.models.utils_hf import pad_and_concat
 from tqdm import tqdm
+
+from periln.runkit.encoding import added_around, text_ids
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # (strings, context's ids, continuation's ids)
 MOST = 64  # the harness's own most for `auto`
@@ -19,9 +23,35 @@ class ContinuationLM(HFLM):
 
     HFLM takes the log-softmax of every position of a batch, context and padding too, and reads a few of them. A row
     of it depends on no other, so here it is taken of those few alone. Batches are HFLM's own (its Collator: sorted by
-    length, requests that differ in their last token together), and so is everything but `loglikelihood`, and that a
-    whole text has what begins a document once before it: HFLM puts it there twice, and scores the second.
+    length, requests that differ in their last token together), and so is everything but `loglikelihood` and two things.
+    A whole text has what begins a document once before it: HFLM puts it there twice, and scores the second. A text that
+    spells control tokens has none: HFLM reads them, and puts nothing before a text that spells what begins a document.
     """
+
+    @cached_property
+    def _reader(self) -> tuple[Callable[[str], list[int]], tuple[list[int], list[int]]]:
+        return text_ids(self.tokenizer), added_around(self.tokenizer)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        ids_of, (begin, end) = self._reader
+        added = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        ids = ids_of(string) if added is False else [*begin, *ids_of(string), *end]
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if truncation:
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         asked, self.add_bos_token = self.add_bos_token, False

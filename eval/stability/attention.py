@@ -17,6 +17,7 @@ from periln.eval.structure.anatomy import Anatomy
 from periln.runkit.number_format import FP16
 
 NAME = "periln_stability_probe"
+HIDDEN = -1e30  # a logit that no query sees: finite, so that 0 times it is 0
 
 
 class AttentionProbe:
@@ -73,12 +74,16 @@ class AttentionProbe:
             if mask is not None:
                 seen = mask[min(b, len(mask) - 1)]
                 hidden = ~seen if seen.dtype == torch.bool else seen <= torch.finfo(seen.dtype).min / 2
-            logits = logits.masked_fill(hidden, -torch.inf)
-            top = logits.max().item()
-            largest = max(top, -logits.masked_fill(hidden, torch.inf).min().item())
-            log_p = logits.log_softmax(-1)
-            entropy = -(log_p.exp() * log_p.masked_fill(hidden, 0.0)).sum(-1)
-            sums["max"], sums["max_abs"] = max(sums["max"], top), max(sums["max_abs"], largest)
+            # One exponential: with e = exp(l - m) and Z = sum e, the entropy is log Z - sum e (l - m) / Z.
+            low, high = (bound.item() for bound in logits.masked_fill(hidden, 0.0).aminmax())
+            logits = logits.masked_fill_(hidden, HIDDEN)
+            top = logits.amax(-1, keepdim=True)
+            logits -= top
+            e = logits.exp()
+            z = e.sum(-1)
+            entropy = z.log() - (e * logits).sum(-1) / z
+            sums["max"] = max(sums["max"], top.max().item())
+            sums["max_abs"] = max(sums["max_abs"], -low, high)
             sums["entropy"] += entropy.double().sum().item()
             sums["count"] += entropy.numel()
 

@@ -1,12 +1,15 @@
 """The backward pass at a checkpoint: gradients of every sublayer, and whether the loss knows its weights' scale."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from periln.eval.structure.anatomy import Anatomy, Sublayer
+from periln.eval.structure.stages import LayerCall, Stages
 from periln.eval.texts.windows import token_loss
+
+PIECE = 2**22  # entries that are wide at once
 
 
 def accumulate_gradients(model: nn.Module, batches: Iterable[torch.Tensor], tokens: int) -> float:
@@ -38,21 +41,29 @@ def _groups(anatomy: Anatomy) -> Iterable[tuple[int, str, list[nn.Module]]]:
 
 
 @torch.no_grad()
-def gradient_rows(anatomy: Anatomy, step: int) -> Iterable[tuple]:
-    """`gradient` norm and variance (over entries) of each group of parameters that has a gradient."""
-    for layer, sublayer, modules in _groups(anatomy):
-        parameters = {id(p): p for m in modules for p in m.parameters() if p.grad is not None}
-        if not parameters:
-            continue
-        count = sum(p.numel() for p in parameters.values())
-        grads = [p.grad.double() for p in parameters.values()]
-        square = sum(g.square().sum().item() for g in grads)
-        mean = sum(g.sum().item() for g in grads) / count
-        yield step, layer, sublayer, "gradient", "norm", square**0.5
-        yield step, layer, sublayer, "gradient", "variance", max(square / count - mean**2, 0.0)
+def _sums(x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[float, float, float]:
+    """In float64, a piece at a time: sum x, sum x^2, and <x, y>."""
+    total = square = product = 0.0
+    for i, piece in enumerate(pieces := x.reshape(-1).split(PIECE)):
+        wide = piece.double()
+        total, square = total + wide.sum().item(), square + torch.dot(wide, wide).item()
+        if y is not None:
+            product += torch.dot(wide, y.detach().reshape(-1)[i * PIECE : i * PIECE + len(pieces[i])].double()).item()
+    return total, square, product
 
 
-@torch.no_grad()
+def _gradient_row(modules: list[nn.Module], step: int, layer: int, sublayer: str) -> list[tuple]:
+    """`gradient` norm and variance (over entries) of a group of parameters, where it has a gradient."""
+    parameters = {id(p): p for m in modules for p in m.parameters() if p.grad is not None}
+    if not parameters:
+        return []
+    count = sum(p.numel() for p in parameters.values())
+    sums = [_sums(p.grad) for p in parameters.values()]
+    mean, square = sum(s[0] for s in sums) / count, sum(s[1] for s in sums)
+    values = {"norm": square**0.5, "variance": max(square / count - mean**2, 0.0)}
+    return [(step, layer, sublayer, "gradient", stat, value) for stat, value in values.items()]
+
+
 def scale_freedom(sublayer: Sublayer) -> float | None:
     """<dL/dW, W> / (|dL/dW| |W|) of the map that gives the module's output, its bias included; None without one.
 
@@ -61,33 +72,124 @@ def scale_freedom(sublayer: Sublayer) -> float | None:
     projection = sublayer.output_projection
     if projection is None:
         return None
-    pairs = [
-        (p.grad.double().flatten(), p.double().flatten()) for p in projection.module.parameters() if p.grad is not None
-    ]
-    if not pairs:
+    with_gradient = [p for p in projection.module.parameters() if p.grad is not None]
+    if not with_gradient:
         return None
-    grad, weight = torch.cat([g for g, _ in pairs]), torch.cat([w for _, w in pairs])
-    size = grad.norm() * weight.norm()
-    return (grad @ weight / size).item() if size > 0 else None
+    grads = [_sums(p.grad, p) for p in with_gradient]
+    size = (sum(g[1] for g in grads) * sum(_sums(p.detach())[1] for p in with_gradient)) ** 0.5
+    return sum(g[2] for g in grads) / size if size > 0 else None
 
 
-def weight_rows(anatomy: Anatomy, step: int) -> Iterable[tuple]:
-    """`scale_freedom` of the branch weights, and the learned gain of the output norms."""
+@torch.no_grad()
+def _weight_rows(anatomy: Anatomy, s: Sublayer, step: int) -> list[tuple]:
+    """`scale_freedom` of the branch weights, and the learned gain of the output norm."""
+    found, freedom = [], scale_freedom(s)
+    if freedom is not None:
+        found.append((step, s.layer, s.kind, "branch_weights", "scale_freedom", freedom))
+    gain = None if s.output_norm is None else anatomy.gain(s.output_norm)
+    if gain is not None:
+        for stat in ("mean", "min", "max"):
+            found.append((step, s.layer, s.kind, "output_norm_gamma", stat, getattr(gain, stat)().item()))
+    return found
+
+
+def _rows(anatomy: Anatomy, step: int, chosen: Callable[[int, str], bool]) -> list[tuple]:
+    """All rows of the groups that are chosen by layer and sublayer."""
+    found: list[tuple] = []
+    for layer, sublayer, modules in _groups(anatomy):
+        if chosen(layer, sublayer):
+            found += _gradient_row(modules, step, layer, sublayer)
     for s in anatomy.sublayers:
-        freedom = scale_freedom(s)
-        if freedom is not None:
-            yield step, s.layer, s.kind, "branch_weights", "scale_freedom", freedom
-        gain = None if s.output_norm is None else anatomy.gain(s.output_norm)
-        if gain is not None:
-            for stat in ("mean", "min", "max"):
-                yield step, s.layer, s.kind, "output_norm_gamma", stat, getattr(gain, stat)().item()
+        if chosen(s.layer, s.kind):
+            found += _weight_rows(anatomy, s, step)
+    return found
 
 
-def backward_rows(anatomy: Anatomy, batches: list[torch.Tensor], step: int) -> list[tuple]:
-    """All of it, from one gradient of the mean loss over `batches` (ids (B, S)); no gradient is left behind."""
+def backward_rows(
+    anatomy: Anatomy,
+    batches: list[torch.Tensor],
+    step: int,
+    stages: Stages | None = None,
+    tell: Callable[[], None] = lambda: None,
+) -> list[tuple]:
+    """All of it, from one gradient of the mean loss over `batches` (ids (B, S)); no gradient is left behind.
+
+    With stages the gradients come a layer at a time, and are gone once they are measured; `tell` is called after
+    each layer of each batch. Else all of them are there at once.
+    """
     tokens = sum(ids[:, 1:].numel() for ids in batches)
+    found: list[tuple] = []
     try:
-        accumulate_gradients(anatomy.model, batches, tokens)
-        return [*gradient_rows(anatomy, step), *weight_rows(anatomy, step)]
+        if stages is None or _shared_between_layers(anatomy):
+            accumulate_gradients(anatomy.model, batches, tokens)
+            found = _rows(anatomy, step, lambda layer, sublayer: True)
+        else:
+
+            def visit(number: int | None) -> None:
+                ends = {None: "final", 0: "embedding"}
+                if number in ends:
+                    found.extend(_rows(anatomy, step, lambda layer, sublayer: sublayer == ends[number]))
+                else:
+                    inside = ("attn", "mlp", "layer")
+                    found.extend(_rows(anatomy, step, lambda layer, sublayer: layer == number and sublayer in inside))
+
+            layer_by_layer(stages, batches, tokens, visit, tell)
+        return sorted(found, key=_order)
     finally:
         anatomy.model.zero_grad(set_to_none=True)
+
+
+def _order(row: tuple) -> tuple:
+    return row[1], ("embedding", "attn", "mlp", "layer", "final").index(row[2])
+
+
+def _shared_between_layers(anatomy: Anatomy) -> bool:
+    seen = [id(p) for _, layer in anatomy.layers for p in layer.parameters()]
+    return len(seen) > len(set(seen)) or any(id(p) in set(seen) for p in anatomy.embedding.parameters())
+
+
+def layer_by_layer(
+    stages: Stages,
+    batches: list[torch.Tensor],
+    tokens: int,
+    visit: Callable[[int | None], None],
+    tell: Callable[[], None] = lambda: None,
+) -> None:
+    """The gradient of the mean loss over `tokens` predictions, one layer's at a time, the last first.
+
+    `visit` is called when the gradients of the model's end (None), of a layer (its number) and of its begin (0) are
+    whole; what no later piece adds to is then set free. What is kept of a batch (ids (B, S)) are its streams.
+    """
+    model, layers = stages.anatomy.model, stages.anatomy.layers
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    model.zero_grad(set_to_none=True)
+    begins = {id(p) for p in stages.anatomy.embedding.parameters()}  # a tied table is a part of both ends
+    passes: list[tuple[torch.Tensor, list[torch.Tensor], list[LayerCall]]] = []
+    grads: list[torch.Tensor] = []
+    for ids in batches:
+        streams, calls = stages.streams(ids)
+        leaf = streams.pop().requires_grad_()
+        (token_loss(stages.end(ids, leaf.clone()), ids) / tokens).backward()
+        grads.append(leaf.grad)
+        passes.append((ids, streams, calls))
+        tell()
+    visit(None)
+    _free(model, begins)
+    for number in range(len(layers), 0, -1):
+        for i, (_, streams, calls) in enumerate(passes):
+            leaf = streams.pop().requires_grad_()
+            calls[number - 1](leaf.clone()).backward(grads[i])
+            grads[i] = leaf.grad
+            tell()
+        visit(number)
+        _free(layers[number - 1][1], begins)
+    for (ids, _, _), grad in zip(passes, grads, strict=True):
+        stages.begin(ids)[0].backward(grad)
+    visit(0)
+
+
+def _free(module: nn.Module, kept: set[int]) -> None:
+    for parameter in module.parameters():
+        if id(parameter) not in kept:
+            parameter.grad = None

@@ -5,6 +5,8 @@ python -m eval.stability RUN_OR_CHECKPOINT_OR_HUB_ID... --data wikitext --sample
 
 import argparse
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,12 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from periln.eval.arguments.stability import check
-from periln.eval.bounds.certificate import certify
+from periln.eval.arguments.stability import check, left_out
 from periln.eval.records.explain import explain
 from periln.eval.records.words import number
 from periln.eval.stability.files import Records, wide_table
-from periln.eval.stability.measure import Measured, Options, measure, units
+from periln.eval.stability.measure import Measured, Options, measure
+from periln.eval.stability.plan import STEPS, Plan
 from periln.eval.targets import Checkpoint, Model, find_measured
 from periln.eval.text_table import Table, to_terminal
 from periln.eval.texts.samples import Samples, find_samples
@@ -37,14 +39,14 @@ def _options(args: argparse.Namespace) -> Options:
         skip_samples=min(args.skip_samples, args.samples),
         fp16_samples=min(args.fp16_samples, args.samples),
         loss_scale=args.loss_scale,
+        certificate=not args.no_certificate,
     )
 
 
 def _asked(args: argparse.Namespace, options: Options) -> dict[str, Any]:
     """What decides a result, as far as the command line says it."""
     names = ("data", "samples", "tokens", "seed", "dtype", "tokenizer", "device")
-    certificate = {"certificate": not args.no_certificate}
-    return {n: getattr(args, n) for n in names} | options.asked() | certificate
+    return {n: getattr(args, n) for n in names} | options.asked()
 
 
 class _Bench:
@@ -85,15 +87,15 @@ class _Bench:
         a = self.args
         network = checkpoint.load(getattr(torch, a.dtype), a.device, a.trust_remote_code)
         samples, tokenizer = self.samples(model, network), self.tokenizer(model)
-        layers = getattr(network.config.get_text_config(), "num_hidden_layers", 0)
 
         def text_of(token: int) -> str | None:
             return None if tokenizer is None else tokenizer.decode([token])
 
-        total = units(layers, samples, self.options)
-        with progress_bar(a, total, f"{model.name} step {checkpoint.step}", "sample") as bar:
-            measured = measure(network, samples, self.options, checkpoint.step, text_of, bar.update)
-        certificate = None if a.no_certificate else certify(network, _peaks(measured.rows))
+        shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        with progress_bar(a, STEPS, f"{model.name} step {checkpoint.step}", "step", bar_format=shape) as bar:
+            tell = _teller(bar, model.name)
+            measured = measure(network, samples, self.options, checkpoint.step, text_of, tell, in_place=True)
+        certificate = measured.certificate
         entry = measured.record | {
             "path": str(checkpoint.path) if model.run is None else str(checkpoint.path.relative_to(model.run)),
             "revision": model.revision,
@@ -112,11 +114,24 @@ class _Bench:
         records.write(measured, entry, certificate)
         tqdm.write(to_terminal(_table(f"{model.name}, step {checkpoint.step}", measured)))
         tqdm.write(_said(entry["verdict"]))
+        if measured.stopped is not None:
+            tqdm.write(f"written so far: {records.folder}")
+            raise KeyboardInterrupt
 
 
-def _peaks(rows: pd.DataFrame) -> dict[tuple[int, str, str], float]:
-    chosen = rows[rows.stat == "max_abs"]
-    return {(r.layer, r.sublayer, r.tensor): r.value for r in chosen.itertuples()}
+def _teller(bar: tqdm, name: str) -> Callable[[Plan], None]:
+    """Says once what to expect, and moves the bar in every part."""
+    told = False
+
+    def tell(plan: Plan) -> None:
+        nonlocal told
+        if not told:
+            tqdm.write(f"{name}: {plan.said()}", file=sys.stderr)
+            told = True
+        bar.set_description(f"{name}, {plan.part}" if plan.part else name, refresh=False)
+        bar.update(int(STEPS * plan.share) - bar.n)
+
+    return tell
 
 
 def _certified(certificate: dict[str, Any]) -> str:
@@ -190,6 +205,8 @@ def main(args: argparse.Namespace) -> None:
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise UsageError(f"two of the models are called {twice[0]}: measure them into different --out folders")
+    if said := left_out(args):
+        print(said, file=sys.stderr)
     bench, records = _Bench(args), [_records_of(args, model) for model in models]
     for model in models:
         bench.tokenizer(model)

@@ -2,22 +2,25 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
 
+from periln.eval.bounds.certificate import certify
 from periln.eval.stability.attention import AttentionProbe
 from periln.eval.stability.backward import backward_rows
 from periln.eval.stability.fits import fit_growth
 from periln.eval.stability.massive import massive_activations, outlier
 from periln.eval.stability.overflow import first_non_finite
+from periln.eval.stability.plan import Options, Part, Plan
 from periln.eval.stability.probe import Probe
-from periln.eval.stability.redundancy import skip_losses
+from periln.eval.stability.redundancy import skip_losses, staged_skip_losses
 from periln.eval.stability.verdict import checkpoint_verdict, depth_profile
 from periln.eval.structure.anatomy import Anatomy, find_anatomy
+from periln.eval.structure.stages import Stages, find_stages
 from periln.eval.structure.words import describe
 from periln.eval.texts.samples import Samples
 from periln.eval.texts.windows import token_loss
@@ -26,72 +29,139 @@ from periln.runkit.process import peak_rss
 
 COLUMNS = ["step", "layer", "sublayer", "tensor", "stat", "value"]
 ANGLE_COLUMNS = ["step", "layer", "other", "value"]
+LOGITS = 2**27  # numbers of a batch's logits at most: 512 MiB
 PROFILES = ("variance", "variance_data", "mean_abs", "max_abs")
 
 
 @dataclass(frozen=True)
-class Options:
-    """How much is measured; a number of samples of 0 leaves that part out."""
-
-    batch_size: int = 4
-    angles: int | None = None
-    backward_samples: int = 32
-    skip_samples: int = 16
-    fp16_samples: int = 4
-    loss_scale: float = 1.0
-
-    def asked(self) -> dict[str, Any]:
-        """What decides the result (the batch size does not)."""
-        return {k: v for k, v in asdict(self).items() if k != "batch_size"}
-
-
-@dataclass(frozen=True)
 class Measured:
-    """The tables of one checkpoint, and its entry in stability.json."""
+    """The tables of one checkpoint, its entry in stability.json, and what its weights alone say of FP16.
+
+    `stopped`: the part in which it was interrupted, and after which nothing was measured; None where it was not.
+    """
 
     rows: pd.DataFrame
     angles: pd.DataFrame
     record: dict[str, Any]
+    certificate: dict[str, Any] | None = None
+    stopped: str | None = None
 
 
-def units(anatomy_layers: int, samples: Samples, options: Options) -> int:
-    """How many ticks a measurement gives to its progress bar."""
-    skips = anatomy_layers if options.skip_samples else 0
-    return len(samples.ids) + skips + bool(options.backward_samples) + bool(options.fp16_samples)
+class _Measurement:
+    """The parts of a measurement, each of which adds to what is known."""
 
+    def __init__(self, model: nn.Module, samples: Samples, options: Options, step: int, in_place: bool, plan: Plan):
+        self.model, self.samples, self.options, self.step = model, samples, options, step
+        self.in_place, self.plan = in_place, plan
+        self.anatomy: Anatomy = find_anatomy(model)
+        self.stages: Stages | None = find_stages(self.anatomy)
+        self.device = next(model.parameters()).device
+        self.probe, self.attention = Probe(self.anatomy, options.angles), AttentionProbe(self.anatomy)
+        self.rows: list[tuple] = []
+        self.fp16: dict[str, Any] | None = None
+        self.certificate: dict[str, Any] | None = None
 
-@torch.no_grad()
-def _forward(anatomy: Anatomy, samples: Samples, options: Options, step: int, tick: Callable[[int], None]):
-    device = next(anatomy.model.parameters()).device
-    first = 0
-    with Probe(anatomy, options.angles) as probe, AttentionProbe(anatomy) as attention:
-        for ids in samples.batches(options.batch_size, device):
-            probe.start(first)
-            probe.finish(anatomy.model(input_ids=ids, use_cache=False).logits, ids)
-            first += len(ids)
-            tick(len(ids))
-    return probe, [*probe.rows(step), *attention.rows(step)]
-
-
-def _skips(anatomy: Anatomy, samples: Samples, options: Options, step: int, tick: Callable[[int], None]) -> list[tuple]:
-    device = next(anatomy.model.parameters()).device
+    def batches(self, size: int, limit: int | None = None) -> list[torch.Tensor]:
+        """Batches of at most `size` samples whose logits are no more than `LOGITS` numbers."""
+        rows = max(1, LOGITS // (self.samples.ids.shape[1] * self.anatomy.lm_head.weight.shape[0]))
+        return list(self.samples.batches(min(size, rows), self.device, limit))
 
     @torch.no_grad()
-    def loss() -> float:
-        total, count = 0.0, 0
-        for ids in samples.batches(options.batch_size, device, options.skip_samples):
-            total += token_loss(anatomy.model(input_ids=ids, use_cache=False).logits, ids).double().item()
-            count += ids[:, 1:].numel()
-        return total / count
+    def forward(self, part: Part) -> None:
+        first = 0
+        with self.probe as probe, self.attention:
+            for ids in self.batches(self.options.batch_size):
+                probe.start(first)
+                probe.finish(self.model(input_ids=ids, use_cache=False).logits, ids)
+                first += len(ids)
+                part.done(len(ids) / len(self.samples.ids))
 
-    return skip_losses(anatomy, loss, step, lambda: tick(1))
+    def certify(self, part: Part) -> None:
+        peaks = {row[1:4]: row[5] for row in self.probe.rows(self.step) if row[4] == "max_abs"}
+        of = len(self.anatomy.sublayers) + 2
+        self.certificate = certify(self.model, peaks, self.anatomy, lambda: part.done(1 / of))
 
+    def backward(self, part: Part) -> None:
+        batches = self.batches(max(1, self.options.batch_size // 2), self.options.backward_samples)
+        of = len(batches) * (self.anatomy.num_layers + 1)
+        self.rows += backward_rows(self.anatomy, batches, self.step, self.stages, lambda: part.done(1 / of))
 
-def _hardest(probe: Probe, samples: Samples, count: int, device: Any) -> list[torch.Tensor]:
-    """The first samples, and before them the ones that hold the peaks of the stream and the branches."""
-    peaks = sorted((m.peak for m in probe.moments.values() if m.peak.sample >= 0), key=lambda p: -p.value)
-    chosen = list(dict.fromkeys([*(p.sample for p in peaks[:2]), *range(len(samples.ids))]))[:count]
-    return [samples.ids[chosen].to(device)]
+    def skips(self, part: Part) -> None:
+        batches, layers = self.batches(self.options.batch_size, self.options.skip_samples), self.anatomy.num_layers
+        if self.stages is not None:
+            whole = len(batches) * layers * (layers + 1) / 2  # later layers have fewer behind them
+            tell = lambda layer: part.done((layers + 1 - layer) / whole)  # noqa: E731
+            self.rows += staged_skip_losses(self.stages, batches, self.step, tell)
+            return
+
+        @torch.no_grad()
+        def loss() -> float:
+            total, count = 0.0, 0
+            for ids in batches:
+                total += token_loss(self.model(input_ids=ids, use_cache=False).logits, ids).double().item()
+                count += ids[:, 1:].numel()
+            return total / count
+
+        self.rows += skip_losses(self.anatomy, loss, self.step, lambda: part.done(1 / layers))
+
+    def in_fp16(self, part: Part) -> None:
+        """On the first samples, and before them the ones that hold the peaks of the stream and the branches."""
+        peaks = sorted((m.peak for m in self.probe.moments.values() if m.peak.sample >= 0), key=lambda p: -p.value)
+        count = self.options.fp16_samples
+        chosen = list(dict.fromkeys([*(p.sample for p in peaks[:2]), *range(len(self.samples.ids))]))[:count]
+        batches = [self.samples.ids[chosen].to(self.device)]
+        scale = self.options.loss_scale
+        self.fp16 = first_non_finite(self.anatomy, batches, scale, self.in_place, lambda: part.done(1 / 4))
+
+    def run(self) -> str | None:
+        """Every part of the plan; gives the one in which it was interrupted.
+
+        Raises:
+            KeyboardInterrupt: before anything is known.
+        """
+        for part in self.plan.parts:
+            try:
+                getattr(self, part.does)(part)
+                part.finish()
+            except KeyboardInterrupt:
+                if not self.probe.predicted:
+                    raise
+                return part.name
+        return None
+
+    def measured(self, started: float, token_text: Callable[[int], str | None], stopped: str | None) -> Measured:
+        probe, anatomy = self.probe, self.anatomy
+        rows = [*probe.rows(self.step), *self.attention.rows(self.step), *self.rows]
+        table = pd.DataFrame(rows, columns=COLUMNS).astype({"value": "float64"})
+
+        def token_of(sample: int, position: int) -> dict[str, Any]:
+            token = int(self.samples.ids[sample, position])
+            return {"token_id": token, "token": token_text(token)}
+
+        fits = {stat: fit_growth((p := depth_profile(table, stat)).index, p) for stat in PROFILES}
+        fp16 = self.fp16
+        record = {
+            "step": self.step,
+            "placement": anatomy.placement,
+            "structure": describe(anatomy),
+            "num_layers": anatomy.num_layers,
+            "hidden_size": anatomy.hidden_size,
+            "loss": probe.loss,
+            "predicted_tokens": probe.predicted,
+            "stopped": stopped,
+            "fits": fits,
+            "massive_activations": massive_activations(probe, token_of),
+            "outlier": outlier(probe),
+            "fp16": fp16,
+            "first_non_finite": None if fp16 is None else {k: fp16[k] for k in ("forward", "backward")},
+            "seconds": round(time.monotonic() - started, 2),
+            "peak_rss_bytes": peak_rss(),
+        }
+        record["verdict"] = [*checkpoint_verdict(record, table), f"Its norms, as found: {record['structure']}."]
+        if stopped is not None:
+            record["verdict"].append(f"Stopped in the part {stopped!r}: what comes after it was not measured.")
+        angles = pd.DataFrame(probe.angles.rows(self.step), columns=ANGLE_COLUMNS)
+        return Measured(table, angles, json_number(record), self.certificate, stopped)
 
 
 def measure(
@@ -100,52 +170,23 @@ def measure(
     options: Options | None = None,
     step: int = 0,
     token_text: Callable[[int], str | None] = lambda token: None,
-    tick: Callable[[int], None] = lambda n: None,
+    tell: Callable[[Plan], None] = lambda plan: None,
+    in_place: bool = False,
 ) -> Measured:
     """Measure a causal LM on samples; the model is left as it was, in evaluation mode.
+
+    Args:
+        tell: called with the plan once it is known how long a pass takes, and each time that more of it is done.
+        in_place: the model may be left in FP16, which spares a copy of it.
+
+    An interruption (Ctrl-C) ends it with what was measured, once a batch was.
 
     Raises:
         UserError: its residual stream cannot be found.
     """
     options, started = options or Options(), time.monotonic()
     model.eval()
-    anatomy = find_anatomy(model)
-    device = next(model.parameters()).device
-    probe, rows = _forward(anatomy, samples, options, step, tick)
-    if options.backward_samples:
-        size = max(1, options.batch_size // 2)
-        rows += backward_rows(anatomy, list(samples.batches(size, device, options.backward_samples)), step)
-        tick(1)
-    if options.skip_samples:
-        rows += _skips(anatomy, samples, options, step, tick)
-    fp16 = None
-    if options.fp16_samples:
-        batches = _hardest(probe, samples, options.fp16_samples, device)
-        fp16 = first_non_finite(anatomy, batches, options.loss_scale)
-        tick(1)
-    table = pd.DataFrame(rows, columns=COLUMNS).astype({"value": "float64"})
-
-    def token_of(sample: int, position: int) -> dict[str, Any]:
-        token = int(samples.ids[sample, position])
-        return {"token_id": token, "token": token_text(token)}
-
-    fits = {stat: fit_growth((p := depth_profile(table, stat)).index, p) for stat in PROFILES}
-    record = {
-        "step": step,
-        "placement": anatomy.placement,
-        "structure": describe(anatomy),
-        "num_layers": anatomy.num_layers,
-        "hidden_size": anatomy.hidden_size,
-        "loss": probe.loss,
-        "predicted_tokens": probe.predicted,
-        "fits": fits,
-        "massive_activations": massive_activations(probe, token_of),
-        "outlier": outlier(probe),
-        "fp16": fp16,
-        "first_non_finite": None if fp16 is None else {k: fp16[k] for k in ("forward", "backward")},
-        "seconds": round(time.monotonic() - started, 2),
-        "peak_rss_bytes": peak_rss(),
-    }
-    record["verdict"] = [*checkpoint_verdict(record, table), f"Its norms, as found: {record['structure']}."]
-    angles = pd.DataFrame(probe.angles.rows(step), columns=ANGLE_COLUMNS)
-    return Measured(table, angles, json_number(record))
+    plan = Plan.of(options, samples, tell)
+    measurement = _Measurement(model, samples, options, step, in_place, plan)
+    plan.measure(measurement.anatomy, samples, measurement.stages is not None, in_place)
+    return measurement.measured(started, token_text, measurement.run())

@@ -37,28 +37,31 @@ class Moments:
     peak: Peak = field(default_factory=Peak)
 
     @torch.no_grad()
-    def add(self, x: torch.Tensor, first_sample: int) -> None:
-        """Take in a batch whose first row is sample number `first_sample`."""
+    def add(self, x: torch.Tensor, first_sample: int) -> torch.Tensor:
+        """Take in a batch (B, S, D), the first row sample number `first_sample`; returns tokens' lengths (B S,)."""
         _, length, width = x.shape
-        flat = x.detach().double().reshape(-1, width)
-        size = flat.abs()
-        index = int(size.argmax())  # NaN counts as the largest
-        value = size.flatten()[index].item()
+        x = x.detach().reshape(-1, width)
+        low, high = (bound.item() for bound in x.aminmax())  # NaN where there is one
+        value = max(-low, high) if not math.isnan(low) else math.nan
         if value > self.peak.value or math.isnan(value):
+            index = int(x.abs().argmax())  # NaN counts as the largest
             row, channel = divmod(index, width)
             sample, token = divmod(row, length)
-            self.peak = Peak(value, first_sample + sample, token, channel)
+            self.peak = Peak(x[row, channel].abs().item(), first_sample + sample, token, channel)
         if not math.isfinite(value):
-            self.not_finite += int((~flat.isfinite()).sum())
-        square = flat.square()
+            self.not_finite += int((~x.isfinite()).sum())
+        flat = x.double()
+        square = flat * flat
         if self.channel_sum is None:
             self.channel_sum, self.channel_square = flat.new_zeros(width), flat.new_zeros(width)
-        self.channel_sum += flat.sum(0)
-        self.channel_square += square.sum(0)
-        self.absolute += size.sum().item()
+        ones = flat.new_ones(len(flat))
+        self.channel_sum += ones @ flat
+        self.channel_square += ones @ square
+        self.absolute += flat.abs().sum().item()
         self.third += torch.dot(square.flatten(), flat.flatten()).item()
         self.fourth += torch.dot(square.flatten(), square.flatten()).item()
         self.count += flat.numel()
+        return square.sum(1).sqrt()
 
     @property
     def typical(self) -> float:

@@ -6,6 +6,8 @@ them.
 """
 
 import copy
+import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -18,6 +20,8 @@ from periln.eval.structure.anatomy import Anatomy, Point, first_tensor, input_te
 from periln.eval.texts.windows import token_loss
 from periln.runkit.fp16 import HalfMatmul
 from periln.runkit.number_format import FP16
+
+LEAST, MOST = -8, 16  # of the powers of two that are tried as loss scales
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,16 @@ class NonFinite:
     layer: int | None
 
 
+def _largest(x: torch.Tensor | None) -> float:
+    """The largest |x|; NaN or infinite where x is not finite (many times faster than `isfinite().all()`)."""
+    if x is None or not x.numel():
+        return 0.0
+    low, high = (bound.item() for bound in x.detach().aminmax())
+    return math.nan if math.isnan(low) else max(-low, high)
+
+
 def _finite(x: torch.Tensor | None) -> bool:
-    return x is None or bool(x.isfinite().all())
+    return math.isfinite(_largest(x))
 
 
 class _Watch:
@@ -72,14 +84,21 @@ class _Watch:
         if self.first is None:
             what, where, layer = self.words[name, side]
             self.first = NonFinite(name, what, where, layer)
+        raise _Overflow
 
     def __exit__(self, *exc: object) -> None:
         for handle in self._handles:
             handle.remove()
 
 
+class _Overflow(Exception):
+    """Ends a forward pass: what is wanted of it is known."""
+
+
 class FirstForward(_Watch):
     """A context manager around forward passes; `first` is the first tensor that is not finite, or None.
+
+    The pass ends there, with `_Overflow`.
 
     An add between modules has no module: it is seen as the next module's input, and named after the add.
     """
@@ -89,11 +108,11 @@ class FirstForward(_Watch):
             if name:
 
                 def before(m: nn.Module, args: tuple, kwargs: dict, name=name) -> None:
-                    if self.first is None and not _finite(input_tensor(args, kwargs)):
+                    if not _finite(input_tensor(args, kwargs)):
                         self.found(name, "input")
 
                 def after(m: nn.Module, args: tuple, output: Any, name=name) -> None:
-                    if self.first is None and not _finite(first_tensor(output)):
+                    if not _finite(first_tensor(output)):
                         self.found(name, "output")
 
                 self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -112,6 +131,17 @@ class FirstBackward(_Watch):
     def __init__(self, anatomy: Anatomy, exact: bool = True):
         super().__init__(anatomy)
         self.exact = exact
+        self.largest = 0.0  # of all gradients that were seen, while they were finite
+
+    def _overflows(self, *grads: torch.Tensor | None) -> bool:
+        """Whether one of these gradients is the first that is not finite."""
+        if self.first is not None:
+            return False
+        for grad in grads:
+            if not math.isfinite(largest := _largest(grad)):
+                return True
+            self.largest = max(self.largest, largest)
+        return False
 
     def __enter__(self) -> "FirstBackward":
         model = self.anatomy.model
@@ -120,12 +150,12 @@ class FirstBackward(_Watch):
                 continue  # ids have no gradient; what reaches the table is seen at the stream and at its weight
 
             def before(m: nn.Module, grads: tuple, name=name) -> None:
-                if self.first is None and not all(_finite(g) for g in grads):
+                if self._overflows(*grads):
                     _, said, layer = self.words[name, "output"]
                     self.first = NonFinite(name, "gradient", f"the gradient of {said}", layer)
 
             def after(m: nn.Module, grad_input: tuple, grad_output: tuple, name=name) -> None:
-                if self.first is None and not all(_finite(g) for g in grad_input):
+                if self._overflows(*grad_input):
                     said = f"the gradient that {name} hands to its input"
                     self.first = NonFinite(name, "gradient", said, self.words[name, "output"][2])
 
@@ -150,7 +180,7 @@ class FirstBackward(_Watch):
         return self
 
     def _weight(self, name: str, grad: torch.Tensor) -> None:
-        if self.first is None and not _finite(grad):
+        if self._overflows(grad):
             module = name.rpartition(".")[0]
             self.first = NonFinite(
                 module, "weight", f"the gradient of the weight {name}", self.words[module, "output"][2]
@@ -158,44 +188,138 @@ class FirstBackward(_Watch):
 
     def _stream(self, found: NonFinite, x: torch.Tensor) -> None:
         def see(grad: torch.Tensor) -> None:
-            if self.first is None and not _finite(grad):
+            if self._overflows(grad):
                 self.first = found
 
         if x is not None and x.requires_grad:
             x.register_hook(see)
 
 
+@torch.no_grad()
+def to_half(model: nn.Module) -> list[str]:
+    """Turn a model into FP16 where it is, as a file of its weights loads; gives the weights that FP16 cannot hold.
+
+    Buffers that no file holds stay as they are (rotary frequencies: `model.half()` would round them).
+    """
+    dtype = getattr(torch, FP16.dtype)
+    for module in model.modules():
+        own = dict(module.named_buffers(recurse=False))
+        stored = [name for name in own if name not in module._non_persistent_buffers_set]
+        for name in stored:
+            if own[name].is_floating_point():
+                module._buffers[name] = own[name].to(dtype)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return [name for name, p in model.named_parameters() if not _finite(p)]
+
+
 def half_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """The model in FP16, and the names of the weights that FP16 cannot hold."""
-    half = copy.deepcopy(model).to(getattr(torch, FP16.dtype)).eval()
-    return half, [name for name, p in half.named_parameters() if not _finite(p)]
+    """A copy of the model in FP16, and the names of the weights that FP16 cannot hold."""
+    dtype = getattr(torch, FP16.dtype)
+    half: dict[int, Any] = {}  # parameters are copied once, in FP16
+    for parameter in model.parameters():
+        wide = parameter.detach()
+        narrow = wide.to(dtype, copy=True) if wide.is_floating_point() else wide.clone()
+        half[id(parameter)] = nn.Parameter(narrow, requires_grad=parameter.requires_grad)
+    copied = copy.deepcopy(model, half).eval()
+    return copied, to_half(copied)
 
 
-def _scaled_backward(half: nn.Module, anatomy: Anatomy, batches: list[torch.Tensor], scale: float) -> NonFinite | None:
-    try:
-        return _watched_backward(half, FirstBackward(anatomy), batches, scale)
-    except RuntimeError as error:
-        if "modified inplace" not in str(error):
-            raise
-        return _watched_backward(half, FirstBackward(anatomy, exact=False), batches, scale)
+class _Passes:
+    """Forward and backward passes of a model in FP16 over batches, each batch's graph kept for more than one scale."""
 
+    def __init__(self, half: nn.Module, anatomy: Anatomy, batches: list[torch.Tensor], tell: Callable[[], None]):
+        self.half, self.anatomy, self.batches, self.tell = half, anatomy, batches, tell
+        self.exact = True
+        self.largest: dict[float, float] = {}
 
-def _watched_backward(
-    half: nn.Module, watch: FirstBackward, batches: list[torch.Tensor], scale: float
-) -> NonFinite | None:
-    with watch:
-        for ids in batches:
-            half.zero_grad(set_to_none=True)
-            loss = token_loss(half(input_ids=ids, use_cache=False).logits, ids) / ids[:, 1:].numel()
-            (loss * scale).backward()
-            if watch.first is not None:
+    def forward(self) -> NonFinite | None:
+        """The first that is not finite in the forward passes."""
+        with torch.no_grad(), FirstForward(self.anatomy) as watch:
+            for ids in self.batches:
+                try:
+                    self.half(input_ids=ids, use_cache=False)
+                except _Overflow:
+                    break
+                self.tell()
+        return watch.first
+
+    def backward(self, *scales: float) -> list[NonFinite | None]:
+        """The first gradient that is not finite at each of the scales; one forward pass a batch serves them all.
+
+        What is largest of the gradients that were seen goes into `largest`, for scales at which all are finite.
+        """
+        try:
+            return self._backward(scales)
+        except RuntimeError as error:
+            if "modified inplace" not in str(error):
+                raise
+            self.exact = False
+            return self._backward(scales)
+
+    def _backward(self, scales: tuple[float, ...]) -> list[NonFinite | None]:
+        largest, found = dict.fromkeys(scales, 0.0), {}
+        for ids in self.batches:
+            left = [scale for scale in scales if scale not in found]
+            if not left:
                 break
-    half.zero_grad(set_to_none=True)
-    return watch.first
+            with FirstBackward(self.anatomy, self.exact) as watch:
+                loss = token_loss(self.half(input_ids=ids, use_cache=False).logits, ids) / ids[:, 1:].numel()
+                for scale in left:
+                    watch.first, watch.largest = None, 0.0
+                    (loss * scale).backward(retain_graph=scale != left[-1])
+                    self.half.zero_grad(set_to_none=True)
+                    largest[scale] = max(largest[scale], watch.largest)
+                    if watch.first is not None:
+                        found[scale] = watch.first
+                    self.tell()
+        self.largest |= {scale: value for scale, value in largest.items() if scale not in found}
+        return [found.get(scale) for scale in scales]
+
+    def largest_scale(self) -> tuple[float | None, NonFinite | None]:
+        """The largest 2^k, k from -8 to 16, with finite gradients, and what overflows at twice it (None beyond 2^16).
+
+        Gradients go with the scale, so the largest one of a scale that was tried says which it must be; that one and
+        twice it are tried, and only where that was wrong the interval is halved.
+        """
+        if not self.largest:
+            self.backward(2.0**LEAST)
+        if not self.largest:
+            return None, None
+        scale, value = max(self.largest.items())
+        room = FP16.headroom(value) if value > 0 else 2.0 * MOST
+        guess = min(max(math.floor(math.log2(scale) + room), LEAST), MOST)
+        low, high, first = LEAST - 1, MOST + 1, None  # low is finite (or untried), high is not (or untried)
+        beside = [k for k in (guess, guess + 1) if k <= MOST]
+        for k, found in zip(beside, self.backward(*(2.0**k for k in beside)), strict=True):
+            if found is None:
+                low = max(low, k)
+            elif k < high:
+                high, first = k, found
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = self.backward(2.0**middle)[0]
+            if found is None:
+                low = middle
+            else:
+                high, first = middle, found
+        return None if low < LEAST else 2.0**low, first
 
 
-def first_non_finite(anatomy: Anatomy, batches: list[torch.Tensor], loss_scale: float = 1.0) -> dict[str, Any]:
-    """Run `batches` (ids (B, S)) through an FP16 copy of the model.
+def first_non_finite(
+    anatomy: Anatomy,
+    batches: list[torch.Tensor],
+    loss_scale: float = 1.0,
+    in_place: bool = False,
+    tell: Callable[[], None] = lambda: None,
+    scales: bool = True,
+) -> dict[str, Any]:
+    """Run `batches` (ids (B, S)) through the model in FP16: a copy of it, or itself where it may stay in FP16.
+
+    Args:
+        tell: called after each pass of each batch.
+        scales: whether the largest loss scale is looked for; it takes at least one forward and two backward passes.
 
     Returns:
         forward, backward: the first non-finite tensor, or None; backward is None as well where the forward pass already
@@ -203,54 +327,29 @@ def first_non_finite(anatomy: Anatomy, batches: list[torch.Tensor], loss_scale: 
         2^16, at which all gradients are finite, None where none is; `backward_beyond`: what overflows at twice that
         (None if it is 2^16). `weights`: parameters that FP16 cannot hold.
     """
-    half, weights = half_copy(anatomy.model)
-    anatomy = _moved(anatomy, half, dict(half.named_modules()))
+    if in_place:
+        half, weights = anatomy.model, to_half(anatomy.model)
+    else:
+        half, weights = half_copy(anatomy.model)
+        anatomy = _moved(anatomy, half, dict(half.named_modules()))
     for parameter in half.parameters():
         parameter.requires_grad_(True)
-    numerics = HalfMatmul() if next(half.parameters()).device.type == "cpu" else nullcontext()
-    with numerics:
-        with torch.no_grad(), FirstForward(anatomy) as forward:
-            for ids in batches:
-                half(input_ids=ids, use_cache=False)
-                if forward.first is not None:
-                    break
-        result = {
-            "forward": None if forward.first is None else asdict(forward.first),
-            "backward": None,
-            "backward_run": forward.first is None,
-            "loss_scale": loss_scale,
-            "largest_finite_loss_scale": None,
-            "backward_beyond": None,
-            "weights": weights,
-        }
-        if forward.first is None:
-            first = _scaled_backward(half, anatomy, batches, loss_scale)
-            result["backward"] = None if first is None else asdict(first)
-            scale, beyond = _largest_scale(half, anatomy, batches)
-            result["largest_finite_loss_scale"] = scale
-            result["backward_beyond"] = None if beyond is None else asdict(beyond)
-    return result
-
-
-def _largest_scale(
-    half: nn.Module, anatomy: Anatomy, batches: list[torch.Tensor]
-) -> tuple[float | None, NonFinite | None]:
-    """The largest 2^k, k from -8 to 16, with finite gradients, by halving the interval; and what overflows at twice it.
-
-    2^16 itself is tried first, and nothing beyond it.
-    """
-    first = _scaled_backward(half, anatomy, batches, 2.0**16)
-    if first is None:
-        return 2.0**16, None
-    low, high = -9, 16  # low is finite (or untried), high is not
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = _scaled_backward(half, anatomy, batches, 2.0**middle)
-        if found is None:
-            low = middle
-        else:
-            high, first = middle, found
-    return None if low == -9 else 2.0**low, first
+    passes = _Passes(half, anatomy, batches, tell)
+    with HalfMatmul() if next(half.parameters()).device.type == "cpu" else nullcontext():
+        forward, backward, beyond, scale = passes.forward(), None, None, None
+        if forward is None:
+            backward = passes.backward(loss_scale)[0]
+            if scales:
+                scale, beyond = passes.largest_scale()
+    return {
+        "forward": None if forward is None else asdict(forward),
+        "backward": None if backward is None else asdict(backward),
+        "backward_run": forward is None,
+        "loss_scale": loss_scale,
+        "largest_finite_loss_scale": scale,
+        "backward_beyond": None if beyond is None else asdict(beyond),
+        "weights": weights,
+    }
 
 
 def _moved(anatomy: Anatomy, model: nn.Module, modules: dict[str, nn.Module]) -> Anatomy:

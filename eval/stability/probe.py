@@ -38,6 +38,7 @@ class Probe:
         self.loss_sum, self.predicted, self.first = 0.0, 0, 0
         self._points: dict[tuple, Point] = {}
         self._batch: dict[tuple, torch.Tensor] = {}
+        self._lengths: dict[tuple, torch.Tensor] = {}
         self._handles: list[Any] = []
         self._streams: list[tuple] = []
         self._label()
@@ -81,7 +82,7 @@ class Probe:
         x = x.detach()
         self._batch[key] = x
         if key in self.moments:
-            self.moments[key].add(x, self.first)
+            self._lengths[key] = self.moments[key].add(x, self.first)
 
     def _watch_inside(self, layer: int, name: str, module: nn.Module) -> None:
         """The largest |x| of what every leaf inside the layer gives, and of what every matrix reads."""
@@ -113,21 +114,28 @@ class Probe:
         """Before a pass over a batch whose first row is sample number `first_sample`."""
         self.first = first_sample
         self._batch.clear()
+        self._lengths.clear()
+
+    def _lengths_at(self, point: Point) -> torch.Tensor:
+        """The length of every token's vector (B S,) in this pass."""
+        key = (point.name, point.side)
+        if key not in self._lengths:
+            self._lengths[key] = torch.linalg.vector_norm(self._batch[key].double(), dim=-1).flatten()
+        return self._lengths[key]
 
     @torch.no_grad()
     def finish(self, logits: torch.Tensor, ids: torch.Tensor) -> None:
         """After it: logits (B, S, V) and the ids (B, S) that were given."""
         self.angles.add([self._batch[key] for key in self._streams])
         for s in self.anatomy.sublayers:
-            x = self._batch[s.reads.name, s.reads.side].double().norm(dim=-1)
-            branch = self._batch[s.branch_output.name, s.branch_output.side].double().norm(dim=-1)
+            x, branch = self._lengths_at(s.reads), self._lengths_at(s.branch_output)
             sums = self.shares.setdefault((s.layer, s.kind), [0.0, 0])
             sums[0] += (branch / x.clamp(min=1e-300)).sum().item()
             sums[1] += x.numel()
         self._peak((self.anatomy.num_layers, "final", "logits"), logits)
         self.loss_sum += token_loss(logits, ids).double().item()
         self.predicted += ids[:, 1:].numel()
-        self._batch.clear()
+        self.start(0)
 
     @property
     def loss(self) -> float:

@@ -1,7 +1,7 @@
 """How much layers do: angles between the streams after them, the branch's share, and the loss without one."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from periln.eval.structure.anatomy import Anatomy, first_tensor, input_tensor
+from periln.eval.structure.stages import Stages
+from periln.eval.texts.windows import token_loss
 
 _CHUNK = 256  # tokens whose cosines are held at once
 
@@ -74,3 +76,25 @@ def skip_losses(
             rows.append((step, number, "layer", "stream", "skip_loss", loss_of() - whole))
         tell()
     return rows
+
+
+@torch.no_grad()
+def staged_skip_losses(
+    stages: Stages, batches: Iterable[torch.Tensor], step: int, tell: Callable[[int], None] = lambda layer: None
+) -> list[tuple]:
+    """The same rows from one pass a batch (ids (B, S)): without layer l only the layers after it run again, from the
+    stream that entered it. `tell` is given the number of each layer that is done.
+    """
+    count, numbers = 0, range(1, stages.anatomy.num_layers + 1)
+    whole, without = 0.0, dict.fromkeys(numbers, 0.0)
+    for ids in batches:
+        streams, _ = stages.streams(ids)
+        count += ids[:, 1:].numel()
+        whole += token_loss(stages.end(ids, streams[-1]), ids).double().item()
+        for number in numbers:
+            without[number] += token_loss(stages.rest(ids, streams[number - 1], number), ids).double().item()
+            tell(number)
+    return [
+        (step, number, "layer", "stream", "skip_loss", total / count - whole / count)
+        for number, total in without.items()
+    ]

@@ -21,36 +21,9 @@ def read_rows(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.strip()]
 
 
-def _load(name: str) -> dict[str, datasets.Dataset]:
-    return {SPLIT: datasets.Dataset.from_list(read_rows(name))}
-
-
-# lm-eval calls these with the task's metadata (and dataset_kwargs) as keyword arguments; none of them is needed.
-
-
-def load_arc_easy(**_: Any) -> dict[str, datasets.Dataset]:
-    """Return the splits of mini_arc_easy."""
-    return _load("mini_arc_easy")
-
-
-def load_hellaswag(**_: Any) -> dict[str, datasets.Dataset]:
-    """Return the splits of mini_hellaswag."""
-    return _load("mini_hellaswag")
-
-
-def load_piqa(**_: Any) -> dict[str, datasets.Dataset]:
-    """Return the splits of mini_piqa."""
-    return _load("mini_piqa")
-
-
-def load_social_iqa(**_: Any) -> dict[str, datasets.Dataset]:
-    """Return the splits of mini_social_iqa."""
-    return _load("mini_social_iqa")
-
-
-def load_winogrande(**_: Any) -> dict[str, datasets.Dataset]:
-    """Return the splits of mini_winogrande."""
-    return _load("mini_winogrande")
+def load(rows: str, **_: Any) -> dict[str, datasets.Dataset]:
+    """The splits of a mini task; `rows` names its file. lm-eval passes `dataset_kwargs` and the task's metadata."""
+    return {SPLIT: datasets.Dataset.from_list(read_rows(rows))}
 
 
 def hellaswag_clean(text: str) -> str:

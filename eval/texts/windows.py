@@ -154,5 +154,6 @@ def heldout_loss(
 
 
 def token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Sum of the next-token cross entropy (nats) over a batch; logits (B, S, V) in FP32."""
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    """Sum of the next-token cross entropy (nats) over a batch; logits (B, S, V), in FP32 a row at a time."""
+    rows = (F.cross_entropy(row[:-1].float(), to[1:], reduction="sum") for row, to in zip(logits, ids, strict=True))
+    return torch.stack(list(rows)).sum()

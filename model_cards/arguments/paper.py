@@ -7,7 +7,7 @@ from periln.runkit.errors import UsageError, make_parser
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m model_cards.paper") -> argparse.Namespace:
-    parser = make_parser(prog, "Write the cards of the paper's nine models, as recipes.")
+    parser = make_parser(prog, "Write the cards of the paper's nine models, as recipes.", "--out model_cards/paper")
     parser.add_argument("--out", type=Path, default=Path("model_cards/paper"), help="folder to write to")
     return parser.parse_args(argv)
 

@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from periln.runkit.errors import UsageError, make_parser
+from periln.runkit.errors import UsageError, make_parser, more_options
 
 
-def add_card_arguments(parser: argparse.ArgumentParser) -> None:
+def add_card_arguments(parser: argparse._ArgumentGroup) -> None:
     """What no record can say of a model, for the commands that render a card."""
     parser.add_argument("--license", default="apache-2.0", help="license of the weights, by its name on the Hub")
     parser.add_argument("--language", nargs="+", default=["en"], metavar="CODE", help="languages of the data")
@@ -14,12 +14,12 @@ def add_card_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m model_cards.render") -> argparse.Namespace:
-    parser = make_parser(prog, "Write the model cards of runs or checkpoints.")
+    parser = make_parser(prog, "Write the model cards of runs or checkpoints.", "runs/NAME", "runs/NAME --out card.md")
     parser.add_argument("targets", type=Path, nargs="+", metavar="RUN_OR_CHECKPOINT", help="run or model folders")
     parser.add_argument("--repo", metavar="ORG/NAME", help="where the model will be on the Hub")
     parser.add_argument("--out", type=Path, help="file to write; README.md in the checkpoint when left out")
     parser.add_argument("--force", action="store_true", help="replace a README.md that is not from this command")
-    add_card_arguments(parser)
+    add_card_arguments(more_options(parser))
     return parser.parse_args(argv)
 
 

@@ -7,7 +7,7 @@ from periln.runkit.errors import UsageError, make_parser
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m model_cards.zoo") -> argparse.Namespace:
-    parser = make_parser(prog, "Write an index page of local checkpoints (HTML and Markdown).")
+    parser = make_parser(prog, "Write an index page of local checkpoints (HTML and Markdown).", "runs/ --out zoo/")
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders with runs or models")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for zoo.html and zoo.md")
     return parser.parse_args(argv)

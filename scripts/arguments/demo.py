@@ -11,12 +11,17 @@ HUB_LIMIT = 100  # items a task, where --hub is given without --limit
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m scripts.demo") -> argparse.Namespace:
-    parser = make_parser(prog, "Post-LN, Pre-LN and Peri-LN side by side, in FP16, to a report.")
+    parser = make_parser(
+        prog,
+        "Train Post-LN, Pre-LN and Peri-LN models side by side in FP16, evaluate them, and write a report.",
+        "--out runs/demo",
+        "--out runs/mine --text my_texts/ --placements pre,peri,output",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo")
     parser.add_argument("--recipe", type=Path, help="demo recipe; scripts/recipes/demo.yaml, or the folder's own")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the recipe's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="the recipe's when left out")
     parser.add_argument("--text", metavar="PATH", help="folder of .txt/.jsonl/.parquet in place of the recipe's text")
-    parser.add_argument("--placements", metavar="A,B,...", help="placements to compare; default: the recipe's")
+    parser.add_argument("--placements", metavar="A,B,...", help="placements to compare; the recipe's when left out")
     parser.add_argument("--hub", action="store_true", help="the real lm-eval tasks and the real GAIR/lima")
     parser.add_argument("--limit", type=int, metavar="N", help=f"items a task, 0 for all; {HUB_LIMIT} with --hub")
     return parser.parse_args(argv)

@@ -9,7 +9,9 @@ from periln.scripts.gpus import GPUS
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m scripts.plan") -> argparse.Namespace:
-    parser = make_parser(prog, "Parameters, FLOPs, memory, time and exports of a recipe.")
+    parser = make_parser(
+        prog, "Plan a recipe's parameters, FLOPs, memory, time and exports.", "RECIPE.yaml --gpus 8 --gpu h100"
+    )
     parser.add_argument("recipe", type=Path, help="recipe (YAML)")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="change the recipe"

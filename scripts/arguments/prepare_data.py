@@ -4,10 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
-from periln.runkit.errors import UsageError, did_you_mean, make_parser
-from periln.scripts.sources import HUB, INSTALLED
+from periln.runkit.errors import UsageError, did_you_mean, make_parser, more_options
+from periln.scripts.data.sources import BPE, HUB, INSTALLED
 
-BPE = "bpe"  # the tokenizer that is trained on the text
 CL100K = "cl100k_base"
 DEFAULT_SOURCE = HUB + "mlfoundations/dclm-baseline-1.0"
 SAVE_SECONDS = 20.0
@@ -23,30 +22,40 @@ def whole_number(text: str) -> int:
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m scripts.prepare_data") -> argparse.Namespace:
-    parser = make_parser(prog, "Text to a tokenizer and token shards.")
+    parser = make_parser(
+        prog,
+        "Turn text into a tokenizer and token shards, the data of a pretraining.",
+        "--source my_texts/ --out data/mine",
+        "--source hf:mlfoundations/dclm-baseline-1.0 --tokenizer cl100k_base --max-tokens 31e9 --out data/dclm-cl100k",
+        "--verify --out data/mine",
+    )
     add = parser.add_argument
     add("--source", default=DEFAULT_SOURCE, help=f"'{INSTALLED}', a file or folder of text, or {HUB}DATASET")
     add("--out", type=Path, required=True, help="data folder to write")
+    add("--tokenizer", default=BPE, help=f"'{BPE}' (trained on the text), {CL100K}, a folder or Hub id")
+    add("--vocab-size", type=whole_number, help=f"entries of the {BPE} (default there: 2048)")
+    add("--max-tokens", type=whole_number, help="end with the document that reaches so many tokens; 8e9, say")
+    add("--verify", action="store_true", help="only compare the shards in --out with the hashes in their index")
+    add = more_options(parser).add_argument
     add("--dataset-config", help="configuration of the Hub dataset")
     add("--split", default="train", help="split of the Hub dataset")
     add("--revision", help="commit, tag or branch of the Hub dataset")
     add("--text-column", default="text", help="where the text stands, in .jsonl, .parquet and datasets")
-    add("--tokenizer", default=BPE, help=f"'{BPE}' (trained on the text), {CL100K}, a folder or Hub id")
     add("--tokenizer-revision", help="commit, tag or branch of a Hub tokenizer")
     add("--tiktoken-file", help="rank file (.tiktoken), instead of the one that tiktoken loads")
-    add("--vocab-size", type=whole_number, help=f"entries of the {BPE} (default there: 2048)")
     add("--sample-bytes", type=whole_number, default=1 << 26, help=f"text from which the {BPE} is trained")
     add("--context", type=whole_number, help="the tokenizer's model_max_length (512 for the BPE)")
     add("--max-bytes", type=whole_number, help=f"read at most so much text (8 MB of {INSTALLED})")
-    add("--max-tokens", type=whole_number, help="end with the document that reaches so many tokens; 8e9, say")
     add("--heldout-share", type=float, default=0.02, help="share of documents held out")
     add("--heldout-documents", type=whole_number, help="hold out so many documents at most")
     add("--max-document-bytes", type=whole_number, help="skip longer documents")
     add("--shard-tokens", type=whole_number, default=1 << 27, help="tokens in a shard")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="tokenizing processes")
+    add("--workers", type=int, help="tokenizing processes; one for each core when left out")
     add("--save-seconds", type=float, default=SAVE_SECONDS, help="a kill costs at most so much work")
-    add("--verify", action="store_true", help="only compare the shards in --out with the hashes in their index")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.workers is None:
+        args.workers = len(os.sched_getaffinity(0))
+    return args
 
 
 def check(args: argparse.Namespace) -> None:

@@ -8,7 +8,12 @@ from periln.runkit.recipes import read_yaml
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m scripts.pretrain") -> argparse.Namespace:
-    parser = make_parser(prog, "Pretrain the runs that recipes describe, one after another.")
+    parser = make_parser(
+        prog,
+        "Pretrain the runs that recipes describe, one after another; a run that was stopped resumes.",
+        "--config RECIPE.yaml",
+        "--config RECIPE.yaml --set optimizer.learning_rate=1e-3 seed=2",
+    )
     parser.add_argument("--config", type=Path, nargs="+", action="extend", required=True, help="recipes (YAML)")
     more = "recipe fields of all of them, such as seed=2 optimizer.learning_rate=1e-3"
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=more)

@@ -4,11 +4,13 @@ import argparse
 from pathlib import Path
 
 from periln.model_cards.arguments.render import add_card_arguments
-from periln.runkit.errors import UsageError, make_parser
+from periln.runkit.errors import UsageError, make_parser, more_options
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m scripts.push") -> argparse.Namespace:
-    parser = make_parser(prog, "Send a run's checkpoint, with its card and records, to the Hub.")
+    parser = make_parser(
+        prog, "Send a run's checkpoint, with its card and records, to the Hub.", "runs/NAME --repo ORG/NAME --dry-run"
+    )
     parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder or model folder")
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="repository; created if it is not there")
     parser.add_argument("--private", action="store_true", help="create it private; an existing public one is refused")
@@ -19,7 +21,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m scripts.push") -
     )
     parser.add_argument("--dry-run", action="store_true", help="list every file with its size; needs no network")
     parser.add_argument("--force", action="store_true", help="send a diverged run all the same")
-    add_card_arguments(parser)
+    add_card_arguments(more_options(parser))
     return parser.parse_args(argv)
 
 

@@ -8,8 +8,14 @@ from periln.runkit.recipes import read_yaml
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m scripts.sweep") -> argparse.Namespace:
-    parser = make_parser(prog, "Placements x learning rates x seeds, from one YAML.")
-    parser.add_argument("verb", choices=("plan", "run", "status", "table"), help="what to do")
+    parser = make_parser(
+        prog,
+        "Run placements x learning rates x seeds from one YAML, and compare them.",
+        "plan SWEEP.yaml",
+        "run SWEEP.yaml --jobs 2",
+        "table SWEEP.yaml --best",
+    )
+    parser.add_argument("verb", choices=("plan", "run", "status", "table"), help="what to do; plan trains nothing")
     parser.add_argument("sweep", type=Path, help="sweep (YAML): a recipe with a grid")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder in which the sweep's folder stands")
     parser.add_argument("--jobs", type=int, default=1, help="run: cells at a time")

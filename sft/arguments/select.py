@@ -4,15 +4,16 @@ import argparse
 from pathlib import Path
 
 from periln.runkit.errors import UsageError, make_parser
+from periln.runkit.tasks import SUITES
 
 TASKS = {
     "hub": ("openbookqa", "commonsense_qa", "rte", "mnli"),
-    "mini": ("mini_arc_easy", "mini_hellaswag", "mini_piqa", "mini_social_iqa", "mini_winogrande"),
+    "mini": SUITES["mini"],
 }
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m sft.select") -> argparse.Namespace:
-    parser = make_parser(prog, "Choose a fine-tuning's epoch, and evaluate it.")
+    parser = make_parser(prog, "Choose a fine-tuning's epoch, and evaluate it.", "runs/NAME/sft")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="fine-tuning runs, or runs that hold one")
     parser.add_argument(
         "--suite", default="hub", choices=tuple(TASKS), help="the four real tasks, or our own small ones"

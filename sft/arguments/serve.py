@@ -10,7 +10,11 @@ def parse(argv: list[str] | None = None, prog: str = "python -m sft.serve") -> a
     """Every word is handed on to `transformers serve`; `--debug` is read here as well."""
     words = sys.argv[1:] if argv is None else argv
     if words in (["-h"], ["--help"]):
-        parser = make_parser(prog, "Serve a fine-tuned checkpoint with `transformers serve`.")
+        parser = make_parser(
+            prog,
+            "Serve a fine-tuned checkpoint with `transformers serve`.",
+            "runs/NAME/sft/checkpoints/step_00000120 --port 8000",
+        )
         parser.usage = f"{prog} CHECKPOINT [OPTION ...]"
         parser.epilog = "All other options are those of `transformers serve`: `transformers serve --help` lists them."
         parser.parse_args(words)

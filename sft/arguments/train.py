@@ -10,8 +10,19 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m sft.train") -> argparse.Namespace:
-    parser = make_parser(prog, "Supervised fine-tuning on LIMA-format conversations.")
-    parser.add_argument("--config", type=Path, default=RECIPES / "lima.yaml", help="recipe (YAML)")
+    parser = make_parser(
+        prog,
+        "Fine-tune on LIMA-format conversations.",
+        "--model runs/NAME",
+        "--model runs/NAME --peft --merge",
+        "--show-labels 2 --model runs/NAME",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=RECIPES / "lima.yaml",
+        help="recipe (YAML); the paper's protocol, lima.yaml, when left out",
+    )
     parser.add_argument("--model", type=Path, nargs="+", action="extend", default=[], help="run or checkpoint folders")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="change the recipe"

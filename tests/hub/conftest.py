@@ -8,7 +8,8 @@ import pytest
 from local_hub import LocalHub
 
 from periln.runkit.errors import run_command
-from periln.scripts import push
+from periln.scripts.arguments.push import parse
+from periln.scripts.push import command as push
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def pushed(capsys):
     """Push in this process: (exit code, what was printed, what was said of an error)."""
 
     def call(*words: object) -> tuple[int, str, str]:
-        code = run_command(push.main, push.parse([str(word) for word in words]))
+        code = run_command(push.main, parse([str(word) for word in words]))
         said = capsys.readouterr()
         return code, said.out, said.err
 

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from periln.runkit.errors import run_command
-from periln.scripts import push
+from periln.scripts.arguments.push import parse
+from periln.scripts.push import command as push
 
 pytestmark = pytest.mark.slow
 ROOT, TESTS = Path(__file__).resolve().parents[2], Path(__file__).resolve().parent
@@ -48,7 +49,7 @@ def load(python: Path, kind: str, hub, folder: Path, others: tuple[str, ...] = (
 @pytest.fixture(scope="module")
 def both(hub, run, tmp_path_factory):
     """What our command and the libraries' methods pushed, loaded in the second environment and in this one."""
-    assert run_command(push.main, push.parse([str(run), "--repo", REPO, "--all-checkpoints"])) == 0
+    assert run_command(push.main, parse([str(run), "--repo", REPO, "--all-checkpoints"])) == 0
     work = tmp_path_factory.mktemp("plain")
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     process([sys.executable, TESTS / "plain_pushes.py", work], hub, work, PYTHONPATH=path, HF_TOKEN=hub.token)

@@ -261,7 +261,7 @@ def test_a_wrong_token_is_one_sentence_that_does_not_show_it(hub, run, pushed, m
     assert code == 1 and "does not accept the token (401)" in err and len(err.strip().splitlines()) == 1
     assert "hf_wrong_and_secret" not in out + err
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr("periln.scripts.push.get_token", lambda: None)
+    monkeypatch.setattr("periln.scripts.push.command.get_token", lambda: None)
     code, _, err = pushed(run, "--repo", "acme/token")
     assert code == 1 and "no access token" in err
 

@@ -74,6 +74,16 @@ def test_the_mini_sets_stand_in_the_text_and_not_in_the_metadata(tmp_path):
     card = ModelCard(render_card(find_subject(run)))
     assert card.data.eval_results is None
     assert "mini_arc_easy | acc | 30.00" in card.text and "compare with nobody else's" in card.text
+    minis = ",".join(f"mini_{t}" for t in hub_run.HUB_TASKS)
+    assert f"periln benchmarks ORG/NAME --tasks {minis} --trust-remote-code" in card.text
+
+
+def test_how_to_evaluate_names_the_tasks_that_the_scores_are_of(tmp_path):
+    run = hub_run.write_run(tmp_path)
+    (run / "eval" / "benchmarks-hub.json").unlink()
+    hub_run.write_scores(run, tasks=("piqa", "winogrande"), file="two")
+    text = render_card(find_subject(run))
+    assert "--tasks piqa,winogrande --batch_size 16" in text and "periln benchmarks" not in text
 
 
 def test_of_two_records_of_a_task_the_one_with_more_items_counts(tmp_path):
@@ -139,6 +149,17 @@ def test_each_checkpoint_has_the_benchs_sentences_on_itself(tmp_path):
     entries.pop(0)
     hub_run.write_json(run / "eval" / "stability" / "stability.json", whole)
     assert "The largest" not in section(ModelCard(render_card(find_subject(run, 4))), "FP16")
+
+
+def test_the_number_formats_are_those_of_the_checkpoint(tmp_path):
+    run = hub_run.write_run(tmp_path)
+    row = "| Cheapest number formats within 1% of FP32's loss (emulated) | "
+    assert f"{row}not measured |" in render_card(find_subject(run))
+    file = run / "eval" / "formats" / "step_00000008" / "formats.json"
+    file.parent.mkdir(parents=True)
+    hub_run.write_json(file, {"cheapest": {"weights": "INT8 per row", "stream": None}})
+    assert f"{row}weights: INT8 per row; stream: none of those measured |" in render_card(find_subject(run))
+    assert f"{row}not measured |" in render_card(find_subject(run, 4))
 
 
 def test_an_overflow_is_said_wherever_it_was_recorded(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny_models import random_ids, shaken_model, tiny_config
 from torch import nn
-from transformers import LlamaConfig, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.modelcard import TrainingSummary
 
 from modeling_periln import (
@@ -86,6 +86,31 @@ def test_label_smoothing_shifts_the_labels(wrapper, placement, tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-4)  # the log has four decimals
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["by the Trainer", "before", "with an adapter"])
+def test_label_smoothing_shifts_the_labels_of_a_compiled_model(how, tmp_path):
+    """torch.compile puts the model into a wrapper with a name of its own."""
+    model = shaken_model() if how != "with an adapter" else WRAPPERS["lora"](shaken_model())
+    with torch.no_grad():
+        expected = smoothed_loss(model.eval()(input_ids=IDS).logits, LABELS)
+    if how == "before":
+        trainer = trainer_of(
+            torch.compile(model, backend="eager"), tmp_path, remove_unused_columns=False, label_names=["labels"]
+        )
+    else:
+        trainer = trainer_of(model, tmp_path, torch_compile=True, torch_compile_backend="eager")
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_compiled_models_of_others_and_other_heads_keep_their_names():
+    config = LlamaConfig(vocab_size=61, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+    assert torch.compile(LlamaForCausalLM(config))._get_name() == "OptimizedModule"
+    assert torch.compile(nn.Linear(2, 2))._get_name() == "OptimizedModule"
+    head = PeriLlamaForTokenClassification(tiny_config(num_labels=3))
+    assert torch.compile(head)._get_name() == "PeriLlamaForTokenClassification"  # whose labels are not shifted
 
 
 def test_without_smoothing_the_reference_is_the_models_own_loss():
@@ -175,6 +200,7 @@ except ModuleNotFoundError:
 else:
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     losses["lora"] = loss_of(get_peft_model(load(), lora))  # as it is initialized it changes nothing
+losses["compiled"] = loss_of(torch.compile(load(), backend="eager"))
 init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 sharded = load()
 fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))

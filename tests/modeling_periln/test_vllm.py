@@ -1,6 +1,7 @@
 """A real engine: vLLM, on a CPU in FP32, gives the greedy tokens that Transformers gives.
 
-It has an interpreter of its own (`make test-vllm VLLM_PYTHON=/path/to/its/python`; how to install it is in README.md).
+It has an interpreter of its own (`make test-vllm VLLM_PYTHON=/path/to/its/python`; docs/how-to/convert-and-serve.md
+says how to install it).
 Checkpoints as they are go through its Transformers backend, as remote code; exports run as its own architectures.
 """
 

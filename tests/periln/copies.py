@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("eval", "model_cards", "modeling_periln", "periln", "runkit", "scripts", "sft")
-BUILT_FROM = (*FOLDERS, "docs", "tests")
+BUILT_FROM = (*FOLDERS, "docs", "examples", "tests")
 
 
 def copy_to(folder: Path, *names: str) -> Path:

@@ -92,14 +92,14 @@ import multiprocessing
 import sys
 
 from periln.start import start
-from periln.scripts.sources import Document
+from periln.scripts.data.sources import Document
 
 if __name__ == "__main__":
     sys.exit(start("scripts.spawns", lambda argv: __import__("argparse").Namespace(debug=True), lambda args: None))
 
 def work(document):
-    import periln, scripts.sources
-    same = type(document) is scripts.sources.Document is sys.modules["periln.scripts.sources"].Document
+    import periln, scripts.data.sources
+    same = type(document) is scripts.data.sources.Document is sys.modules["periln.scripts.data.sources"].Document
     return same, periln.__file__, document.name
 
 def main(args):

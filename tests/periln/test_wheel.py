@@ -74,7 +74,14 @@ def test_the_wheel_holds_the_family_and_the_stages_and_no_other_name(built):
 def test_the_sdist_holds_what_builds_and_tests_it(built):
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"Makefile", "constraints.txt", "setup.py", "docs/demo_fp16_headroom.png", "LICENSE"} <= names
+    assert {
+        "Makefile",
+        "constraints.txt",
+        "setup.py",
+        "docs/images/demo-fp16-headroom.png",
+        "mkdocs.yml",
+        "LICENSE",
+    } <= names
     for file in (ROOT / "tests").rglob("*.py"):
         assert str(file.relative_to(ROOT)) in names
 
@@ -89,6 +96,10 @@ def test_the_index_page_is_sound(built):
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
     assert pictures and all(picture.startswith(urls["Repository"] + "/raw/") for picture in pictures)
+    links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#]*)", text.partition("\n\n")[2])
+    inside = [link.removeprefix(urls["Repository"] + "/blob/main/") for link in links if "/blob/main/" in link]
+    assert inside and all((ROOT / path).exists() for path in inside)
+    assert all(link.startswith("https://") for link in links if link)
     metadata = email.message_from_string(text)
     assert f"Repository, {urls['Repository']}" in metadata.get_all("Project-URL")
     assert "Typing :: Typed" in metadata.get_all("Classifier")

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from periln.runkit import encoding
 from periln.runkit.encoding import TextEncoder, added_around, before_text, begin_documents_with
-from periln.scripts.tokenization import SPLIT_PATTERN, TIKTOKEN
+from periln.scripts.data.tokenization import SPLIT_PATTERN, TIKTOKEN
 
 WORDS = ["the", "cat's", "hat,", "they'll", "1234567", "naïve", "café", "東京", "🙂🙂", "---", "==", "e\u0301", "x1y2"]
 SPECIAL = ["<s>", "</s>", "<pad>"]

@@ -30,6 +30,7 @@ COMMANDS = {
     "eval.tables": [MISSING],
     "eval.figures": ["all", MISSING, "--out", OUT],
     "eval.fp16": [MISSING, OUT],
+    "eval.formats": [MISSING, "--out", OUT],
     "eval.bounds": [MISSING, "--out", OUT],
     "eval.evaluate": [MISSING],
     "eval.stability": [MISSING],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from periln.eval.stability.moments import Moments
-from periln.runkit.number_format import BF16, FORMATS, FP8_E4M3, FP16
+from periln.runkit.number_format import ALL_FORMATS, BF16, FORMATS, FP8_E4M3, FP16
 
 
 @pytest.mark.parametrize("row", FORMATS.values(), ids=str)
@@ -14,6 +14,25 @@ def test_a_row_is_what_torch_says(row):
     info = torch.finfo(getattr(torch, row.dtype))
     assert (row.largest, row.smallest_normal) == (info.max, info.smallest_normal)
     assert row.unit_roundoff == info.eps / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "smallest", "below_largest"),
+    [
+        ("FP16", 2.0**-24, 65472.0),
+        ("FP8 E4M3", 2.0**-9, 416.0),
+        ("FP8 E5M2", 2.0**-16, 49152.0),
+        ("FP4 E2M1", 0.5, 4.0),
+        ("MXFP8", 2.0**-9, 416.0),
+        ("MXFP4", 0.5, 4.0),
+        ("NVFP4", 0.5, 4.0),
+        ("INT8", 1.0, 126.0),
+        ("INT4", 1.0, 6.0),
+    ],
+)
+def test_the_ends_of_a_format(name, smallest, below_largest):
+    row = ALL_FORMATS[name]
+    assert (row.smallest, row.largest - row.largest_step) == (smallest, below_largest)
 
 
 def test_headroom_counts_bits_and_is_minus_infinity_for_what_overflowed():

@@ -13,7 +13,7 @@ from periln.model_cards import facts
 from periln.model_cards.subject import Subject
 from periln.runkit.folder import RunFolder, write_text
 from periln.runkit.steps import STEP_FIELDS, StepRecord, final_loss
-from periln.scripts import sweep_table
+from periln.scripts.sweep import table as sweep_table
 
 LOSSES = [3.0] * 17 + [2.0, None, 1.0]  # the last tenth: None and 1.0
 STEP = {

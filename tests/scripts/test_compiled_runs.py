@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from periln.runkit.folder import RunFolder, weights_hash
 from periln.scripts.pretrain import load_recipe
-from periln.scripts.trainer import Trainer
+from periln.scripts.training.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate", "fresh_compiler")]
 

@@ -16,8 +16,9 @@ from tiny import ROOT, command, make_data, run, timeless
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import RunFolder, weights_hash
 from periln.runkit.recipes import dump_yaml, read_yaml
-from periln.scripts import demo
-from periln.scripts.demo_recipe import DemoRecipe
+from periln.scripts.arguments.demo import parse
+from periln.scripts.demo import command as demo
+from periln.scripts.demo.recipe import DemoRecipe
 
 
 def tiny_recipe(folder, **more):
@@ -55,7 +56,7 @@ def tiny_recipe(folder, **more):
 
 
 def resolve(tmp_path, *flags):
-    return demo.resolve_recipe(demo.parse(["--out", str(tmp_path / "out"), *map(str, flags)]))
+    return demo.resolve_recipe(parse(["--out", str(tmp_path / "out"), *map(str, flags)]))
 
 
 def keep(tmp_path, recipe):
@@ -274,9 +275,7 @@ def test_a_finished_demo_started_again_computes_nothing(finished):
 @pytest.mark.slow
 def test_a_stage_with_one_run_unfinished_is_not_passed_over(finished):
     out = finished[0] / "out"
-    by_title = {
-        stage.title: stage for stage in demo.plan_stages(demo.resolve_recipe(demo.parse(["--out", str(out)])), out)
-    }
+    by_title = {stage.title: stage for stage in demo.plan_stages(demo.resolve_recipe(parse(["--out", str(out)])), out)}
     trained, tuned = by_title["pretraining in FP16"], by_title["fine-tuning in FP16"]
     assert trained.finished and tuned.finished
     for stage in (trained, tuned):
@@ -364,7 +363,7 @@ def test_hub_mode_runs_the_unmodified_tasks_and_lima_from_a_hub(tmp_path):
 def test_cuda_without_a_device_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UsageError, match="device: cuda was asked for"):
-        demo.main(demo.parse(["--out", str(tmp_path / "out"), "--device", "cuda"]))
+        demo.main(parse(["--out", str(tmp_path / "out"), "--device", "cuda"]))
     assert not (tmp_path / "out").exists()
 
 

@@ -11,10 +11,11 @@ from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from modeling_periln.loss import chunked_losses
 from periln.runkit.errors import UsageError
 from periln.runkit.recipes import dump_yaml, from_mapping
-from periln.scripts import plan
+from periln.scripts.arguments.plan import parse
 from periln.scripts.costs import count_parameters, flops_per_token
-from periln.scripts.memory import CHUNK_TOKENS, moments, peak, situation
-from periln.scripts.memory_meter import LiveTensors, measure_step
+from periln.scripts.plan import command as plan
+from periln.scripts.plan.memory import CHUNK_TOKENS, moments, peak, situation
+from periln.scripts.plan.memory_meter import LiveTensors, measure_step
 from periln.scripts.recipe import Recipe
 
 SIZES = {
@@ -108,6 +109,8 @@ CASES = [
     {"mode": "fp16", "stream": "float32", "model": {"norm_type": "layernorm"}},
     {"mode": "fp32", "document_masking": True},
     {"mode": "fp16", "optimizer": {"z_loss": 1e-4}},
+    WIDE | {"mode": "fp32", "optimizer": {"name": "muon"}},
+    {"mode": "fp16", "optimizer": {"name": "muon"}},
 ]  # fmt: skip
 
 
@@ -131,7 +134,7 @@ def test_every_moment_can_be_the_peak():
     few = {"model": {"vocab_size": 60, "hidden_size": 64}, "batch_size": 1, "sequence_length": 100}
     table = {"model": {"vocab_size": 5000}, "batch_size": 1, "sequence_length": 8}
     of = {"softmax": TALL, "last layer": LONG, "first layer": few | {"activation_checkpointing": True}}
-    of |= {"embedding": table}
+    of |= {"embedding": table, "the update": WIDE | {"optimizer": {"name": "muon"}, "sequence_length": 1}}
     for name, fields in of.items():
         recipe = make_recipe(**fields)
         assert name in peak(recipe.model_config(), situation(recipe, device="cpu")).name
@@ -147,7 +150,7 @@ def test_engines_share_out_what_they_share_out():
     )
     for parts, share in ((single, 1), (ddp, 1), (fsdp2, 8)):
         assert parts["weights (FP32)"] == parts["gradients (FP32)"] == total / share
-        assert parts["AdamW moments (FP32)"] == 2 * total / share
+        assert parts["state of adamw (FP32)"] == 2 * total / share
         assert ("all-gather buffers (FSDP2)" in parts) == (share == 8)
 
 
@@ -168,7 +171,7 @@ def run(capsys, recipe: Recipe, folder, *words: str) -> str:
 
     file = folder / "r.yaml"
     file.write_text(dump_yaml(to_mapping(recipe)))
-    plan.main(plan.parse([str(file), *words]))
+    plan.main(parse([str(file), *words]))
     return capsys.readouterr().out
 
 

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from periln.runkit.errors import UsageError, UserError
 from periln.scripts import prepare_data
-from periln.scripts.data import TokenData
+from periln.scripts.data.token_data import TokenData
 from periln.scripts.prepare_data import prepare
 
 SMALL = {"vocab_size": 300, "heldout_share": 0.02, "context": 64, "shard_tokens": 20_000}
@@ -116,7 +116,7 @@ def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(text, und
     assert not work_folders(out)
 
 
-@pytest.mark.parametrize("place", ["write_json", "_publish"])
+@pytest.mark.parametrize("place", ["write_json", "publish"])
 def test_a_kill_at_any_commit_loses_and_repeats_nothing(text, undisturbed, tmp_path, monkeypatch, place):
     out, real, stops = tmp_path / "data", getattr(prepare_data, place), 0
 
@@ -269,7 +269,7 @@ def test_a_column_that_a_dataset_has_not_is_named_with_those_it_has(tmp_path):
 def test_two_preparations_of_one_folder_do_not_meet(text, tmp_path):
     options = prepare_data.Options(str(text.resolve()), 300, None, 0.02, 64, shard_tokens=20_000)
     message = "data is being prepared by another process"
-    with prepare_data._work_folder(tmp_path / "data", options), pytest.raises(UserError, match=message):
+    with prepare_data.work_folder(tmp_path / "data", options), pytest.raises(UserError, match=message):
         prepare(str(text), tmp_path / "data", **SMALL)
 
 

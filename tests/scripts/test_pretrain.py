@@ -20,7 +20,7 @@ from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import RunFolder, weights_hash
 from periln.scripts import pretrain
 from periln.scripts.pretrain import load_recipe
-from periln.scripts.trainer import Trainer, resolved_config
+from periln.scripts.training.trainer import Trainer, resolved_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 

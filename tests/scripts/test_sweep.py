@@ -17,10 +17,11 @@ from periln.runkit.errors import StoppedBySignal, UsageError, UserError, run_com
 from periln.runkit.folder import RunFolder
 from periln.runkit.process import StopRequest
 from periln.runkit.recipes import dump_yaml, read_yaml
-from periln.scripts import sweep as command
-from periln.scripts.sweep_cells import Sweep, load_sweep
-from periln.scripts.sweep_run import Way, run_sweep
-from periln.scripts.sweep_table import best_rates, describe_best, frame_of, markdown, summarize, write_tables
+from periln.scripts.arguments.sweep import parse
+from periln.scripts.sweep import command as command
+from periln.scripts.sweep.cells import Sweep, load_sweep
+from periln.scripts.sweep.run import Way, run_sweep
+from periln.scripts.sweep.table import best_rates, describe_best, frame_of, markdown, summarize, write_tables
 
 SHIPPED = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "sweeps"
 BASE = {
@@ -100,7 +101,7 @@ def test_what_does_not_decide_a_cell_may_change_and_is_told_once(tmp_path):
 def test_no_cell_is_run_and_no_folder_made_where_the_data_are_missing_or_others(tmp_path, capsys):
     file = write_sweep(tmp_path, {"seed": [1, 2]}, data=str(tmp_path / "nowhere"))
     words = ["run", str(file), "--runs", str(tmp_path / "runs")]
-    assert run_command(command.main, command.parse(words)) == 2
+    assert run_command(command.main, parse(words)) == 2
     assert "cell seed1: data: " in capsys.readouterr().err and not (tmp_path / "runs").exists()
     sweep = make_sweep(tmp_path, {"seed": [1, 2]}, data=str(make_data(tmp_path)), model={"vocab_size": 300})
     sweep.check_data()
@@ -356,14 +357,14 @@ def test_a_sweep_trains_its_cells_and_tells_of_them(tmp_path, capsys):
     grid = {"model.norm_placement": ["pre", "peri"], "seed": [1]}
     file = write_sweep(tmp_path, grid, data=str(data), steps=4, device="cpu", checkpoint_every=2)
     words = [str(file), "--runs", str(tmp_path / "runs"), "--threads", "1"]
-    command.main(command.parse(["run", *words, "--jobs", "2", "--retries", "0"]))
-    command.main(command.parse(["table", *words]))
-    command.main(command.parse(["table", *words, "--best"]))
+    command.main(parse(["run", *words, "--jobs", "2", "--retries", "0"]))
+    command.main(parse(["table", *words]))
+    command.main(parse(["table", *words, "--best"]))
     shown = capsys.readouterr().out
     assert "[2/2]" in shown and "| peri | 0.002 | 1 of 1 |" in shown and "peri: learning rate 0.002" in shown
     sweep = load_sweep(file, tmp_path / "runs")
     assert [(cell.state, len(cell.run.metrics())) for cell in sweep.cells] == [("completed", 4)] * 2
     before = [cell.run.metrics_path.stat().st_mtime_ns for cell in sweep.cells]
-    command.main(command.parse(["run", *words]))
+    command.main(parse(["run", *words]))
     assert "2 of 2 cells are finished already" in capsys.readouterr().out
     assert [cell.run.metrics_path.stat().st_mtime_ns for cell in sweep.cells] == before

@@ -14,8 +14,8 @@ from periln.eval.texts.windows import make_windows
 from periln.runkit.control_tokens import JOINER, ROLES, check_control_tokens, control_tokens, ignores_joiners
 from periln.runkit.encoding import text_ids
 from periln.runkit.errors import UserError
-from periln.scripts.encoders import Encoder
-from periln.scripts.tokenization import TIKTOKEN, convert_tiktoken, train_tokenizer
+from periln.scripts.data.encoders import Encoder
+from periln.scripts.data.tokenization import TIKTOKEN, convert_tiktoken, train_tokenizer
 from periln.sft.chat_template import CHAT_TEMPLATE, chat_template, template_for
 from periln.sft.conversations import Conversations, check_messages
 from periln.sft.tokens import chat_tokenizer, tokenize
@@ -134,7 +134,7 @@ def test_added_tokens_of_any_spelling_are_kept_out():
 )
 def test_a_token_that_content_could_become_all_the_same_is_refused(tmp_path, token, message):
     tokenizer = bpe()
-    tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=token == "Q")])
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):
         chat_tokenizer(tmp_path)

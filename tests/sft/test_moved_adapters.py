@@ -6,14 +6,18 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
+from peft import AutoPeftModelForCausalLM
 from small import make_run, timeless, tune, write_recipe
 
+from modeling_periln.convert import main as convert
+from periln.runkit.checkpoints import damage_of
 from periln.runkit.errors import UserError
 from periln.runkit.folder import RunFolder, read_json, weights_hash, write_text
 from periln.runkit.recipes import dump_yaml
 from periln.sft import trainer
-from periln.sft.base import base_of
+from periln.sft.base import base_of, load_float32
 from periln.sft.lora import merge
 
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
@@ -68,6 +72,23 @@ def test_a_moved_run_keeps_its_adapters_base_and_resumes_to_the_bit(tmp_path, mo
     assert not Path(read_json(adapter / "adapter_config.json")["base_model_name_or_path"]).exists()
     assert read_json(adapter / "base.json")["path"] == "../../../checkpoints/step_00000001"
     assert base_of(adapter) == moved.checkpoints()[-1].resolve()
+    # PEFT's own classes look nowhere else than in adapter_config.json: a resume, or one command, names the base there.
+    written = read_json(tuned.checkpoints()[-1] / "adapter_config.json")["base_model_name_or_path"]
+    assert Path(written) == moved.checkpoints()[-1].resolve()
+    with pytest.raises(Exception, match="before"):
+        AutoPeftModelForCausalLM.from_pretrained(adapter)
+    before = {file.name: file.read_bytes() for file in adapter.iterdir() if file.is_file()}
+    monkeypatch.chdir(adapter)
+    assert convert(["--refresh-code", "."]) == 0
+    assert capsys.readouterr().out == ".: adapter_config.json, manifest.json replaced\n"
+    assert convert(["--refresh-code", str(adapter)]) == 0
+    assert "names its base by the right path already" in capsys.readouterr().out
+    after = {file.name: file.read_bytes() for file in adapter.iterdir() if file.is_file()}
+    assert {name for name in before if before[name] != after[name]} == {"adapter_config.json", "manifest.json"}
+    assert after.keys() == before.keys() and damage_of(adapter) is None
+    ids = torch.arange(3, 11)[None]
+    stock = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()(input_ids=ids).logits
+    assert torch.equal(stock, load_float32(tuned.checkpoints()[-1]).eval()(input_ids=ids).logits)
     merge(adapter, tmp_path / "merged")
     assert weights_hash(tmp_path / "merged") == weights_hash(tuned.path / "merged" / tuned.checkpoints()[-1].name)
     shutil.copytree(make_run(tmp_path, "pre").checkpoints()[-1], moved.checkpoints()[-1], dirs_exist_ok=True)

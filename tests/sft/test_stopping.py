@@ -119,7 +119,7 @@ def test_modules_are_trained_whole_beside_the_adapter(pretrained, tmp_path):
 
 @pytest.mark.slow
 def test_trls_own_trainer_leaves_a_model_that_stops(pretrained, tmp_path):
-    """As the README's `trl sft`: the base as it is, and the file of our chat template."""
+    """As the documentation's `trl sft`: the base as it is, and the file of our chat template."""
     checkpoint, file = pretrained.checkpoints()[-1], pretrained.path.parent / "talk.jsonl"
     (tmp_path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     rows = [json.loads(line)["conversations"] for line in file.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""`trl sft` as the README writes it: it asks nothing, and trains the checkpoint that it is given."""
+"""`trl sft` as docs/how-to/fine-tune.md writes it: it asks nothing, and trains the checkpoint that it is given."""
 
 import os
 import re
@@ -18,18 +18,19 @@ from periln.sft import train
 from periln.sft.conversations import CHAT_TEMPLATE
 
 
-def readme_command(start: str) -> list[str]:
-    """The words of the README's command that begins so, over its continued lines."""
-    found = re.search(rf"^{re.escape(start)}(?:.*\\\n)*.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+def written_command(start: str) -> list[str]:
+    """The words of the page's command that begins so, over its continued lines."""
+    page = (ROOT / "docs" / "how-to" / "fine-tune.md").read_text()
+    found = re.search(rf"^{re.escape(start)}(?:.*\\\n)*.*$", page, re.MULTILINE)
     return shlex.split(found[0].replace("\\\n", " "))
 
 
 @pytest.mark.slow
-def test_the_readmes_command_runs_without_a_question(tmp_path):
+def test_the_command_as_written_runs_without_a_question(tmp_path):
     checkpoint = make_run(tmp_path).checkpoints()[-1]
     tuned = shutil.copytree(checkpoint, tmp_path / "tuned")
     (tuned / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    export = readme_command("python -m sft.train --config sft/recipes/lima.yaml --export-data")
+    export = written_command("python -m sft.train --config sft/recipes/lima.yaml --export-data")
     recipe = tmp_path / "sft.yaml"
     recipe.write_text(f"data: {write_conversations(tmp_path)}\n")
     asked = {"sft/recipes/lima.yaml": str(recipe), "lima/train.jsonl": str(tmp_path / "lima" / "train.jsonl")}
@@ -37,7 +38,7 @@ def test_the_readmes_command_runs_without_a_question(tmp_path):
 
     names = {"CHECKPOINT": checkpoint, "FINE_TUNED_CHECKPOINT": tuned, "OUT": tmp_path / "out"}
     placeholder = re.compile(r"\b(FINE_TUNED_CHECKPOINT|CHECKPOINT|OUT)\b")
-    words = [placeholder.sub(lambda found: str(names[found[0]]), word) for word in readme_command("trl sft")]
+    words = [placeholder.sub(lambda found: str(names[found[0]]), word) for word in written_command("trl sft")]
     few = ["--max_steps", "2", "--learning_rate", "1e-2", "--use_cpu", "--report_to", "none"]
     done = subprocess.run(
         [sys.executable, "-P", "-c", "from trl.cli import main; main()", *words[1:], *few],

@@ -307,6 +307,17 @@ def test_one_run_folder_is_enough(tmp_path):
     assert frames.runs.parent.iloc[1] == "."
 
 
+def test_number_formats_are_told_of_the_newest_checkpoint_that_has_them(tmp_path):
+    run = write_run(tmp_path, "peri")
+    for step, said in ((5, ["old"]), (10, ["The stream in INT8 <loses>.", "\x1b[31mred"])):
+        file = run / "eval" / "formats" / f"step_{step:08d}" / "formats.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"asked": {"samples": 16, "tokens": 256, "step": step}, "said": said}))
+    text = render(load(run), [])
+    assert "Number formats, by emulation in FP32 (16 samples of 256 tokens, step 10):" in text
+    assert "<li>The stream in INT8 &lt;loses&gt;.</li>" in text and "old</li>" not in text and "\x1b" not in text
+
+
 def test_errors_name_the_path(tmp_path):
     with pytest.raises(UserError, match="nowhere is missing"):
         load(tmp_path / "nowhere")

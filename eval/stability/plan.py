@@ -1,0 +1,160 @@
+"""How long a measurement takes and how much memory, said before it starts; and how much of it is done.
+
+The unit is a plain forward pass of one sample, timed on the first one. What a part takes in it was measured on
+SmolLM2-135M and Gemma 3 270M; memory is counted from the sizes of the model.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from periln.eval.structure.anatomy import Anatomy
+from periln.eval.texts.samples import Samples
+
+GIB = 2.0**30
+# Plain passes of a sample that a part takes, for each of its samples.
+PROBED = 1.6
+BACKWARD = 5.0  # streams, a layer at a time forward and backward, sums in FP64
+FP16_FORWARD, FP16_BACKWARD = 1.5, 9.0
+CERTIFICATE = 6.0
+STEPS = 1000  # in which the bar moves
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much is measured; a number of samples of 0 leaves that part out."""
+
+    batch_size: int = 4
+    angles: int | None = None
+    backward_samples: int = 32
+    skip_samples: int = 16
+    fp16_samples: int = 4
+    loss_scale: float = 1.0
+    certificate: bool = False
+
+    def asked(self) -> dict[str, Any]:
+        """What decides the result (the batch size does not)."""
+        return {k: v for k, v in asdict(self).items() if k != "batch_size"}
+
+
+@dataclass
+class Part:
+    """A part of a measurement: its name, the method that does it, and what it takes in plain passes."""
+
+    name: str
+    does: str
+    passes: float
+    tell: Callable[[], None]
+    share: float = 0.0
+
+    def done(self, share: float) -> None:
+        """So much more of it, from 0 to 1."""
+        self.share = min(1.0, self.share + share)
+        self.tell()
+
+    def finish(self) -> None:
+        self.share = 1.0
+        self.tell()
+
+
+@dataclass
+class Plan:
+    """The parts in their order; `seconds` a plain pass of a sample takes, `memory` the largest part of it needs."""
+
+    parts: list[Part] = field(default_factory=list)
+    seconds: float = 0.0
+    memory: int = 0
+
+    @classmethod
+    def of(cls, options: Options, samples: Samples, tell: Callable[["Plan"], None]) -> "Plan":
+        """The parts that the options ask for; `tell` is called each time that more is done."""
+        plan = cls()
+
+        def add(wanted: int, name: str, does: str, passes: float) -> None:
+            if wanted:
+                plan.parts.append(Part(name, does, passes, lambda: tell(plan)))
+
+        o = options
+        add(1, "forward", "forward", PROBED * len(samples.ids))
+        add(o.certificate, "certificate", "certify", CERTIFICATE)
+        add(o.backward_samples, "backward", "backward", BACKWARD * o.backward_samples)
+        add(o.skip_samples, "skipped layers", "skips", float(o.skip_samples))
+        add(o.fp16_samples, "FP16", "in_fp16", (FP16_FORWARD + FP16_BACKWARD) * o.fp16_samples)
+        plan.tell = tell
+        return plan
+
+    @torch.no_grad()
+    def measure(self, anatomy: Anatomy, samples: Samples, staged: bool, in_place: bool) -> None:
+        """Time a plain pass, and count from the model's sizes what depends on them."""
+        ids = samples.ids[:1].to(next(anatomy.model.parameters()).device)
+        anatomy.model(input_ids=ids[:, :16], use_cache=False)  # the first pass reads the weights from disk
+        started = time.perf_counter()
+        anatomy.model(input_ids=ids, use_cache=False)
+        self.seconds = time.perf_counter() - started
+        head = anatomy.lm_head.weight.numel() / sum(p.numel() for p in _matrices(anatomy))
+        for part in self.parts:
+            if part.does == "skips":
+                each = head + (1 - head) / 2 if staged else 1.0
+                part.passes *= anatomy.num_layers * each + 1
+        self.memory = memory(anatomy, samples.ids.shape[1], self.parts, in_place)
+        self.tell(self)
+
+    @property
+    def passes(self) -> float:
+        return sum(part.passes for part in self.parts)
+
+    @property
+    def share(self) -> float:
+        """How much is done, from 0 to 1."""
+        return sum(part.passes * part.share for part in self.parts) / self.passes
+
+    @property
+    def part(self) -> str:
+        """The part at work."""
+        return next((part.name for part in self.parts if part.share < 1), "")
+
+    def said(self) -> str:
+        """What to expect, in a sentence."""
+        return (
+            f"about {duration(self.passes * self.seconds)} ({self.passes:.0f} forward passes of a sample, "
+            f"{self.seconds:.2g} s each) and {self.memory / GIB:.1f} GiB of memory"
+        )
+
+
+def _matrices(anatomy: Anatomy) -> list[torch.nn.Parameter]:
+    """What a forward pass multiplies with: the embedding's rows are only looked up."""
+    inside = {id(p): p for _, layer in anatomy.layers for p in layer.parameters()}
+    return [*inside.values(), anatomy.lm_head.weight]
+
+
+def memory(anatomy: Anatomy, tokens: int, parts: list[Part], in_place: bool) -> int:
+    """Bytes at the peak: the weights, and the largest of what the parts hold beside them."""
+    parameters = list(anatomy.model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    largest = max(p.numel() for p in parameters)
+    logits = 4 * tokens * anatomy.lm_head.weight.shape[0]
+    layer = max(sum(p.numel() for p in layer.parameters()) for _, layer in anatomy.layers)
+    stream = 4 * tokens * anatomy.hidden_size * (anatomy.num_layers + 1)
+    half = sum(p.numel() * 2 for p in parameters)  # once for the weights, once for their gradients
+    beside = {
+        "forward": 4 * (2 * logits + 8 * stream),
+        "certify": 8 * 8 * layer,
+        "backward": 4 * largest + 4 * layer + 4 * logits + 4 * stream,
+        "skips": 3 * logits + stream,
+        "in_fp16": half * (1 if in_place else 2)
+        + 8 * largest
+        + 4 * logits
+        + 16 * stream
+        - (weights if in_place else 0),
+    }
+    return weights + max(beside[part.does] for part in parts)
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `3 min`, `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,1 @@
+"""The study in miniature, end to end."""

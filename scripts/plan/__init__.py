@@ -1,0 +1,1 @@
+"""What a recipe costs: parameters, FLOPs, memory and time, before anything is run."""

@@ -1,0 +1,1 @@
+"""Grids of runs: placements, learning rates and seeds from one YAML file."""

@@ -1,0 +1,1 @@
+"""The trainer: engines, steps, schedules, checkpoints, instruments and trackers."""

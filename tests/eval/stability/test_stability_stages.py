@@ -1,0 +1,176 @@
+"""The fast ways against the slow ones: a model in pieces, gradients a layer at a time, predicted loss scales."""
+
+import dataclasses
+from contextlib import nullcontext
+
+import pytest
+import torch
+from stability_families import FAMILIES, VOCABULARY, build
+
+from periln.eval.stability.backward import accumulate_gradients, backward_rows
+from periln.eval.stability.measure import Options, measure
+from periln.eval.stability.overflow import LEAST, MOST, _Passes, first_non_finite, half_copy
+from periln.eval.stability.redundancy import skip_losses, staged_skip_losses
+from periln.eval.structure.anatomy import find_anatomy
+from periln.eval.structure.stages import find_stages
+from periln.eval.texts.samples import random_samples
+from periln.eval.texts.windows import token_loss
+from periln.runkit.fp16 import HalfMatmul
+
+SAMPLES = random_samples(VOCABULARY, 5, 12, seed=3)
+BATCHES = list(SAMPLES.batches(2))
+SOME = [*FAMILIES, "peri_llama:peri", "peri_llama:post"]
+
+
+@pytest.fixture(scope="module", params=SOME)
+def model(request):
+    return build(request.param).eval()
+
+
+@pytest.fixture(scope="module")
+def anatomy(model):
+    return find_anatomy(model)
+
+
+@torch.no_grad()
+def loss_of(model) -> float:
+    total = sum(token_loss(model(input_ids=ids, use_cache=False).logits, ids).double().item() for ids in BATCHES)
+    return total / sum(ids[:, 1:].numel() for ids in BATCHES)
+
+
+def test_the_loss_without_each_layer_is_equal_to_the_bit(model, anatomy):
+    slow = skip_losses(anatomy, lambda: loss_of(model), step=0)
+    assert staged_skip_losses(find_stages(anatomy), BATCHES, step=0) == slow
+    assert all(value != 0 for *_, value in slow)
+    assert not any("forward" in vars(layer) for _, layer in anatomy.layers)
+
+
+def test_gradients_a_layer_at_a_time_are_those_of_the_whole(model, anatomy):
+    slow = {row[:5]: row[5] for row in backward_rows(anatomy, BATCHES, 0)}
+    fast = {row[:5]: row[5] for row in backward_rows(anatomy, BATCHES, 0, find_stages(anatomy))}
+    assert fast.keys() == slow.keys() and {key[2] for key in fast} >= {"embedding", "attn", "mlp", "layer", "final"}
+    for key, value in slow.items():
+        assert fast[key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_their_norm_is_that_of_plain_autograd(model, anatomy):
+    fast = {row[1:5]: row[5] for row in backward_rows(anatomy, BATCHES, 0, find_stages(anatomy))}
+    accumulate_gradients(model, BATCHES, sum(ids[:, 1:].numel() for ids in BATCHES))
+    plain = torch.cat([p.grad.double().flatten() for p in anatomy.layers[1][1].parameters()]).norm().item()
+    model.zero_grad(set_to_none=True)
+    assert fast[2, "layer", "gradient", "norm"] == pytest.approx(plain, rel=1e-6)
+
+
+def test_a_model_whose_layers_share_more_than_the_stream_has_no_stages():
+    model, plain = build("llama").eval(), build("llama").eval()
+    first, second = model.model.layers
+    run_first, run_second, kept = first.forward, second.forward, []
+
+    def keep(*args, **kwargs):
+        kept[:] = [run_first(*args, **kwargs)]
+        return kept[0]
+
+    first.forward = keep
+    second.forward = lambda *args, **kwargs: run_second(*args, **kwargs) + 1e-3 * kept[0]
+    layers = tuple((name, model.get_submodule(name)) for name, _ in find_anatomy(plain).layers)
+    assert find_stages(dataclasses.replace(find_anatomy(plain), model=model, layers=layers)) is None
+    assert first.forward is keep
+    assert find_stages(find_anatomy(plain)) is not None
+
+
+def every_scale(model, ids) -> float | None:
+    """The largest 2^k with finite gradients, by trying each."""
+    half, _ = half_copy(model)
+    half.requires_grad_(True)
+    found = None
+    with HalfMatmul() if ids.device.type == "cpu" else nullcontext():
+        for k in range(LEAST, MOST + 1):
+            half.zero_grad(set_to_none=True)
+            loss = token_loss(half(input_ids=ids, use_cache=False).logits, ids) / ids[:, 1:].numel()
+            (loss * 2.0**k).backward()
+            if not all(bool(p.grad.isfinite().all()) for p in half.parameters() if p.grad is not None):
+                break
+            found = 2.0**k
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "olmo2", "glm4"])
+def test_the_predicted_loss_scale_is_the_one_that_trying_each_finds(family):
+    model = build(family).eval()
+    found = first_non_finite(find_anatomy(model), [SAMPLES.ids])
+    assert found["largest_finite_loss_scale"] == every_scale(model, SAMPLES.ids)
+    assert (found["backward_beyond"] is None) == (found["largest_finite_loss_scale"] == 2.0**MOST)
+
+
+@pytest.mark.parametrize(("seen", "guess"), [(1.0, 15), (1e-3, 16), (1e3, 6), (60000.0, 0), (1990.0, 5)])
+def test_a_wrong_prediction_is_mended_by_halving(monkeypatch, seen, guess):
+    """What overflows where no gradient is seen makes a prediction too high, what is seen once too low; 2^5 is right."""
+    tried: list[float] = []
+
+    def backward(self, *scales):
+        tried.extend(scales)
+        self.largest |= {scale: seen * scale for scale in scales if scale <= 2.0**5}
+        return [None if scale <= 2.0**5 else "overflow" for scale in scales]
+
+    monkeypatch.setattr(_Passes, "backward", backward)
+    passes = _Passes(None, None, [], lambda: None)
+    passes.backward(1.0)
+    assert passes.largest_scale() == (2.0**5, "overflow")
+    assert tried[1] == 2.0**guess and (guess != 5 or tried[1:] == [2.0**5, 2.0**6])
+
+
+def test_rotary_frequencies_are_not_rounded_with_the_weights():
+    model = build("llama")
+    before = model.model.rotary_emb.inv_freq.clone()
+    half, _ = half_copy(model)
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(half.model.rotary_emb.inv_freq, before)
+    assert all(p.dtype == torch.float16 for p in half.parameters())
+
+
+def test_a_tied_table_stays_one_in_fp16():
+    model = build("gemma3")
+    half, _ = half_copy(model)
+    assert half.lm_head.weight is half.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_in_place_gives_what_a_copy_gives_and_leaves_the_model_in_fp16():
+    copied = first_non_finite(find_anatomy(build("qwen3")), [SAMPLES.ids])
+    model = build("qwen3")
+    assert first_non_finite(find_anatomy(model), [SAMPLES.ids], in_place=True) == copied
+    assert model.dtype == torch.float16
+
+
+def test_the_bar_moves_in_every_part_to_the_end_and_says_what_to_expect():
+    shares: list[tuple[str, float]] = []
+    options = Options(batch_size=2, backward_samples=2, skip_samples=2, fp16_samples=1, certificate=True)
+    measured = measure(build("gemma3"), SAMPLES, options, tell=lambda plan: shares.append((plan.part, plan.share)))
+    values = [share for _, share in shares]
+    assert values == sorted(values) and values[0] == 0 and values[-1] == pytest.approx(1)
+    for part in ("forward", "certificate", "backward", "skipped layers", "FP16"):
+        assert len({share for name, share in shares if name == part}) > 1, part
+    assert measured.stopped is None and measured.certificate["rows"]
+
+
+def test_a_stop_keeps_what_was_measured():
+    def stop(plan):
+        if plan.part == "skipped layers" and plan.parts[-2].share > 0:
+            raise KeyboardInterrupt
+
+    options = Options(batch_size=2, backward_samples=2, skip_samples=2, fp16_samples=1)
+    measured = measure(build("llama"), SAMPLES, options, tell=stop)
+    assert measured.stopped == "skipped layers" == measured.record["stopped"]
+    assert "Stopped in the part 'skipped layers'" in measured.record["verdict"][-1]
+    tensors = set(measured.rows.tensor)
+    assert {"stream", "gradient"} <= tensors and "skip_loss" not in set(measured.rows.stat)
+    assert measured.record["fp16"] is None
+
+
+def test_a_stop_before_anything_is_known_keeps_nothing():
+    def stop(plan):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(build("llama"), SAMPLES, Options(), tell=stop)
