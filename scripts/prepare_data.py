@@ -6,7 +6,8 @@ is the same to the byte, whatever happened on the way and however many workers t
 
 Memory is bounded whatever the documents are: a text of more than `sources.LONGEST` bytes is skipped, batches wait for
 workers up to `encoders.AHEAD` characters, and a worker encodes `encoding.PIECE` characters at once. Beside these there
-are 16 to 32 bytes a document for its hash, and what `datasets` and `pyarrow` hold of a row.
+are 16 to 32 bytes a document for its hash, and what `pyarrow` holds of a row (of a Hub dataset that is neither JSON
+lines nor Parquet, what `datasets` holds of one).
 """
 
 import sys

@@ -28,6 +28,11 @@ from periln.sft import checkpointing
 from periln.sft.recipe import Recipe
 from periln.sft.tokens import IGNORED
 
+# Transformers called it `gradient_checkpointing` before 5.23; TRL switches it on.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in SFTConfig.__dataclass_fields__
+)
+
 
 def arguments(recipe: Recipe, scratch: str) -> SFTConfig:
     """TRL's settings. `scratch` stays empty: checkpoints go to the run folder."""
@@ -49,7 +54,7 @@ def arguments(recipe: Recipe, scratch: str) -> SFTConfig:
         packing=recipe.packing,
         use_cpu=recipe.device == "cpu",
         dataloader_pin_memory=False,
-        activation_checkpointing=False,
+        **{CHECKPOINTING: False},
         seed=recipe.seed,
         data_seed=recipe.seed,
         save_strategy="no",  # `Flow` says when
@@ -217,6 +222,9 @@ class ExactTrainer(SFTTrainer):
         self.run, self.recipe, self.recorder = run, recipe, recorder
         self.saved_step: int | None = None
         recorder.trainer = self
+        # The Trainer has divided by the whole batch's tokens. In Transformers 5.4 it leaves Accelerate the number of
+        # micro-batches too, by which Accelerate divides again.
+        self.accelerator.gradient_accumulation_steps = 1
         if self.accelerator.scaler is not None:  # on a GPU; `make_fp16_real` gives the CPU its own
             self.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=recipe.initial_loss_scale)
 

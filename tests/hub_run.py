@@ -25,7 +25,7 @@ LIMIT = 65504
 # What a checkpoint carries of the package: the model, and never what converts it or registers it.
 NEVER_CARRIED = {
     *("__init__.py", "convert.py", "convert_options.py", "conversions.py", "proof.py", "refresh.py", "sources.py"),
-    *("admission.py", "architectures.py", "version.py"),
+    *("admission.py", "architectures.py", "pipes.py", "version.py"),
 }
 CODE = {p.name for p in Path(modeling_periln.__file__).parent.glob("*.py")} - NEVER_CARRIED
 

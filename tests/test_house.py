@@ -1,6 +1,7 @@
 """The house: imports go down only, in no circle, and files stay short. See the picture in `FLOORS`."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ FLOORS = {
     "scripts.push": {"runkit", "model_cards"},
     "sft": {"runkit", "modeling_periln"},
 }
-COMMANDS = ("eval.bench", "eval.benchmarks", "eval.evaluate", "eval.loss", "eval.watch")
+COMMANDS = ("eval.bench", "eval.benchmarks", "eval.evaluate", "eval.loss", "eval.watch", "eval.widen")
 FOR_COMMANDS = {
     *("runkit", "eval.arguments", "eval.options", "eval.scoring", "eval.targets", "eval.text_table"),
     "eval.texts",
@@ -166,3 +167,14 @@ def test_the_floors_have_no_circle_and_name_rooms_that_are_there():
 def test_a_file_is_short(path):
     name = path.relative_to(ROOT).as_posix()
     assert len(path.read_text().splitlines()) <= LONGER.get(name, LONGEST)
+
+
+def test_the_recipes_of_contributing_name_files_that_exist_three_at_most():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    recipes = text.partition("## Recipes")[2].partition("## Prose")[0].split("\n\n**")[1:]
+    assert len(recipes) == 8
+    for recipe in recipes:
+        named = re.findall(r"`((?:[a-z_]+/)+[\w.]+\.(?:py|yaml|jsonl))`", recipe)
+        steps = re.findall(r"(?<!\w)(\d)\. ", recipe)
+        assert named and len(steps) <= 3, recipe
+        assert not [name for name in named if "NAME" not in name and not (ROOT / name).exists()]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from periln.eval.arguments.shared import TOKENS, check_data, check_folder, check_least, check_model, check_tokenizer
 from periln.eval.formats.recipes import GROUPS, ROWS, chosen
-from periln.runkit.errors import UsageError, did_you_mean, make_parser
+from periln.runkit.errors import UsageError, did_you_mean, make_parser, more_options
 
 QUICK, FULL = 16, 128  # samples, where no number is given
 FORMATS = tuple(dict.fromkeys(cell.format for row in ROWS for cell in row.cells.values()))
@@ -16,8 +16,12 @@ def _names(text: str) -> list[str]:
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.formats") -> argparse.Namespace:
-    what = "Which number formats a causal LM survives, by emulation in FP32: numerics, never speed."
-    parser = make_parser(prog, what)
+    parser = make_parser(
+        prog,
+        "Measure which number formats a causal LM survives, by emulation in FP32: numerics, never speed.",
+        "google/gemma-3-270m",
+        "runs/NAME --targets stream,kv --formats FP16,INT8",
+    )
     add = parser.add_argument
     add("model", metavar="MODEL", help="model folder, run folder (its newest checkpoint) or Hub id")
     size = parser.add_mutually_exclusive_group()
@@ -30,11 +34,12 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.formats") -
         "out (random without a tokenizer)")  # fmt: skip
     add("--samples", type=int, help="samples of text")
     add("--tokens", type=int, metavar="N", help=f"tokens a sample; {TOKENS}, or what the model takes, when left out")
-    add("--seed", type=int, default=0, help="which samples are drawn")
-    add("--batch-size", type=int, help="samples a pass; as many as keep the logits small when left out")
     add("--out", type=Path, metavar="DIR", help="folder of the results; the run's eval/formats, or ./formats/NAME, "
         "when left out; rows of the same model and samples that it holds are kept")  # fmt: skip
     add("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
+    add = more_options(parser).add_argument
+    add("--seed", type=int, default=0, help="which samples are drawn")
+    add("--batch-size", type=int, help="samples a pass; as many as keep the logits small when left out")
     add("--revision", help="branch, tag or commit of a model of the Hub")
     add("--tokenizer", metavar="PATH_OR_ID", help="another tokenizer than the model's own")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model")

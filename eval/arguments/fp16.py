@@ -7,7 +7,7 @@ from periln.eval.arguments.shared import check_data, check_least, check_model, c
 from periln.eval.fp16.families import EPSILON_OF
 from periln.runkit.errors import UsageError, make_parser, more_options
 
-TOKENS = 512  # a sample, where nothing else is asked for
+TOKENS = 256  # a sample, where nothing else is asked for
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.fp16") -> argparse.Namespace:
@@ -22,13 +22,15 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.fp16") -> a
     add("out", metavar="OUT", type=Path, help="new folder; nothing is overwritten")
     add("--data", "--text", metavar="DATA", help="for the peaks: wikitext, hf:NAME, random, "
                         "or a file or folder of text; wikitext when left out (random without a tokenizer)")  # fmt: skip
-    add("--samples", type=int, default=64, help="samples")
+    add("--samples", type=int, default=8, help="samples for the peaks")
     add("--tokens", "--context", type=int, metavar="N",
                         help=f"tokens a sample; {TOKENS}, or what the model takes, when left out")  # fmt: skip
     add("--device", default="cpu", choices=("cpu", "cuda"), help="where to run it")
     add = more_options(parser).add_argument
     add("--tokenizer", metavar="PATH_OR_ID", help="another tokenizer than the model's own")
-    add("--batch-size", type=int, default=4, help="samples a batch")
+    add("--batch-size", type=int, default=2, help="samples a batch")
+    add("--backward-samples", type=int, default=2, help="the first of them, for gradients")
+    add("--fp16-samples", type=int, default=1, help="samples that run in FP16, the hardest first")
     add("--seed", type=int, default=0, help="of the choice of samples")
     add("--margin", type=float, default=2.0, metavar="BITS", help="bits between peaks and 65504")
     add("--loss-scale", type=float, default=1.0, help="of the backward pass that must stay finite")
@@ -44,7 +46,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.fp16") -> a
 def check(args: argparse.Namespace) -> None:
     """Raise UsageError for what can be refused before anything is loaded."""
     check_new_folder(args.out, "OUT")
-    check_least(args, samples=1, tokens=2, batch_size=1)
+    check_least(args, samples=1, tokens=2, batch_size=1, backward_samples=1, fp16_samples=1)
     if not 0 <= args.margin <= 12:
         raise UsageError(f"--margin must be between 0 and 12 bits, not {args.margin:g}")
     for name in ("loss_scale", "tolerance"):

@@ -9,7 +9,8 @@ from periln.runkit.errors import UsageError, make_parser, more_options
 DTYPES = ("float32", "bfloat16", "float16")
 # How many samples each part has where nothing else is asked for.
 FULL = {"samples": 1000, "backward_samples": 32, "skip_samples": 16, "fp16_samples": 4}
-QUICK = {"samples": 16, "backward_samples": 2, "skip_samples": 1, "fp16_samples": 1}
+QUICK = {"samples": 16, "backward_samples": 1, "skip_samples": 1, "fp16_samples": 1}
+QUICK_SKIP_TOKENS = 128  # of the sample on which layers are skipped
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.stability") -> argparse.Namespace:
@@ -39,6 +40,12 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.stability")
     add("--backward-samples", type=int, help=f"samples for gradients; 0: none; {_counts('backward_samples')}")
     add("--skip-samples", type=int,
         help=f"samples for the loss without each layer; 0: not measured; {_counts('skip_samples')}")  # fmt: skip
+    add(
+        "--skip-tokens",
+        type=int,
+        metavar="N",
+        help=f"the first tokens of each of those samples; all, or {QUICK_SKIP_TOKENS} with --quick, when left out",
+    )
     add("--fp16-samples", type=int,
         help=f"samples that run in FP16, the hardest first; 0: none; {_counts('fp16_samples')}")  # fmt: skip
     add("--loss-scale", type=float, default=1.0, help="of the backward pass in FP16")
@@ -50,6 +57,8 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.stability")
     args = parser.parse_args(argv)
     if args.quick is None:
         args.quick = not any(_of_a_run(Path(model)) for model in args.models)
+    if args.quick and args.skip_samples is None and args.skip_tokens is None:
+        args.skip_tokens = QUICK_SKIP_TOKENS
     for name, count in (QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, count)
@@ -83,7 +92,9 @@ def left_out(args: argparse.Namespace) -> str:
 
 def check(args: argparse.Namespace) -> None:
     """Raise UsageError for what can be refused before anything is loaded."""
-    check_least(args, samples=1, batch_size=1, backward_samples=0, skip_samples=0, fp16_samples=0, tokens=2)
+    check_least(
+        args, samples=1, batch_size=1, backward_samples=0, skip_samples=0, fp16_samples=0, tokens=2, skip_tokens=2
+    )
     if not args.loss_scale > 0:
         raise UsageError(f"--loss-scale must be positive, not {args.loss_scale:g}")
     if args.angles != "all" and not (args.angles.isdigit() and int(args.angles) > 0):

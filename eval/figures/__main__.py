@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from periln.eval.figures.drawing import Drawing, draw, drawings
+from periln.eval.figures.files import FigureFiles, all_figures, draw_files
 from periln.eval.figures.measured_models import load_measured
 from periln.eval.figures.selection import view_of
 from periln.runkit.errors import UsageError, UserError
@@ -20,7 +20,7 @@ from periln.runkit.folder import write_bytes, write_text
 from periln.runkit.progress import progress_bar
 
 
-def write_drawing(drawing: Drawing, out: Path) -> list[Path]:
+def write_drawing(drawing: FigureFiles, out: Path) -> list[Path]:
     """Write the images and, beside them, title and caption; returns the images' paths."""
     files = [out / f"figure_{drawing.name}.{kind}" for kind in drawing.images]
     for file, data in zip(files, drawing.images.values(), strict=True):
@@ -43,7 +43,9 @@ def main(args: argparse.Namespace) -> int:
             raise UsageError(f"--learning-rate {rate:g} is none of the runs': {known}")
     whole = "all" in args.fig.lower().split(",")
     view = view_of(frames, args.learning_rate)
-    found = drawings(frames, kinds, args.learning_rate) if whole else (draw(name, view, kinds) for name in names)
+    found = (
+        all_figures(frames, kinds, args.learning_rate) if whole else (draw_files(name, view, kinds) for name in names)
+    )
     drawn = []
     with progress_bar(args, len(names), "figures", "figure", shown=len(names) > 1) as bar:
         for drawing in found:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from periln.eval.figures import depth, headroom, redundancy, sweeps, training
-from periln.eval.figures.pieces import Drawn
+from periln.eval.figures.pieces import Chart
 from periln.eval.figures.selection import View
 from periln.runkit.number_format import FP16
 
@@ -22,7 +22,7 @@ class Entry:
 
     paper: str
     alt: str
-    draw: Callable[[View], Drawn]
+    draw: Callable[[View], Chart]
     sizes: tuple[str, ...] = ()
     like: str = ""
     plain: bool = False

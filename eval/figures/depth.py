@@ -10,7 +10,7 @@ from periln.eval.figures.layer_rows import layer_rows, source_words
 from periln.eval.figures.pieces import (
     DEPTH,
     DEPTH_CROSS,
-    Drawn,
+    Chart,
     NotRecorded,
     curves,
     grid,
@@ -84,12 +84,12 @@ def _first_and_last(view: View, rows: pd.DataFrame, stats: tuple[str, str], name
     return figure, data[0], words, lost
 
 
-def hidden_state(view: View) -> Drawn:
+def hidden_state(view: View) -> Chart:
     """Figures 5, 10, 11: mean |x| and variance of the stream by layer, at initialization and at the end."""
     rows = layer_rows(view, "stream", "mean |x| and variance of the hidden state", ("mean_abs", "variance"), edges=True)
     rows = rows[rows.sublayer.isin(STREAM)]
     figure, data, words, _ = _first_and_last(view, rows, ("mean_abs", "variance"), ("mean |x|", "variance"), DEPTH)
-    return Drawn(
+    return Chart(
         figure,
         "The residual stream after every sublayer (for Post-LN: after its norm), 0 is what enters layer 1; log axes. "
         f"{source_words(view, rows)} {first_and_last(data)}{words} {_cross(view, data)}{seeds_words(view, data.run)}"
@@ -97,7 +97,7 @@ def hidden_state(view: View) -> Drawn:
     )
 
 
-def gradient_by_layer(view: View) -> Drawn:
+def gradient_by_layer(view: View) -> Chart:
     """Figure 6: norm and variance of the gradient by layer, at initialization and at the end."""
     rows = layer_rows(view, "gradient", "norm and variance of the gradient", ("norm", "variance"), edges=True)
     whole = rows[rows.sublayer == "layer"]
@@ -107,7 +107,7 @@ def gradient_by_layer(view: View) -> Drawn:
     names = ("gradient norm", "gradient variance")
     figure, data, words, lost = _first_and_last(view, rows, ("norm", "variance"), names, "layer")
     left_out = "Where a gradient was not finite at that step, nothing is drawn. " if lost else ""
-    return Drawn(
+    return Chart(
         figure,
         f"Norm and variance of the gradient of each {'layer' if len(whole) else 'sublayer'}'s parameters, without the "
         f"loss scale, before clipping; log axes. {source_words(view, rows)} {first_and_last(data)}{words} "
@@ -120,7 +120,7 @@ def _cross(view: View, data: pd.DataFrame) -> str:
     return f"{DEPTH_CROSS} " if len(lost) else ""
 
 
-def growth(view: View) -> Drawn:
+def growth(view: View) -> Chart:
     """Figure 1: variance of the stream by layer, a line a step, a panel a placement."""
     rows = layer_rows(view, "stream", "the variance of the hidden state at several steps", ("variance",))
     rows = rows[rows.sublayer.isin(STREAM)]
@@ -153,7 +153,7 @@ def growth(view: View) -> Drawn:
     bar.ax.set_ylim(data.step.min(), data.step.max() or 1)
     gone = " Where the variance was not finite the line ends." if ended else ""
     most = f" At most {MOST_LINES} of them are drawn." if data.step.nunique() > MOST_LINES else ""
-    return Drawn(
+    return Chart(
         figure,
         f"Entry-wise variance of the stream over depth, a line a recorded step ({recorded_steps(data)}),{most} "
         f"mean of the seeds that did not diverge; log axis.{gone} {rates_words(used)} {source_words(used, rows)} "
@@ -170,7 +170,7 @@ def _lines_by_step(ax: Axes, data: pd.DataFrame, colours, norm) -> None:
         ax.plot(of.index, of.to_numpy(), color=colours(norm(step)), linewidth=1.6)
 
 
-def output_gamma(view: View) -> Drawn:
+def output_gamma(view: View) -> Chart:
     """Figure 7(b): the mean gamma of every output norm over training."""
     rows = layer_rows(view, "output_norm_gamma", "the gamma of output norms", ("mean",))
     used = view.where(run=set(rows.run))
@@ -207,7 +207,7 @@ def output_gamma(view: View) -> Drawn:
     if deepest > 1:
         bar.ax.set_ylim(1, deepest)
     bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    return Drawn(
+    return Chart(
         figure,
         f"The mean over channels of every output norm's gamma at the recorded steps ({recorded_steps(rows)}), a line a "
         "layer, averaged over the seeds that did not diverge. Only placements with output norms have one. "

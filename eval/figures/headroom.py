@@ -12,7 +12,7 @@ from periln.eval.figures.depth import STREAM, panels
 from periln.eval.figures.layer_rows import layer_rows, source_words
 from periln.eval.figures.pieces import (
     DEPTH,
-    Drawn,
+    Chart,
     NotRecorded,
     curves,
     grid,
@@ -47,7 +47,7 @@ def _peaks(view: View) -> pd.DataFrame:
     return rows.assign(value=rows.value.where(np.isfinite(rows.value), np.inf))
 
 
-def peaks_by_layer(view: View) -> Drawn:
+def peaks_by_layer(view: View) -> Chart:
     """The largest |x| of every layer against FP16's largest number."""
     rows = _peaks(view)
     used = view.where(run=set(rows.run))
@@ -70,7 +70,7 @@ def peaks_by_layer(view: View) -> Drawn:
     line = plain(FP16.limit, color="black", linewidth=1.4, linestyle="--")
     legend(figure, used, more=[line], average="largest of the seeds")
     beyond = " A value that was not finite stands above the line, at 131008." if np.isinf(rows.value).any() else ""
-    return Drawn(
+    return Chart(
         figure,
         f"The largest |x| of each layer over all recorded steps ({recorded_steps(rows)}) and, thick, over the seeds "
         "that did not diverge; the dashed line is FP16's largest number, the right axis the bits that are left. The "
@@ -100,7 +100,7 @@ def _edges(values: list[float]) -> np.ndarray:
     return np.concatenate([v[:1], (v[1:] + v[:-1]) / 2, v[-1:]])
 
 
-def headroom_map(view: View) -> Drawn:
+def headroom_map(view: View) -> Chart:
     """Layer x step: the least bits between max |x| and 65504 over stream, residual sum and module output."""
     rows = _peaks(view)
     used = view.where(run=set(rows.run))
@@ -135,7 +135,7 @@ def headroom_map(view: View) -> Drawn:
     patches += [Patch(color=NOT_MEASURED, label="not recorded")] * gap
     if patches:
         figure.legend(handles=patches, loc="outside upper center", ncols=2, frameon=False)
-    return Drawn(
+    return Chart(
         figure,
         f"FP16 headroom, log2({FP16.limit} / max |x|): the least over stream, residual sum and module output, and "
         f"over seeds, at the recorded steps ({recorded_steps(rows)}); attention stands at the half, the MLP at the "

@@ -27,7 +27,7 @@ class NotRecorded(Exception):
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Chart:
     """A finished figure and, in words, what stands in it."""
 
     figure: Figure

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from periln.eval.figures.layer_rows import BENCH, angle_rows, source_words
 from periln.eval.figures.measured_models import STAGE
-from periln.eval.figures.pieces import DPI, WIDTH, Drawn, NotRecorded, curves, legend, whole_numbers, wrapped
+from periln.eval.figures.pieces import DPI, WIDTH, Chart, NotRecorded, curves, legend, whole_numbers, wrapped
 from periln.eval.figures.selection import View, at_best_rate, rates_words, seeds_words, sizes
 from periln.eval.records.words import listed
 
@@ -29,7 +29,7 @@ def _at(view: View, last: bool) -> tuple[View, pd.DataFrame]:
     return at_best_rate(view.where(run=set(rows.run))), rows
 
 
-def _draw(used: View, rows: pd.DataFrame, when: str) -> Drawn:
+def _draw(used: View, rows: pd.DataFrame, when: str) -> Chart:
     rows = rows[rows.run.isin(used.runs.run)]
     if not np.isfinite(rows.value.astype(float)).any():
         raise NotRecorded("None of the angular distances is finite: the checkpoints' hidden states are not.")
@@ -55,7 +55,7 @@ def _draw(used: View, rows: pd.DataFrame, when: str) -> Drawn:
     bar.set_label("angular distance / pi")
     legend(figure, used, average="mean of the seeds")
     source = source_words(used, rows.assign(source="bench"))
-    return Drawn(figure, f"{CAPTION} {source} {rates_words(used)} {seeds_words(used, rows.run)}{used.names}")
+    return Chart(figure, f"{CAPTION} {source} {rates_words(used)} {seeds_words(used, rows.run)}{used.names}")
 
 
 def _neighbours(ax: Axes, used: View, rows: pd.DataFrame) -> None:
@@ -98,10 +98,10 @@ def _from_the_start(view: View) -> View:
     return trained.where(run=set(early.index))
 
 
-def distances(last: bool) -> Callable[[View], Drawn]:
+def distances(last: bool) -> Callable[[View], Chart]:
     """Figures 7(a), at initialization, and 7(c), at the end."""
 
-    def draw(view: View) -> Drawn:
+    def draw(view: View) -> Chart:
         view = view if last else _from_the_start(view)
         used, rows = _at(view, last)
         steps = rows.step[rows.run.isin(used.runs.run)]
@@ -110,12 +110,12 @@ def distances(last: bool) -> Callable[[View], Drawn]:
         if not last and steps.max() > 0:
             when = f"at the first measured step, {listed(steps)} (not initialization)"
         drawn = _draw(used, rows, when)
-        return Drawn(drawn.figure, f"{drawn.caption} Measured at step {listed(steps)}.")
+        return Chart(drawn.figure, f"{drawn.caption} Measured at step {listed(steps)}.")
 
     return draw
 
 
-def frozen(view: View) -> Drawn:
+def frozen(view: View) -> Chart:
     """Figure 7(d): Peri-LN with gamma frozen at 1 beside Peri-LN and Pre-LN, at the end."""
     used, rows = _at(view, last=True)
     if not used.runs.frozen.any():
@@ -127,4 +127,4 @@ def frozen(view: View) -> Drawn:
     placements = set(used.runs.placement[used.runs.frozen]) | {"pre"}
     used = used.where(placement=placements)
     drawn = _draw(used, rows, "at the end")
-    return Drawn(drawn.figure, f"{drawn.caption} Measured at step {listed(rows.step)}.")
+    return Chart(drawn.figure, f"{drawn.caption} Measured at step {listed(rows.step)}.")

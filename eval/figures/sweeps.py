@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from periln.eval.figures.pieces import Drawn, NotRecorded, grid, hide_empty, legend, plain, rate_axis, wrapped
+from periln.eval.figures.pieces import Chart, NotRecorded, grid, hide_empty, legend, plain, rate_axis, wrapped
 from periln.eval.figures.selection import View, common_protocol, seeds_words, sizes
 from periln.eval.figures.training import metrics_of
 from periln.runkit.sizes import count_text
@@ -18,7 +18,7 @@ FINAL = (
 )
 
 
-def _draw(view: View, rows: Sequence[tuple[str, View]]) -> Drawn:
+def _draw(view: View, rows: Sequence[tuple[str, View]]) -> Chart:
     metrics = metrics_of(view)
     used = view.where(run=set(metrics.run))
     rows = [(title, of) for title, of in rows if used.runs.run.isin(of.runs.run).any()]
@@ -38,7 +38,7 @@ def _draw(view: View, rows: Sequence[tuple[str, View]]) -> Drawn:
     open_ = (
         f" {len(unfinished)} of the runs are not finished; their losses are those so far." if len(unfinished) else ""
     )
-    return Drawn(figure, f"{FINAL}{open_} {seeds_words(used, used.runs.run)}{used.names}")
+    return Chart(figure, f"{FINAL}{open_} {seeds_words(used, used.runs.run)}{used.names}")
 
 
 def _panel(ax: Axes, view: View, runs: pd.DataFrame) -> None:
@@ -58,7 +58,7 @@ def _panel(ax: Axes, view: View, runs: pd.DataFrame) -> None:
         ax.text(0.5, 0.5, "no run has a final loss", transform=ax.transAxes, ha="center")
 
 
-def by_size(view: View, post_only: bool = False) -> Drawn:
+def by_size(view: View, post_only: bool = False) -> Chart:
     """Figures 3(a) and 8: a panel a size."""
     metrics_of(view)
     usual, words = common_protocol(view)
@@ -73,19 +73,19 @@ def by_size(view: View, post_only: bool = False) -> Drawn:
     drawn = _draw(usual, rows)
     one = usual.runs.learning_rate.nunique() == 1
     alone = " Only one learning rate was run." if one else ""
-    return Drawn(drawn.figure, drawn.caption + alone + words)
+    return Chart(drawn.figure, drawn.caption + alone + words)
 
 
-def post_by_size(view: View) -> Drawn:
+def post_by_size(view: View) -> Chart:
     return by_size(view, post_only=True)
 
 
 def by_setting(
     column: str, name: Callable[[float], str], paper: Callable[[float], bool], sentence: str
-) -> Callable[[View], Drawn]:
+) -> Callable[[View], Chart]:
     """Figures 12 to 14: a panel for each value of a setting; `paper` says whether a value is one of the paper's."""
 
-    def draw(view: View) -> Drawn:
+    def draw(view: View) -> Chart:
         metrics_of(view)
         runs = view.runs[view.runs[column].notna()]
         values = sorted(runs[column].unique())

@@ -14,7 +14,7 @@ from periln.eval.figures.pieces import (
     DARK,
     DPI,
     WIDTH,
-    Drawn,
+    Chart,
     NotRecorded,
     curves,
     grid,
@@ -45,7 +45,7 @@ def metrics_of(view: View) -> pd.DataFrame:
     return found
 
 
-def _draw(view: View, rows: list[tuple[str, View]], keys: Sequence[str], share: float = 1.0) -> Drawn:
+def _draw(view: View, rows: list[tuple[str, View]], keys: Sequence[str], share: float = 1.0) -> Chart:
     metrics = metrics_of(view)
     if share < 1:
         last = metrics.groupby("run").step.transform("max")
@@ -76,7 +76,7 @@ def _draw(view: View, rows: list[tuple[str, View]], keys: Sequence[str], share: 
         said.append("Values that were not finite are left out; a cross is the last finite one of a run that diverged.")
     if cut:
         said.append("Losses above 1.5 times the largest of the runs that did not diverge are cut off.")
-    return Drawn(figure, " ".join([*said, seeds_words(used, metrics.run)]) + used.names)
+    return Chart(figure, " ".join([*said, seeds_words(used, metrics.run)]) + used.names)
 
 
 def _cut_explosions(ax: Axes, data: pd.DataFrame, runs: pd.DataFrame) -> bool:
@@ -89,18 +89,18 @@ def _cut_explosions(ax: Axes, data: pd.DataFrame, runs: pd.DataFrame) -> bool:
     return True
 
 
-def every_rate(view: View) -> Drawn:
+def every_rate(view: View) -> Chart:
     """Loss and gradient norm at every learning rate."""
     metrics_of(view)
     rows, words = panels(view, most=8)
     drawn = _draw(view, rows, ("loss", "grad_norm"))
-    return Drawn(drawn.figure, drawn.caption + words)
+    return Chart(drawn.figure, drawn.caption + words)
 
 
 def best(keys: Sequence[str]):
     """Figures 3(b), 3(c) and 9: every placement at its best rate, a row a size."""
 
-    def draw(view: View) -> Drawn:
+    def draw(view: View) -> Chart:
         metrics_of(view)
         usual, words = common_protocol(view)
         return _compared(at_best_rate(usual), keys, words)
@@ -108,11 +108,11 @@ def best(keys: Sequence[str]):
     return draw
 
 
-def _compared(used: View, keys: Sequence[str], words: str = "", share: float = 1.0) -> Drawn:
+def _compared(used: View, keys: Sequence[str], words: str = "", share: float = 1.0) -> Chart:
     several = len(sizes(used)) > 1
     rows = [(size if several else "", used.where(size=size)) for size in sizes(used)]
     drawn = _draw(used, rows, keys, share)
-    return Drawn(drawn.figure, f"{drawn.caption} {rates_words(used)}{words}")
+    return Chart(drawn.figure, f"{drawn.caption} {rates_words(used)}{words}")
 
 
 # --- one change at a time ------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def _usual(view: View) -> tuple[View, str]:
     return common_protocol(view)
 
 
-def frozen_gamma(view: View) -> Drawn:
+def frozen_gamma(view: View) -> Chart:
     """Figure 4: the output norms' gamma kept at 1, beside learned gamma and Pre-LN."""
     usual, words = _usual(view)
     runs = usual.runs
@@ -156,7 +156,7 @@ def frozen_gamma(view: View) -> Drawn:
 def switched(column: str, values: Sequence, sentence: str):
     """Figures 15 to 18: runs of one placement that differ in one setting, which takes all of `values`."""
 
-    def draw(view: View) -> Drawn:
+    def draw(view: View) -> Chart:
         usual, words = _usual(view)
         runs, others = usual.runs, [c for c in ("norm_type", "embedding_norm", "frozen", "qk_norm") if c != column]
         kept = [
@@ -173,7 +173,7 @@ def switched(column: str, values: Sequence, sentence: str):
     return draw
 
 
-def olmo2(view: View) -> Drawn:
+def olmo2(view: View) -> Chart:
     """Figures 20 to 22: output norms with QK-norm (OLMo 2) beside Peri-LN, over the last steps."""
     usual, words = _usual(view)
     runs = usual.runs
@@ -192,7 +192,7 @@ def olmo2(view: View) -> Drawn:
 # --- what the paper has no figure of -------------------------------------------------------------------------
 
 
-def spikes_and_loss_scale(view: View) -> Drawn:
+def spikes_and_loss_scale(view: View) -> Chart:
     """Gradient spikes, skipped steps and the loss scale of every run."""
     metrics = metrics_of(view)
     used = view.where(run=set(metrics.run))
@@ -220,7 +220,7 @@ def spikes_and_loss_scale(view: View) -> Drawn:
         ax.set(title=title, xlabel="step", ylabel="loss scale" if i % columns == 0 else "")
     spike = plain("gradient spike", linestyle="", marker="v")
     legend(figure, used, markers=False, more=[spike, *map(_skip_mark, kinds)])
-    return Drawn(
+    return Chart(
         figure,
         "Above, a row a run: its length in steps, the gradient spikes (above the mean of the 128 steps before by 6 of "
         "their standard deviations), the skipped steps by kind, and a cross where it diverged. Below, the loss scale; "

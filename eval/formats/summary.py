@@ -1,5 +1,6 @@
 """The table's rows from the records, and what they say in sentences."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -129,7 +130,7 @@ def said(cells: Sequence[tuple[Recipe, dict[str, Any]]], found: dict[str, str | 
 
 
 def _outliers(rows: dict[tuple[str, str, str], dict[str, Any]], target: str) -> list[str]:
-    """Whether scales of their own for channels mend what one scale loses."""
+    """Whether scales of their own for tokens or channels mend what one scale loses."""
     names = [Scaled("INT8", scaling).words(target) for scaling in (TENSOR, ROW, CHANNEL)]
     of = [rows[key] for name in names if (key := (AS_IT_IS, target, name)) in rows]
     if len(of) < len(names):
@@ -139,10 +140,12 @@ def _outliers(rows: dict[tuple[str, str, str], dict[str, Any]], target: str) -> 
         f"The {PLACES[target]} in INT8 with a scale per tensor, token and channel: "
         f"{_percent(tensor)}, {_percent(row)} and {_percent(channel)} of the loss"
     )
-    rise = {id(r): float("inf") if r["rise"] is None else r["rise"] for r in of}
-    if rise[id(tensor)] <= 0 or (tensor["within"] and channel["within"]):
+    whole, *shared = (math.inf if r["rise"] is None else r["rise"] for r in (tensor, row, channel))
+    if whole <= 0 or (tensor["within"] and channel["within"]):
         return [f"{head}."]
-    share = 1 - rise[id(channel)] / rise[id(tensor)] if rise[id(tensor)] < float("inf") else 1.0
+    best = min(shared)
+    share = 0.0 if best == math.inf else 1.0 if whole == math.inf else min(1.0, 1 - best / whole)
     if share >= 0.5:
-        return [f"{head}: channels with outliers decide, scales of their own take away {share:.0%} of what is lost."]
-    return [f"{head}: it is not outlier channels that decide."]
+        which = "tokens" if best == shared[0] else "channels"
+        return [f"{head}: outliers decide, and scales of their own for {which} take away {share:.0%} of what is lost."]
+    return [f"{head}: it is not a few tokens or channels that decide."]

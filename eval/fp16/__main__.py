@@ -28,14 +28,14 @@ from transformers.utils import logging as transformers_logging
 
 from periln.eval.fp16.cure import Wish, check_announced, cure, logits_of
 from periln.eval.fp16.table import as_markdown
+from periln.eval.stability.bar import plan_bar
 from periln.eval.targets import Checkpoint, Model, find_measured
 from periln.eval.texts.samples import find_samples
 from periln.runkit.checkpoints import save_tokenizer
 from periln.runkit.environment import describe_environment
 from periln.runkit.errors import UsageError
-from periln.runkit.folder import write_folder, write_json, write_text
+from periln.runkit.folder import check_room, write_folder, write_json, write_text
 from periln.runkit.process import start_stage
-from periln.runkit.progress import progress_bar
 
 
 def find_tokenizer(args: argparse.Namespace, model: Model) -> tuple[Any, str]:
@@ -105,13 +105,18 @@ def main(args: argparse.Namespace) -> None:
     transformers_logging.set_verbosity_error()
     source = find_measured(args.model, args.revision)
     checkpoint = source.chosen
+    weights = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
+    check_room(args.out, weights, "the rewritten copy")
     config, (tokenizer, data) = checkpoint.config(args.trust_remote_code), find_tokenizer(args, source)
     samples = find_samples(config, tokenizer, data, args.samples, args.tokens, args.seed, TOKENS)
     model, dtype = load(checkpoint, args.trust_remote_code, args.device), stored_dtype(config)
     batches = list(samples.batches(args.batch_size, args.device))
-    wish = Wish(args.margin, args.loss_scale, args.backward, args.keep_eps, args.scale_sums, args.tolerance)
-    with progress_bar(args, len(batches) + 2, "measuring", "batch") as bar:
-        record, ids, reference = cure(model, batches, wish, bar.update)
+    gradients, half = -(-args.backward_samples // args.batch_size), args.fp16_samples
+    wish = Wish(
+        args.margin, args.loss_scale, args.backward, args.keep_eps, args.scale_sums, args.tolerance, gradients, half
+    )
+    with plan_bar(args, args.model) as tell:
+        record, ids, reference = cure(model, batches, wish, tell)
     if not record["needed"]:
         print(f"nothing has to move: {nothing_moved(record)}; {args.out} was not written")
         return

@@ -3,30 +3,33 @@
 import copy
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from periln.eval.fp16.exponents import NoExactRewrite, Plan, choose
+from periln.eval.fp16.exponents import NoExactRewrite, choose
+from periln.eval.fp16.exponents import Plan as Exponents
 from periln.eval.fp16.layout import Layout, find_layout
 from periln.eval.fp16.peaks import Peak, measure_peaks
 from periln.eval.fp16.rewrite import apply
-from periln.eval.stability.overflow import first_non_finite, half_copy
-from periln.eval.structure.anatomy import find_anatomy
+from periln.eval.stability.overflow import HalfPasses, first_non_finite, found_words
+from periln.eval.stability.plan import Part, Plan
+from periln.eval.structure.anatomy import Anatomy, find_anatomy
 from periln.runkit.errors import UserError
-from periln.runkit.fp16 import HalfMatmul
 from periln.runkit.number_format import FP16
 
-COMPARED = 4  # samples whose logits are compared
 FELT = 0.02  # of the largest logit: a difference in FP16 that is more than its usual rounding
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked for: bits of headroom, the loss scale of the backward pass, and the choices of the command line."""
+    """What is asked for: bits of headroom, the loss scale of the backward pass, and the choices of the command line.
+
+    Of the batches, the first `gradients` are run backward, and `fp16` samples in FP16, those with the largest peaks
+    first; None: all.
+    """
 
     margin: float = 2.0
     loss_scale: float = 1.0
@@ -34,10 +37,32 @@ class Wish:
     keep_eps: bool = False
     scale_sums: bool = False
     tolerance: float = 1e-2
+    gradients: int | None = None
+    fp16: int | None = None
+
+
+def planned(tokens: list[int], gradients: int, half: int, tell: Callable[[Plan], None]) -> Plan:
+    """The parts of a cure. A pass is one of a sample; `tokens` are the samples of each batch."""
+    plan = Plan()
+
+    def tick() -> None:
+        tell(plan)
+
+    plan.parts = [
+        Part("peaks", "", 1.2 * sum(tokens) + 2.5 * sum(tokens[:gradients]), tick),
+        Part("FP16 before", "", 2.0 * half, tick),
+        Part("rewrite", "", 12.0 * half, tick),
+        Part("FP16 after", "", 7.0 * half, tick),
+        Part("compare", "", 4.0 * half, tick),
+    ]
+    return plan
 
 
 def cure(
-    model: nn.Module, batches: list[torch.Tensor], wish: Wish, tick: Callable[[], None] = lambda: None
+    model: nn.Module,
+    batches: list[torch.Tensor],
+    wish: Wish,
+    tell: Callable[[Plan], None] = lambda plan: None,
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
     """Rewrite `model` (FP32) in place so that its FP16 pass over `batches` (ids (B, S)) stays finite.
 
@@ -51,13 +76,24 @@ def cure(
     """
     anatomy = find_anatomy(model)
     layout = find_layout(anatomy)
-    before = first_non_finite(anatomy, batches, wish.loss_scale)
-    tick()
-    peaks = measure_peaks(layout, model, batches, wish.backward, tick)
+    gradients = 0 if not wish.backward else len(batches) if wish.gradients is None else wish.gradients
+    samples = [len(ids) for ids in batches]
+    plan_of_work = planned(samples, gradients, min(sum(samples), wish.fp16 or sum(samples)), tell)
+    plan_of_work.time(anatomy, batches[0][:1])
+    plan_of_work.memory = _memory(anatomy, batches[0].numel(), gradients > 0)
+    measuring, trying, rewriting, checking, comparing = plan_of_work.parts
+    tell(plan_of_work)
+    peaks = measure_peaks(layout, model, batches, gradients, lambda: measuring.done(1 / len(batches)))
+    measuring.finish()
+    batches = _hardest(peaks, batches, wish.fp16)
+    before = first_non_finite(anatomy, batches, wish.loss_scale, scales=False)
+    trying.finish()
     plans, given_up = _plans(layout, peaks, wish, before)
-    ids = batches[0][:COMPARED]
+    ids = batches[0]
     reference = logits_of(model, ids)
-    plan = _better(model, layout, plans, batches, reference, wish, wish.backward and given_up is None)
+    backward = wish.backward and given_up is None
+    plan = _better(model, layout, plans, batches, reference, wish, backward)
+    rewriting.finish()
     record: dict[str, Any] = {
         "model_type": model.config.model_type,
         "wish": asdict(wish),
@@ -69,21 +105,25 @@ def cure(
         "needed": bool(plan.moved),
     }
     if not plan.moved:
-        _nothing_to_move(before, wish)
+        _nothing_to_move(before, wish, anatomy, batches)
         return record, ids, reference
     rounded = rounded_weights_logits(model, ids)
     epsilon = apply(model, layout, plan)
-    tick()
-    after = first_non_finite(anatomy, batches, wish.loss_scale)
-    _check_after(after, wish.backward and given_up is None)
+    passes = HalfPasses(anatomy, batches, tell=lambda: checking.done(1 / 7))
+    after, logits = _run(passes, wish.loss_scale), passes.logits
+    _add_scale(passes, after)
+    del passes
+    checking.finish()
+    _check_after(after, backward)
     largest = reference.abs().max().item()
     differences = {
         "largest_logit": largest,
         "fp32": _difference(logits_of(model, ids), reference),
         "weights_rounded_to_fp16_before": _difference(rounded, reference),
         "weights_rounded_to_fp16": _difference(rounded_weights_logits(model, ids), reference),
-        "fp16_pass": _difference(_fp16_logits(model, ids), reference),
+        "fp16_pass": _difference(logits, reference),
     }
+    comparing.finish()
     if not differences["fp32"] <= wish.tolerance * largest:
         raise NoExactRewrite(
             f"the rewrite would move the logits by {differences['fp32']:.3g} of {largest:.3g}, more than the tolerance "
@@ -102,35 +142,77 @@ def cure(
 def _better(
     model: nn.Module,
     layout: Layout,
-    plans: list[Plan],
+    plans: list[Exponents],
     batches: list[torch.Tensor],
     reference: torch.Tensor,
     wish: Wish,
     backward: bool,
-) -> Plan:
+) -> Exponents:
     """The plan that leaves nothing that is not finite; of two such, or none, the one whose FP16 pass is nearest to the
-    FP32 logits: the first unless another halves its error.
+    FP32 logits: the first unless another halves its error. What cannot change that is not run.
     """
     if len(plans) == 1:
         return plans[0]
-    finite, errors = [], []
-    for plan in plans:
+    trials = [_Trial(model, layout, plan, batches, reference) for plan in plans]
+    first, second = trials
+    if first.error > 2 * second.error:  # the second, unless it alone is not finite
+        return plans[1] if second.finite(wish, backward) or not first.finite(wish, backward) else plans[0]
+    return plans[0] if first.finite(wish, backward) or not second.finite(wish, backward) else plans[1]
+
+
+class _Trial:
+    """A plan tried on a copy of the model: its error in FP16, and whether all is finite."""
+
+    def __init__(self, model: nn.Module, layout: Layout, plan: Exponents, batches: list[torch.Tensor], reference: Any):
         trial = copy.deepcopy(model)
         apply(trial, layout, plan)
-        after = first_non_finite(find_anatomy(trial), batches, wish.loss_scale)
-        finite.append(after["forward"] is None and (after["backward"] is None or not backward))
-        error = _difference(_fp16_logits(trial, batches[0][:COMPARED]), reference)
-        errors.append(math.inf if error is None else error)
-        del trial
-    if finite[0] != finite[1]:
-        return plans[finite.index(True)]
-    return plans[0] if errors[0] <= 2 * errors[1] else plans[1]
+        self.passes = HalfPasses(find_anatomy(trial), batches, in_place=True)
+        self.forward = self.passes.forward()
+        error = None if self.forward is not None else _difference(self.passes.logits, reference)
+        self.error = math.inf if error is None else error
+
+    def finite(self, wish: Wish, backward: bool) -> bool:
+        if self.forward is not None or not backward:
+            return self.forward is None
+        return self.passes.backward(wish.loss_scale)[0] is None
 
 
-def _plans(layout: Layout, peaks: list[Peak], wish: Wish, before: dict[str, Any]) -> tuple[list[Plan], str | None]:
+def _memory(anatomy: Anatomy, tokens: int, gradients: bool) -> int:
+    """Bytes at the peak: the weights with their gradients, or with a copy in FP32 and two in FP16 of them."""
+    weights = sum(p.numel() * 4 for p in anatomy.model.parameters())
+    logits = 4 * tokens * anatomy.lm_head.weight.shape[0]
+    return max(2 if gradients else 1, 3) * weights + 4 * logits
+
+
+def _hardest(peaks: list[Peak], batches: list[torch.Tensor], count: int | None) -> list[torch.Tensor]:
+    """`count` samples as one batch, those that hold the largest peaks first; None: the batches as they are."""
+    if count is None:
+        return batches
+    held = [(p.batch, p.row) for p in sorted(peaks, key=lambda p: -p.forward) if p.reads is None]
+    rows = [(b, r) for b, ids in enumerate(batches) for r in range(len(ids))]
+    chosen = list(dict.fromkeys([*held, *rows]))[:count]
+    return [torch.stack([batches[b][r] for b, r in chosen])]
+
+
+def _run(passes: HalfPasses, loss_scale: float) -> dict[str, Any]:
+    """What is not finite first in FP16, forward, and backward at one loss scale."""
+    forward = passes.forward()
+    backward = None if forward is not None else passes.backward(loss_scale)[0]
+    return found_words(forward, backward, loss_scale, passes.weights)
+
+
+def _add_scale(passes: HalfPasses, found: dict[str, Any]) -> None:
+    """Add the largest loss scale at which all gradients are finite, and what overflows beyond it."""
+    if found["backward_run"]:
+        scale, beyond = passes.largest_scale()
+        more = None if beyond is None else asdict(beyond)
+        found |= {"largest_finite_loss_scale": scale, "backward_beyond": more}
+
+
+def _plans(layout: Layout, peaks: list[Peak], wish: Wish, before: dict[str, Any]) -> tuple[list[Exponents], str | None]:
     """The exponents; where the backward pass alone stands in the way of curing the forward pass, it is given up."""
 
-    def chosen(which: list[Peak]) -> list[Plan]:
+    def chosen(which: list[Peak]) -> list[Exponents]:
         return choose(layout, which, wish.margin, wish.loss_scale, wish.keep_eps, wish.scale_sums)
 
     try:
@@ -150,10 +232,12 @@ def _first(before: dict[str, Any]) -> str:
     return "" if found is None else f" (in FP16 the first that is not finite is {found['where']})"
 
 
-def _nothing_to_move(before: dict[str, Any], wish: Wish) -> None:
+def _nothing_to_move(before: dict[str, Any], wish: Wish, anatomy: Anatomy, batches: list[torch.Tensor]) -> None:
     """Where the FP16 pass is finite all is well; else what overflows is not among the tensors that can be scaled."""
     found = before["forward"] or (before["backward"] if wish.backward else None)
     if found is not None:
+        if before["backward_run"]:
+            before |= first_non_finite(anatomy, batches, wish.loss_scale)
         where = f"in FP16 {found['where']} is not finite"
         raise NoExactRewrite(f"{where}, and no factor can be moved there{_finite_up_to(before)}")
 
@@ -191,7 +275,7 @@ def _peak_row(peak: Peak, exponents: dict[str, int], loss_scale: float) -> dict[
     }
 
 
-def _remains(layout: Layout, plan: Plan, exact: bool, differences: dict[str, Any]) -> list[str]:
+def _remains(layout: Layout, plan: Exponents, exact: bool, differences: dict[str, Any]) -> list[str]:
     """What differs after the rewrite, or was done to keep it from differing, in words."""
     felt, largest = differences["fp16_pass"], differences["largest_logit"]
     moved_gains = any(n.facts.offset and plan.exponents[n.gives] for n in layout.norms)
@@ -240,13 +324,6 @@ def rounded_weights_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     finally:
         for parameter, value in kept:
             parameter.copy_(value)
-
-
-@torch.no_grad()
-def _fp16_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    half, _ = half_copy(model)
-    with HalfMatmul() if half.device.type == "cpu" else nullcontext():
-        return logits_of(half, ids)
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float | None:

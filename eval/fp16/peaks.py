@@ -1,5 +1,6 @@
 """The largest |value| and |gradient| of every watched tensor, in FP32."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ class Peak:
     """The largest |value|, and the largest |gradient| of the mean token loss of a batch, of one tensor of a group.
 
     Either is infinite where it is not finite; a gradient may be, in any precision. With `reads` it is a matrix
-    between two groups, which the rewrite scales by 2^(group - reads).
+    between two groups, which the rewrite scales by 2^(group - reads). `batch` and `row` hold the largest |value|.
     """
 
     group: str
@@ -27,25 +28,29 @@ class Peak:
     forward: float = 0.0
     gradient: float = 0.0
     reads: str | None = None
+    batch: int = 0
+    row: int = 0
 
 
 def measure_peaks(
-    layout: "Layout", model: nn.Module, batches: Iterable[torch.Tensor], backward: bool, tick: Callable[[], None]
+    layout: "Layout", model: nn.Module, batches: Iterable[torch.Tensor], backward: int, tick: Callable[[], None]
 ) -> list[Peak]:
-    """Peaks over `batches` (ids (B, S)), in the precision that the model has. Gradients are zero where not asked for.
+    """Peaks over `batches` (ids (B, S)), in the precision that the model has; gradients over the first `backward`.
 
     Raises:
         UserError: a tensor of the forward pass is not finite in that precision either.
     """
     peaks, weights = [Peak(w.group, w.words) for w in layout.watches], _weights(layout, model)
-    handles = [w.point.watch(_keep(peak)) for w, peak in zip(layout.watches, peaks, strict=True)]
+    at = [0]  # the batch that is read
+    handles = [w.point.watch(_keep(peak, at)) for w, peak in zip(layout.watches, peaks, strict=True)]
     was = {p: p.requires_grad for p in model.parameters()}
-    model.requires_grad_(backward)
+    model.requires_grad_(backward > 0)
     try:
-        for ids in batches:
-            with torch.set_grad_enabled(backward):
+        for number, ids in enumerate(batches):
+            at[0] = number
+            with torch.set_grad_enabled(number < backward):
                 logits = model(input_ids=ids, use_cache=False).logits
-                if backward:
+                if number < backward:
                     # Of a leaf that needs none, gradients pass through the embedding's output all the same.
                     (token_loss(logits, ids) / ids[:, 1:].numel()).backward()
                     for peak, weight, rows in weights:
@@ -78,13 +83,16 @@ def _weights(layout: "Layout", model: nn.Module) -> list[tuple[Peak, nn.Paramete
 
 
 def _largest(before: float, x: torch.Tensor) -> float:
-    value = x.detach().abs().max().item()
-    return max(before, value) if value == value else float("inf")
+    low, high = (bound.item() for bound in x.detach().aminmax())
+    return math.inf if math.isnan(low) else max(before, -low, high)
 
 
-def _keep(peak: Peak) -> Callable[[torch.Tensor], None]:
+def _keep(peak: Peak, at: list[int]) -> Callable[[torch.Tensor], None]:
     def see(x: torch.Tensor) -> None:
-        peak.forward = _largest(peak.forward, x)
+        largest = _largest(peak.forward, x)
+        if largest > peak.forward:
+            peak.batch, peak.row = at[0], int(x.detach().abs().flatten(1).amax(1).argmax())
+        peak.forward = largest
         if x.requires_grad:
             x.register_hook(see_gradient)
 

@@ -45,7 +45,7 @@ def _state(found: dict[str, Any]) -> str:
             scale = f" at loss scale {found['loss_scale']:g}" if way == "backward" else ""
             return f"{found[way]['where']} is not finite ({way}{scale})"
     scale = found["largest_finite_loss_scale"]
-    return "all is finite" + (f", gradients up to a loss scale of {scale:g}" if scale else ", but for gradients")
+    return "all is finite" + (f", gradients up to a loss scale of {scale:g}" if scale else "")
 
 
 def _epsilon(epsilon: dict[str, Any]) -> str:

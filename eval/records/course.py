@@ -31,7 +31,7 @@ _MODULE = re.compile(r"layers\.(\d+)\.(\w+)")
 
 
 @dataclass(frozen=True)
-class Records:
+class RunCourse:
     """What a run folder tells about its course. `rows` are per-layer statistics, those of the flight recorder first."""
 
     path: Path
@@ -57,7 +57,7 @@ def _events(path: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda event: event["step"])
 
 
-def read(path: Path) -> Records:
+def read_course(path: Path) -> RunCourse:
     """The records of one run folder.
 
     Raises:
@@ -74,7 +74,7 @@ def read(path: Path) -> Records:
     table = pd.concat(rows, ignore_index=True)[_COLUMNS] if rows else pd.DataFrame(columns=_COLUMNS)
     table = table.drop_duplicates(_COLUMNS[:-1]).assign(value=table.value.astype(float))
     dump = path / "divergence.json"
-    return Records(
+    return RunCourse(
         path=path,
         recipe=run.recipe if (path / "recipe.yaml").exists() else {},
         summary=run.summary,
@@ -135,7 +135,7 @@ def steps_text(steps: Sequence[int]) -> str:
 # --- what came first -----------------------------------------------------------------------------------------
 
 
-def happenings(records: Records) -> list[dict[str, Any]]:
+def happenings(records: RunCourse) -> list[dict[str, Any]]:
     """Events of the recorder, and what metrics.jsonl tells that no event does, by step."""
     found = list(records.events)
     known = {(event["step"], event.get("kind")) for event in found}

@@ -14,13 +14,13 @@ import pandas as pd
 from periln.eval.records.course import (
     SUBLAYERS,
     TENSORS,
-    Records,
+    RunCourse,
     against_limit,
     event_text,
     happenings,
     is_probe,
     place_text,
-    read,
+    read_course,
     steps_text,
 )
 from periln.eval.records.words import number
@@ -30,7 +30,7 @@ from periln.runkit.placements import placement_name
 GROWN = 10.0  # by which factor a value counts as grown
 
 
-def _head(records: Records) -> str:
+def _head(records: RunCourse) -> str:
     recipe, summary = records.recipe, records.summary
     rate = (recipe.get("optimizer") or {}).get("learning_rate")
     who = [placement_name(recipe["model"])] if recipe.get("model") else []
@@ -83,7 +83,7 @@ def _ordered(peaks: pd.DataFrame) -> pd.DataFrame:
     return keys.sort_values(["step", "layer", "s", "t"], kind="stable")
 
 
-def _peaks(records: Records) -> pd.DataFrame:
+def _peaks(records: RunCourse) -> pd.DataFrame:
     rows = records.rows
     return _ordered(rows[(rows.stat == "max_abs") & rows.tensor.isin(TENSORS)])
 
@@ -225,7 +225,7 @@ def _growth(peaks: pd.DataFrame, upto: int) -> list[str]:
     ]
 
 
-def _limits(records: Records, step: int | None) -> list[str]:
+def _limits(records: RunCourse, step: int | None) -> list[str]:
     """What the records cannot tell."""
     said = []
     if not records.flight:
@@ -255,7 +255,7 @@ def explain(run: Path) -> str:
     Raises:
         UserError: see `read`.
     """
-    records = read(Path(run))
+    records = read_course(Path(run))
     happened = happenings(records)
     real = [event for event in happened if not is_probe(event)]
     lines = [_head(records)]
@@ -276,7 +276,7 @@ def explain(run: Path) -> str:
     return "\n".join(lines)
 
 
-def _course(records: Records, real: list[dict[str, Any]], peaks: pd.DataFrame) -> list[str]:
+def _course(records: RunCourse, real: list[dict[str, Any]], peaks: pd.DataFrame) -> list[str]:
     first, rest = real[0], real[1:]
     overflow = next((e for e in real if e.get("kind") == "skip" and e.get("skip_kind") == "forward"), None)
     lost = _overflow(peaks, overflow["step"] if overflow else None)

@@ -9,7 +9,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from periln.eval.figures.drawing import Drawing, draw_all
+from periln.eval.figures.files import FigureFiles, all_figures
 from periln.eval.records.derived import differing
 from periln.eval.records.frames import Frames
 from periln.eval.report.stability_section import bench
@@ -108,13 +108,14 @@ def _size(frames: Frames) -> dict[str, str]:
     return {name: values(name) for name in names}
 
 
-def _image(drawing: Drawing) -> dict[str, Any]:
-    size = [int.from_bytes(drawing.png[at : at + 4], "big") for at in (16, 20)]  # width and height of the PNG header
-    source = "data:image/png;base64," + base64.b64encode(drawing.png).decode()
+def _image(figure: FigureFiles) -> dict[str, Any]:
+    assert figure.png is not None
+    size = [int.from_bytes(figure.png[at : at + 4], "big") for at in (16, 20)]  # width and height of the PNG header
+    source = "data:image/png;base64," + base64.b64encode(figure.png).decode()
     return {"src": source, "width": size[0], "height": size[1]}
 
 
-def render(frames: Frames, drawings: list[Drawing]) -> str:
+def render(frames: Frames, figures: list[FigureFiles]) -> str:
     """The report as one HTML page."""
     jinja = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -128,8 +129,8 @@ def render(frames: Frames, drawings: list[Drawing]) -> str:
         scores=[build(frames, suite) for suite in named],
         mini="mini" in named,
         stability=steady,
-        figures=[(d, _image(d)) for d in drawings if d.png],
-        missing=[d for d in drawings if not d.png],
+        figures=[(d, _image(d)) for d in figures if d.png],
+        missing=[d for d in figures if not d.png],
         bench=bench(frames),
         evidence=evidence(frames),
         environment=environment(frames),
@@ -147,12 +148,12 @@ def render(frames: Frames, drawings: list[Drawing]) -> str:
 
 def write(frames: Frames, out: Path) -> Path:
     """Draw and write figures and report into `out`; returns the report's path."""
-    drawings = draw_all(frames)
-    for drawing in drawings:
-        file = out / "figures" / f"figure_{drawing.name}.png"
-        if drawing.png:
-            write_bytes(file, drawing.png)
+    figures = list(all_figures(frames))
+    for figure in figures:
+        file = out / "figures" / f"figure_{figure.name}.png"
+        if figure.png:
+            write_bytes(file, figure.png)
         else:
             file.unlink(missing_ok=True)  # of records that are no longer there
-    write_text(out / "report.html", render(frames, drawings))
+    write_text(out / "report.html", render(frames, figures))
     return out / "report.html"

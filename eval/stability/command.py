@@ -6,7 +6,6 @@ python -m eval.stability RUN_OR_CHECKPOINT_OR_HUB_ID... --data wikitext --sample
 import argparse
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from transformers.utils import logging as transformers_logging
 from periln.eval.arguments.stability import check, left_out
 from periln.eval.records.explain import explain
 from periln.eval.records.words import number
+from periln.eval.stability.bar import plan_bar
 from periln.eval.stability.files import Records, wide_table
 from periln.eval.stability.measure import Measured, Options, measure
-from periln.eval.stability.plan import STEPS, Plan
 from periln.eval.targets import Checkpoint, Model, find_measured
 from periln.eval.text_table import Table, to_terminal
 from periln.eval.texts.samples import Samples, find_samples
@@ -28,7 +27,6 @@ from periln.runkit.environment import describe_environment
 from periln.runkit.errors import UsageError
 from periln.runkit.number_format import FP16
 from periln.runkit.process import start_stage
-from periln.runkit.progress import progress_bar
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -38,6 +36,7 @@ def _options(args: argparse.Namespace) -> Options:
         backward_samples=min(args.backward_samples, args.samples),
         skip_samples=min(args.skip_samples, args.samples),
         fp16_samples=min(args.fp16_samples, args.samples),
+        skip_tokens=args.skip_tokens,
         loss_scale=args.loss_scale,
         certificate=not args.no_certificate,
     )
@@ -91,9 +90,7 @@ class _Bench:
         def text_of(token: int) -> str | None:
             return None if tokenizer is None else tokenizer.decode([token])
 
-        shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        with progress_bar(a, STEPS, f"{model.name} step {checkpoint.step}", "step", bar_format=shape) as bar:
-            tell = _teller(bar, model.name)
+        with plan_bar(a, f"{model.name} step {checkpoint.step}") as tell:
             measured = measure(network, samples, self.options, checkpoint.step, text_of, tell, in_place=True)
         certificate = measured.certificate
         entry = measured.record | {
@@ -117,21 +114,6 @@ class _Bench:
         if measured.stopped is not None:
             tqdm.write(f"written so far: {records.folder}")
             raise KeyboardInterrupt
-
-
-def _teller(bar: tqdm, name: str) -> Callable[[Plan], None]:
-    """Says once what to expect, and moves the bar in every part."""
-    told = False
-
-    def tell(plan: Plan) -> None:
-        nonlocal told
-        if not told:
-            tqdm.write(f"{name}: {plan.said()}", file=sys.stderr)
-            told = True
-        bar.set_description(f"{name}, {plan.part}" if plan.part else name, refresh=False)
-        bar.update(int(STEPS * plan.share) - bar.n)
-
-    return tell
 
 
 def _certified(certificate: dict[str, Any]) -> str:

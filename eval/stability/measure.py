@@ -87,7 +87,8 @@ class _Measurement:
         self.rows += backward_rows(self.anatomy, batches, self.step, self.stages, lambda: part.done(1 / of))
 
     def skips(self, part: Part) -> None:
-        batches, layers = self.batches(self.options.batch_size, self.options.skip_samples), self.anatomy.num_layers
+        layers, tokens = self.anatomy.num_layers, self.options.skip_tokens
+        batches = [ids[:, :tokens] for ids in self.batches(self.options.batch_size, self.options.skip_samples)]
         if self.stages is not None:
             whole = len(batches) * layers * (layers + 1) / 2  # later layers have fewer behind them
             tell = lambda layer: part.done((layers + 1 - layer) / whole)  # noqa: E731

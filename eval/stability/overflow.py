@@ -226,22 +226,43 @@ def half_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
     return copied, to_half(copied)
 
 
-class _Passes:
-    """Forward and backward passes of a model in FP16 over batches, each batch's graph kept for more than one scale."""
+class HalfPasses:
+    """Forward and backward passes of a model in FP16 over batches (ids (B, S)); one forward pass serves all scales.
 
-    def __init__(self, half: nn.Module, anatomy: Anatomy, batches: list[torch.Tensor], tell: Callable[[], None]):
-        self.half, self.anatomy, self.batches, self.tell = half, anatomy, batches, tell
+    `weights`: those that FP16 cannot hold; `logits` (B, S, V) in FP32: of the first batch, once `forward` is done.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        batches: list[torch.Tensor],
+        in_place: bool = False,
+        tell: Callable[[], None] = lambda: None,
+    ):
+        if in_place:
+            self.half, self.weights = anatomy.model, to_half(anatomy.model)
+        else:
+            self.half, self.weights = half_copy(anatomy.model)
+            anatomy = _moved(anatomy, self.half, dict(self.half.named_modules()))
+        self.half.requires_grad_(True)
+        self.anatomy, self.batches, self.tell = anatomy, batches, tell
         self.exact = True
         self.largest: dict[float, float] = {}
+        self.logits: torch.Tensor | None = None
+
+    def _numerics(self) -> Any:
+        return HalfMatmul() if next(self.half.parameters()).device.type == "cpu" else nullcontext()
 
     def forward(self) -> NonFinite | None:
         """The first that is not finite in the forward passes."""
-        with torch.no_grad(), FirstForward(self.anatomy) as watch:
+        with self._numerics(), torch.no_grad(), FirstForward(self.anatomy) as watch:
             for ids in self.batches:
                 try:
-                    self.half(input_ids=ids, use_cache=False)
+                    logits = self.half(input_ids=ids, use_cache=False).logits
                 except _Overflow:
                     break
+                if self.logits is None:
+                    self.logits = logits.float().cpu()
                 self.tell()
         return watch.first
 
@@ -250,13 +271,14 @@ class _Passes:
 
         What is largest of the gradients that were seen goes into `largest`, for scales at which all are finite.
         """
-        try:
-            return self._backward(scales)
-        except RuntimeError as error:
-            if "modified inplace" not in str(error):
-                raise
-            self.exact = False
-            return self._backward(scales)
+        with self._numerics():
+            try:
+                return self._backward(scales)
+            except RuntimeError as error:
+                if "modified inplace" not in str(error):
+                    raise
+                self.exact = False
+                return self._backward(scales)
 
     def _backward(self, scales: tuple[float, ...]) -> list[NonFinite | None]:
         largest, found = dict.fromkeys(scales, 0.0), {}
@@ -327,27 +349,29 @@ def first_non_finite(
         2^16, at which all gradients are finite, None where none is; `backward_beyond`: what overflows at twice that
         (None if it is 2^16). `weights`: parameters that FP16 cannot hold.
     """
-    if in_place:
-        half, weights = anatomy.model, to_half(anatomy.model)
-    else:
-        half, weights = half_copy(anatomy.model)
-        anatomy = _moved(anatomy, half, dict(half.named_modules()))
-    for parameter in half.parameters():
-        parameter.requires_grad_(True)
-    passes = _Passes(half, anatomy, batches, tell)
-    with HalfMatmul() if next(half.parameters()).device.type == "cpu" else nullcontext():
-        forward, backward, beyond, scale = passes.forward(), None, None, None
-        if forward is None:
-            backward = passes.backward(loss_scale)[0]
-            if scales:
-                scale, beyond = passes.largest_scale()
+    passes = HalfPasses(anatomy, batches, in_place, tell)
+    forward, backward, beyond, scale = passes.forward(), None, None, None
+    if forward is None:
+        backward = passes.backward(loss_scale)[0]
+        if scales:
+            scale, beyond = passes.largest_scale()
+    return found_words(forward, backward, loss_scale, passes.weights) | {
+        "largest_finite_loss_scale": scale,
+        "backward_beyond": None if beyond is None else asdict(beyond),
+    }
+
+
+def found_words(
+    forward: NonFinite | None, backward: NonFinite | None, loss_scale: float, weights: list[str]
+) -> dict[str, Any]:
+    """What `first_non_finite` gives, before the largest loss scale is looked for."""
     return {
         "forward": None if forward is None else asdict(forward),
         "backward": None if backward is None else asdict(backward),
         "backward_run": forward is None,
         "loss_scale": loss_scale,
-        "largest_finite_loss_scale": scale,
-        "backward_beyond": None if beyond is None else asdict(beyond),
+        "largest_finite_loss_scale": None,
+        "backward_beyond": None,
         "weights": weights,
     }
 

@@ -33,11 +33,13 @@ class Options:
     skip_samples: int = 16
     fp16_samples: int = 4
     loss_scale: float = 1.0
+    skip_tokens: int | None = None
     certificate: bool = False
 
     def asked(self) -> dict[str, Any]:
         """What decides the result (the batch size does not)."""
-        return {k: v for k, v in asdict(self).items() if k != "batch_size"}
+        without = {"batch_size"} | ({"skip_tokens"} if self.skip_tokens is None else set())
+        return {k: v for k, v in asdict(self).items() if k not in without}
 
 
 @dataclass
@@ -81,26 +83,31 @@ class Plan:
         add(1, "forward", "forward", PROBED * len(samples.ids))
         add(o.certificate, "certificate", "certify", CERTIFICATE)
         add(o.backward_samples, "backward", "backward", BACKWARD * o.backward_samples)
-        add(o.skip_samples, "skipped layers", "skips", float(o.skip_samples))
+        tokens = samples.ids.shape[1]
+        add(o.skip_samples, "skipped layers", "skips", o.skip_samples * min(1.0, (o.skip_tokens or tokens) / tokens))
         add(o.fp16_samples, "FP16", "in_fp16", (FP16_FORWARD + FP16_BACKWARD) * o.fp16_samples)
-        plan.tell = tell
         return plan
 
     @torch.no_grad()
     def measure(self, anatomy: Anatomy, samples: Samples, staged: bool, in_place: bool) -> None:
         """Time a plain pass, and count from the model's sizes what depends on them."""
-        ids = samples.ids[:1].to(next(anatomy.model.parameters()).device)
-        anatomy.model(input_ids=ids[:, :16], use_cache=False)  # the first pass reads the weights from disk
-        started = time.perf_counter()
-        anatomy.model(input_ids=ids, use_cache=False)
-        self.seconds = time.perf_counter() - started
+        self.time(anatomy, samples.ids[:1])
         head = anatomy.lm_head.weight.numel() / sum(p.numel() for p in _matrices(anatomy))
         for part in self.parts:
             if part.does == "skips":
                 each = head + (1 - head) / 2 if staged else 1.0
                 part.passes *= anatomy.num_layers * each + 1
         self.memory = memory(anatomy, samples.ids.shape[1], self.parts, in_place)
-        self.tell(self)
+        self.parts[0].tell()
+
+    @torch.no_grad()
+    def time(self, anatomy: Anatomy, ids: torch.Tensor) -> None:
+        """Time a plain pass of a sample (1, S)."""
+        ids = ids.to(next(anatomy.model.parameters()).device)
+        anatomy.model(input_ids=ids[:, :16], use_cache=False)  # the first pass reads the weights from disk
+        started = time.perf_counter()
+        anatomy.model(input_ids=ids, use_cache=False)
+        self.seconds = time.perf_counter() - started
 
     @property
     def passes(self) -> float:

@@ -44,7 +44,7 @@ def _from_arguments(args: argparse.Namespace) -> list[tuple[Scores, list[str]]]:
     return [(from_runs(frames, suite, args.metric), more) for suite in named]
 
 
-def drawn(scores: Scores, more: Sequence[str], args: argparse.Namespace) -> list[Table]:
+def tables_of(scores: Scores, more: Sequence[str], args: argparse.Namespace) -> list[Table]:
     """The tables that were asked for: all when none was named, for CSV then Table 2, or the paper beside ours."""
     asked = args.table or (["means", "seeds", "paired"] + ["paper"] * args.compare_paper)
     if args.format == "csv" and not args.table:
@@ -85,7 +85,7 @@ def _write(text: str, out: Path, overwrite: bool) -> None:
 
 def main(args: argparse.Namespace) -> None:
     check(args)
-    tables = [table for scores, more in _from_arguments(args) for table in drawn(scores, more, args)]
+    tables = [table for scores, more in _from_arguments(args) for table in tables_of(scores, more, args)]
     if args.format == "csv":
         text = to_csv(tables[0])
         print(*tables[0].notes, sep="\n", file=sys.stderr)

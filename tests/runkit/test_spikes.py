@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from periln.eval.records.course import happenings, read
+from periln.eval.records.course import happenings, read_course
 from periln.eval.records.frames import load
 from periln.eval.tables.run_stability import spikes_note, stability
 from periln.model_cards.facts import outcome
@@ -84,7 +84,7 @@ def test_a_run_is_judged_by_its_own_rule_wherever_it_is_read(tmp_path):
     table = stability(load(tmp_path))
     assert table.numbers.spikes.iloc[0] == expected
     assert "exceeds the mean of the 64 steps before it (all there are, at least 16) by 3 of" in table.notes[0]
-    assert [e["step"] for e in happenings(read(run.path)) if e["kind"] == "spike"] == expected
+    assert [e["step"] for e in happenings(read_course(run.path)) if e["kind"] == "spike"] == expected
     assert ("gradient spikes", str(len(expected))) in outcome(Subject(None, run))
     assert count_spikes(values, 200, Spikes(**rules))[0] == len(expected)
 

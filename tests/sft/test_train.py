@@ -20,6 +20,7 @@ from periln.runkit.checkpoints import damage_of
 from periln.runkit.folder import RunFolder, weights_hash
 from periln.sft import train, trainer
 from periln.sft.conversations import CHAT_TEMPLATE, END_OF_TURN
+from periln.sft.recipe import Recipe
 from periln.sft.tokens import tokenize
 
 EPOCHS = ["step_00000004", "step_00000008", "step_00000012"]
@@ -270,6 +271,29 @@ def test_labels_are_printed_on_a_terminal_without_their_characters(tmp_path):
     # The joiner is dropped by the tokenizer: the content is what was written.
     assert rb"<|assistant|>>>>\xe9t\xe9 <|user|><|end_of_turn|><<<" in done.stdout
     assert rb"how many \u0153ufs?" in done.stdout
+
+
+@pytest.mark.slow
+def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path):
+    """Whatever the installed Transformers and Accelerate divide by: the gradient is that of the mean over the batch."""
+    norms = {}
+    for micro in (4, 1):
+        folder = tmp_path / str(micro)
+        folder.mkdir()
+        run = make_run(folder)
+        fields = {"epochs": 1, "micro_batch_size": micro, "precision": "fp32", "residual_dtype": None}
+        assert tune(write_recipe(folder, **fields), run) == 0
+        norms[micro] = [record["grad_norm"] for record in RunFolder(run.path / "sft").metrics()]
+        GradientState._reset_state()
+    assert norms[1] == pytest.approx(norms[4], rel=1e-3)
+
+
+def test_activations_are_not_computed_twice_whatever_transformers_calls_it():
+    recipe = Recipe(data="talk.jsonl", batch_size=4, micro_batch_size=1, device="cpu")
+    config = trainer.arguments(recipe, "unused")
+    assert config.gradient_accumulation_steps == 4
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    assert not any(getattr(config, name, None) for name in names)
 
 
 def test_one_gpu_is_used_of_many():

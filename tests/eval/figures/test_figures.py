@@ -15,7 +15,7 @@ from synthetic_bench import write_any, write_bench
 
 from periln.eval.figures import __main__, depth, headroom, pieces, sweeps
 from periln.eval.figures.catalogue import CATALOGUE
-from periln.eval.figures.drawing import Drawing, draw, drawings
+from periln.eval.figures.files import FigureFiles, all_figures, draw_files
 from periln.eval.figures.layer_rows import layer_rows, source_words
 from periln.eval.figures.measured_models import load_measured
 from periln.eval.figures.pieces import NotRecorded
@@ -29,13 +29,13 @@ ROOT = Path(__file__).resolve().parents[3]
 PAPER = ["1", "3a", "3b", "3c", "4", "5", "6", "7a", "7b", "7c", "7d", *map(str, range(8, 19)), "20", "21", "22"]
 
 
-def figures_of(root: Path, *names: str) -> dict[str, Drawing]:
-    """Drawn, without the cost of an image: `words` say what stands there, or what it needs."""
+def figures_of(root: Path, *names: str) -> dict[str, FigureFiles]:
+    """Chart, without the cost of an image: `words` say what stands there, or what it needs."""
     view = view_of(load(root))
-    return {name: draw(name, view, kinds=()) for name in names}
+    return {name: draw_files(name, view, kinds=()) for name in names}
 
 
-def missing(found: dict[str, Drawing]) -> set[str]:
+def missing(found: dict[str, FigureFiles]) -> set[str]:
     return {name for name, drawing in found.items() if drawing.words.startswith(("Needs ", "Only one "))}
 
 
@@ -79,7 +79,7 @@ def test_the_catalogue_has_every_figure_of_the_paper_that_can_be_measured():
 
 
 def test_all_figures_are_drawn_where_their_records_are(paper):
-    drawn = {drawing.name: drawing for drawing in drawings(load(paper), kinds=())}
+    drawn = {drawing.name: drawing for drawing in all_figures(load(paper), kinds=())}
     other_sizes = {"9", "10", "17", "18", "21", "22"}
     assert missing(drawn) == {*other_sizes, "rates"}
     for name in other_sizes:
@@ -92,7 +92,7 @@ def test_all_figures_are_drawn_where_their_records_are(paper):
 
 
 def test_a_figure_that_is_asked_for_is_drawn_of_the_sizes_there_are(paper):
-    drawn = draw("10", view_of(load(paper)))
+    drawn = draw_files("10", view_of(load(paper)))
     assert drawn.png.startswith(b"\x89PNG")
     assert "Size of the models here: 400M (the paper's: 3.2B)." in drawn.words
 
@@ -106,7 +106,7 @@ def test_figures_of_one_size_take_the_runs_of_that_size(tmp_path):
         assert "Runs drawn: peri 1." in found[name].words and "Size of the models" not in found[name].words
     assert "Runs drawn: peri 2." in found["10"].words
     assert "Size of the models here: 400M, 1.5B (the paper's: 3.2B)." in found["10"].words
-    assert {d.name for d in drawings(load(tmp_path), kinds=()) if d.words.startswith("Needs models")} == {
+    assert {d.name for d in all_figures(load(tmp_path), kinds=()) if d.words.startswith("Needs models")} == {
         "10",
         "18",
         "22",
@@ -134,14 +134,14 @@ def test_models_that_are_no_runs_are_drawn_from_the_benchs_records(tmp_path):
     assert view.looks["gemma"].style != view.looks["glm"].style
     assert view.looks["odd"].colour not in [view.looks[name].colour for name in ("gemma", "llama")]
     for name in ("1", "5", "6", "7c", "headroom", "peaks"):
-        words = draw(name, view, kinds=()).words
+        words = draw_files(name, view, kinds=()).words
         assert "gemma" in words and "wikitext, 1,000 samples" in words
         assert not any(wrong in words for wrong in ("Initialization is", "learning rate", "nan", "diverged 0"))
     with pieces.settings():
         titles = [ax.get_title() for ax in depth.hidden_state(view).figure.axes]
     assert titles == ["measured models"] * 2  # one panel for all, and none that claims an initialization
     for name, reason in {"3b": "metrics.jsonl", "3a": "metrics.jsonl", "7a": "not at initialization"}.items():
-        assert reason in draw(name, view, kinds=()).words
+        assert reason in draw_files(name, view, kinds=()).words
 
 
 def test_models_and_runs_are_drawn_together_and_a_copy_of_a_run_is_not_drawn_twice(tmp_path):
@@ -325,7 +325,7 @@ def test_runs_of_any_shape_can_be_drawn(tmp_path, shape):
     with np.errstate(all="raise", under="ignore"):
         more = ("3c", "6", "7b", "peaks", "events") if shape in ("64 layers", "all diverged", "one step") else ()
         found = figures_of(tmp_path, "1", "3a", "5", "7a", "headroom", *more)
-        assert draw("headroom", view_of(load(tmp_path))).png
+        assert draw_files("headroom", view_of(load(tmp_path))).png
     assert missing(found) == ({"7a"} if shape not in ("one layer", "own placements") else set())
     if shape == "own placements":
         assert "own placement 1: own: alpha=1/sqrt(L), final_norm, input_norm" in found["5"].words

@@ -223,15 +223,20 @@ def test_the_cheapest_has_the_fewest_bits_of_those_within_one_per_cent():
 @pytest.mark.parametrize(
     ("rises", "ends"),
     [
-        ((0.5, 0.3, 0.01), "channels with outliers decide, scales of their own take away 98% of what is lost."),
-        ((0.5, 0.5, 0.4), "it is not outlier channels that decide."),
+        ((0.5, 0.3, 0.01), ": outliers decide, and scales of their own for channels take away 98% of what is lost."),
+        ((0.5, -0.01, 0.2), ": outliers decide, and scales of their own for tokens take away 100% of what is lost."),
+        ((None, 0.3, 0.01), ": outliers decide, and scales of their own for channels take away 100% of what is lost."),
+        ((0.5, 0.5, 0.4), ": it is not a few tokens or channels that decide."),
         ((0.0001, 0.0001, 0.0001), "+0.01%, +0.01% and +0.01% of the loss."),
     ],
 )
 def test_whether_outliers_decide_is_said_from_the_three_scalings(rises, ends):
     names = ("INT8 per tensor", "INT8 per token", "INT8 per channel")
     cells = [
-        (Recipe("stream", name, {"stream": Scaled("INT8", scaling)}), _row(name, rise, rise < 0.02))
+        (
+            Recipe("stream", name, {"stream": Scaled("INT8", scaling)}),
+            _row(name, rise, rise is not None and rise < 0.02),
+        )
         for name, scaling, rise in zip(names, ("tensor", "row", "channel"), rises, strict=True)
     ]
     sentence = said(cells, {})[0]

@@ -14,7 +14,7 @@ from synthetic_runs import TASKS, write_demo, write_run, write_sample, write_sco
 
 from periln.eval.arguments.report import parse
 from periln.eval.figures.catalogue import CATALOGUE
-from periln.eval.figures.drawing import draw_all
+from periln.eval.figures.files import all_figures
 from periln.eval.records.frames import load
 from periln.eval.report.command import main
 from periln.eval.report.page import adds_text, evidence, render, write
@@ -266,7 +266,7 @@ def test_a_run_that_has_only_just_begun(tmp_path):
     for name in ("metrics.jsonl", "environment.json", "summary.json"):
         (run / name).unlink()
     frames = load(tmp_path)
-    drawings = draw_all(frames)
+    drawings = list(all_figures(frames))
     assert all(drawing.png is None for drawing in drawings)
     page = Page(render(frames, drawings))
     assert f"Not drawn: {len(CATALOGUE)} figures" in page.words

@@ -17,8 +17,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from periln.eval.arguments.stability import parse
+from periln.eval.arguments.stability import left_out, parse
 from periln.eval.stability.command import main
+from periln.eval.stability.files import Records
 from periln.eval.targets import find_measured
 from periln.runkit.checkpoints import write_checkpoint
 from periln.runkit.errors import UsageError, UserError
@@ -200,3 +201,25 @@ def test_a_model_and_wikitext_of_the_hub(place, tmp_path):
     assert "What flows through the layers" in done.stdout and "the stream's variance goes from" in done.stdout
     entry = json.loads((tmp_path / "out" / "someone--tiny-gemma" / "stability.json").read_text())["checkpoints"][0]
     assert entry["data"]["data"] == "wikitext" and len(entry["revision"]) == 40
+
+
+def test_quick_is_what_is_done_where_no_run_is_given(place):
+    run, model = str(place / "run"), str(place / "gemma")
+    assert parse([model]).samples == 16 and parse([model]).skip_tokens == 128
+    for words in ([run], [run, model], [str(place / "run" / "checkpoints" / "step_00000010")], [model, "--no-quick"]):
+        args = parse(words)
+        assert (args.samples, args.backward_samples, args.skip_samples, args.fp16_samples) == (1000, 32, 16, 4), words
+        assert args.skip_tokens is None and left_out(args) == ""
+    asked = parse([run, "--quick", "--samples", "40"])
+    assert asked.samples == 40 and asked.backward_samples == 1
+    said = left_out(asked)
+    assert "40 of 1000 samples" in said and "1 of 32 samples for gradients" in said and "--no-quick" in said
+
+
+def test_a_record_that_was_stopped_is_measured_again(measured):
+    folder = measured / "out" / "gemma"
+    entry = json.loads((folder / "stability.json").read_text())["checkpoints"][0]
+    records = Records(folder, str(measured / "gemma"), single=True)
+    assert records.has(0, entry["asked"], entry["weights_sha256"])
+    records.old["checkpoints"][0]["stopped"] = "backward"
+    assert not records.has(0, entry["asked"], entry["weights_sha256"])

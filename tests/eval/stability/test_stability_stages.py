@@ -9,7 +9,7 @@ from stability_families import FAMILIES, VOCABULARY, build
 
 from periln.eval.stability.backward import accumulate_gradients, backward_rows
 from periln.eval.stability.measure import Options, measure
-from periln.eval.stability.overflow import LEAST, MOST, _Passes, first_non_finite, half_copy
+from periln.eval.stability.overflow import LEAST, MOST, HalfPasses, first_non_finite, half_copy
 from periln.eval.stability.redundancy import skip_losses, staged_skip_losses
 from periln.eval.structure.anatomy import find_anatomy
 from periln.eval.structure.stages import find_stages
@@ -113,8 +113,8 @@ def test_a_wrong_prediction_is_mended_by_halving(monkeypatch, seen, guess):
         self.largest |= {scale: seen * scale for scale in scales if scale <= 2.0**5}
         return [None if scale <= 2.0**5 else "overflow" for scale in scales]
 
-    monkeypatch.setattr(_Passes, "backward", backward)
-    passes = _Passes(None, None, [], lambda: None)
+    monkeypatch.setattr(HalfPasses, "backward", backward)
+    passes = HalfPasses(find_anatomy(build("llama")), [])
     passes.backward(1.0)
     assert passes.largest_scale() == (2.0**5, "overflow")
     assert tried[1] == 2.0**guess and (guess != 5 or tried[1:] == [2.0**5, 2.0**6])

@@ -15,7 +15,7 @@ from periln.eval.records.frames import Frames
 
 
 @dataclass(frozen=True)
-class Drawing:
+class FigureFiles:
     """One figure: what is drawn, in words, and its images by kind; or, without images, what it needs."""
 
     name: str
@@ -35,18 +35,18 @@ class Drawing:
         return self.images.get("png")
 
 
-def draw(name: str, view: View, kinds: Sequence[str] = ("png",)) -> Drawing:
+def draw_files(name: str, view: View, kinds: Sequence[str] = ("png",)) -> FigureFiles:
     """One figure of the catalogue; where its records are missing it has no images, and `words` say what it needs."""
     entry = CATALOGUE[name]
     with settings():
         try:
             chosen, note = _sized(entry, view)
             chosen, changed = plain_placements(chosen) if entry.plain else (chosen, "")
-            drawn = entry.draw(chosen)
-            words, images = drawn.caption + changed + note, {kind: image_bytes(drawn.figure, kind) for kind in kinds}
+            chart = entry.draw(chosen)
+            words, images = chart.caption + changed + note, {kind: image_bytes(chart.figure, kind) for kind in kinds}
         except NotRecorded as error:
             words, images = str(error), {}
-    return Drawing(name, TITLES[name], entry.paper, entry.alt, words, images)
+    return FigureFiles(name, TITLES[name], entry.paper, entry.alt, words, images)
 
 
 def _sized(entry: Entry, view: View) -> tuple[View, str]:
@@ -70,9 +70,9 @@ def _wanted(name: str, view: View) -> str:
     return ""
 
 
-def drawings(
+def all_figures(
     frames: Frames, kinds: Sequence[str] = ("png",), rates: Sequence[float] | None = None
-) -> Iterator[Drawing]:
+) -> Iterator[FigureFiles]:
     """Every figure in order; those that only repeat another at sizes that are not there are left out, with the reason.
 
     `rates` keeps the runs with these learning rates.
@@ -80,11 +80,6 @@ def drawings(
     view = view_of(frames, rates)
     for name, entry in CATALOGUE.items():
         if reason := _wanted(name, view):
-            yield Drawing(name, TITLES[name], entry.paper, entry.alt, reason, {})
+            yield FigureFiles(name, TITLES[name], entry.paper, entry.alt, reason, {})
         else:
-            yield draw(name, view, kinds)
-
-
-def draw_all(frames: Frames) -> list[Drawing]:
-    """`drawings` as a list."""
-    return list(drawings(frames))
+            yield draw_files(name, view, kinds)
