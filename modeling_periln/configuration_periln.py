@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
-from .attention_fields import is_rope_by_type, validate_layers, validate_ropes
+from .attention_fields import LAYER_TYPES, is_rope_by_type, validate_layers, validate_ropes
 from .placements import StreamPlan, plan_stream
 from .slots import NO_EPSILON
 
@@ -195,9 +195,17 @@ class PeriLlamaConfig(PreTrainedConfig):
         self.validate_norms()
         self.validate_attention()
         if self.rope_parameters is not None and is_rope_by_type(self.rope_parameters):
-            default = {"rope_theta": kwargs.pop("rope_theta", self.default_theta)}
-            self.rope_parameters = {kind: default | rope for kind, rope in self.rope_parameters.items()}
+            defaults = {"rope_theta": self.default_theta}
+            defaults |= {key: kwargs.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in kwargs}
+            self.rope_parameters = {
+                kind: {"rope_type": rope.get("type", "default")} | defaults | rope
+                for kind, rope in self.rope_parameters.items()
+            }
         super().__post_init__(**kwargs)
+        if is_rope_by_type(self.rope_parameters):  # Transformers 5.4 takes them for one rope, and adds to it
+            self.rope_parameters = {
+                kind: self.rope_parameters[kind] for kind in LAYER_TYPES if kind in self.layer_types
+            }
         if self.layer_types is None:
             del self.layer_types
         for key in unknown:

@@ -22,11 +22,11 @@ class PeriLlamaRotaryEmbedding(LlamaRotaryEmbedding):
     """Llama's, whose frequencies stay in FP32: `model.to(torch.bfloat16)` would turn late positions by radians."""
 
     @staticmethod
-    def compute_default_rope_parameters(config: Any, **kwargs: Any) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(config: Any, device: Any = None, **kwargs: Any) -> tuple[torch.Tensor, float]:
         """Inverse frequencies (R / 2,) for the R dimensions that are rotated, and a factor of 1 for the tables."""
         dims = rotary_dims(config.head_dim, config.rope_parameters)
         base = config.rope_parameters["rope_theta"]
-        return 1.0 / (base ** (torch.arange(0, dims, 2, dtype=torch.float) / dims)), 1.0
+        return (1.0 / (base ** (torch.arange(0, dims, 2, dtype=torch.float) / dims))).to(device), 1.0
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Tables:
         """The tables for `rotate` at positions (B, S), in the dtype of x: cos and the signed sin, each (B, S, 1, R)."""

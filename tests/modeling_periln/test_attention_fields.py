@@ -247,7 +247,7 @@ WRONG = {
     ),
     "a scale": ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0 must be a number above 0"),
     "a factor": ({"embedding_multiplier": -1.0}, "embedding_multiplier=-1.0 must be a number above 0"),
-    "chunks": ({"attention_chunk_size": 4}, "attention_chunk_size=4: attention here is causal"),
+    "chunks": ({"attention_chunk_size": 4}, "attention_chunk_size=4: attention of this family is causal"),
 }
 
 

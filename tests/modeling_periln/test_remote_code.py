@@ -24,6 +24,7 @@ PACKAGE = Path(modeling_periln.__file__).parent
 CODE = {
     *("configuration_periln.py", "modeling_periln.py", "arguments.py", "registration.py"),
     *("norms.py", "placements.py", "slots.py", "loss.py", "rotary.py", "residual.py"),
+    *("attention_fields.py", "embedding.py", "masks.py"),
 }
 WEIGHTS = {"config.json", "generation_config.json", "model.safetensors"}
 MODELS = {
@@ -54,6 +55,7 @@ def test_a_saved_config_carries_what_the_config_needs(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {
         "config.json",
         "configuration_periln.py",
+        "attention_fields.py",
         "placements.py",
         "slots.py",
     }
