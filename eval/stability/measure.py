@@ -15,7 +15,7 @@ from periln.eval.stability.backward import backward_rows
 from periln.eval.stability.fits import fit_growth
 from periln.eval.stability.massive import massive_activations, outlier
 from periln.eval.stability.overflow import first_non_finite
-from periln.eval.stability.plan import Options, Part, Plan
+from periln.eval.stability.plan import Options, Part, Plan, samples_at_once
 from periln.eval.stability.probe import Probe
 from periln.eval.stability.redundancy import skip_losses, staged_skip_losses
 from periln.eval.stability.verdict import checkpoint_verdict, depth_profile
@@ -29,7 +29,6 @@ from periln.runkit.process import peak_rss
 
 COLUMNS = ["step", "layer", "sublayer", "tensor", "stat", "value"]
 ANGLE_COLUMNS = ["step", "layer", "other", "value"]
-LOGITS = 2**27  # numbers of a batch's logits at most: 512 MiB
 PROFILES = ("variance", "variance_data", "mean_abs", "max_abs")
 
 
@@ -62,8 +61,8 @@ class _Measurement:
         self.certificate: dict[str, Any] | None = None
 
     def batches(self, size: int, limit: int | None = None) -> list[torch.Tensor]:
-        """Batches of at most `size` samples whose logits are no more than `LOGITS` numbers."""
-        rows = max(1, LOGITS // (self.samples.ids.shape[1] * self.anatomy.lm_head.weight.shape[0]))
+        """Batches of at most `size` samples of which the logits are no more than `LOGITS` numbers."""
+        rows = samples_at_once(self.anatomy, self.samples.ids.shape[1])
         return list(self.samples.batches(min(size, rows), self.device, limit))
 
     @torch.no_grad()
@@ -189,5 +188,5 @@ def measure(
     model.eval()
     plan = Plan.of(options, samples, tell)
     measurement = _Measurement(model, samples, options, step, in_place, plan)
-    plan.measure(measurement.anatomy, samples, measurement.stages is not None, in_place)
+    plan.measure(measurement.anatomy, samples, measurement.stages is not None, in_place, options.batch_size)
     return measurement.measured(started, token_text, measurement.run())

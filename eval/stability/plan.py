@@ -15,9 +15,11 @@ from periln.eval.structure.anatomy import Anatomy
 from periln.eval.texts.samples import Samples
 
 GIB = 2.0**30
+PROCESS = 2**29  # bytes of Python and its libraries
+LOGITS = 2**27  # numbers of a batch's logits at most: 512 MiB
 # Plain passes of a sample that a part takes, for each of its samples.
-PROBED = 1.6
-BACKWARD = 5.0  # streams, a layer at a time forward and backward, sums in FP64
+PROBED = 1.55
+BACKWARD = 4.2  # streams, a layer at a time forward and backward, sums in FP64
 FP16_FORWARD, FP16_BACKWARD = 1.5, 9.0
 CERTIFICATE = 6.0
 STEPS = 1000  # in which the bar moves
@@ -89,7 +91,7 @@ class Plan:
         return plan
 
     @torch.no_grad()
-    def measure(self, anatomy: Anatomy, samples: Samples, staged: bool, in_place: bool) -> None:
+    def measure(self, anatomy: Anatomy, samples: Samples, staged: bool, in_place: bool, batch_size: int) -> None:
         """Time a plain pass, and count from the model's sizes what depends on them."""
         self.time(anatomy, samples.ids[:1])
         head = anatomy.lm_head.weight.numel() / sum(p.numel() for p in _matrices(anatomy))
@@ -97,7 +99,7 @@ class Plan:
             if part.does == "skips":
                 each = head + (1 - head) / 2 if staged else 1.0
                 part.passes *= anatomy.num_layers * each + 1
-        self.memory = memory(anatomy, samples.ids.shape[1], self.parts, in_place)
+        self.memory = memory(anatomy, samples.ids.shape[1], self.parts, in_place, batch_size)
         self.parts[0].tell()
 
     @torch.no_grad()
@@ -137,7 +139,7 @@ def _matrices(anatomy: Anatomy) -> list[torch.nn.Parameter]:
     return [*inside.values(), anatomy.lm_head.weight]
 
 
-def memory(anatomy: Anatomy, tokens: int, parts: list[Part], in_place: bool) -> int:
+def memory(anatomy: Anatomy, tokens: int, parts: list[Part], in_place: bool, batch_size: int) -> int:
     """Bytes at the peak: the weights, and the largest of what the parts hold beside them."""
     parameters = list(anatomy.model.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
@@ -145,19 +147,23 @@ def memory(anatomy: Anatomy, tokens: int, parts: list[Part], in_place: bool) -> 
     logits = 4 * tokens * anatomy.lm_head.weight.shape[0]
     layer = max(sum(p.numel() for p in layer.parameters()) for _, layer in anatomy.layers)
     stream = 4 * tokens * anatomy.hidden_size * (anatomy.num_layers + 1)
-    half = sum(p.numel() * 2 for p in parameters)  # once for the weights, once for their gradients
+    half = sum(p.numel() * 2 for p in parameters)
+    batch = min(batch_size, samples_at_once(anatomy, tokens))
+    # In FP16 the head's product is taken in FP32, its gradient as well; all gradients are there at the end.
+    in_fp16 = max(half + 8 * largest + 4 * logits, 2 * half) + 16 * stream
     beside = {
-        "forward": 4 * (2 * logits + 8 * stream),
-        "certify": 8 * 8 * layer,
+        "forward": batch * (2 * logits + 8 * stream),
+        "certify": 4 * 8 * layer,
         "backward": 4 * largest + 4 * layer + 4 * logits + 4 * stream,
-        "skips": 3 * logits + stream,
-        "in_fp16": half * (1 if in_place else 2)
-        + 8 * largest
-        + 4 * logits
-        + 16 * stream
-        - (weights if in_place else 0),
+        "skips": batch * (3 * logits + stream),
+        "in_fp16": in_fp16 - (weights if in_place else 0),
     }
-    return weights + max(beside[part.does] for part in parts)
+    return PROCESS + weights + max(beside[part.does] for part in parts)
+
+
+def samples_at_once(anatomy: Anatomy, tokens: int) -> int:
+    """How many samples of so many tokens have logits of no more than `LOGITS` numbers."""
+    return max(1, LOGITS // (tokens * anatomy.lm_head.weight.shape[0]))
 
 
 def duration(seconds: float) -> str:

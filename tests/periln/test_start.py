@@ -20,6 +20,7 @@ WRONG = {
     "bench": ["here", "--samples", "0"],
     "cure": ["here", "out", "--margin", "13"],
     "formats": ["here", "--formats", "INT3"],
+    "widen": ["nowhere.gguf", "out"],
     "bounds": ["here", "--out", "new", "--data", "nowhere.txt"],
     "figures": ["fig99", "here"],
     "report": ["here", "--out", "file"],
