@@ -16,7 +16,7 @@ FLOORS = {
     "eval.records": {"runkit"},
     "eval.arguments": {"runkit"},
     "eval.targets": {"runkit", "modeling_periln"},
-    "eval.texts": {"runkit", "eval.arguments"},
+    "eval.texts": {"runkit", "modeling_periln", "eval.arguments"},
     "eval.structure": {"runkit", "modeling_periln"},
     "eval.scoring": {"runkit", "eval.targets", "eval.arguments"},
     "eval.options": {"runkit", "eval.arguments", "eval.scoring"},
