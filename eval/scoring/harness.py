@@ -62,7 +62,7 @@ class Settings:
             raise UsageError(f"limit must be at least 1 item a task, or a share of them below 1, not {shown}")
         if self.num_fewshot < 0:
             raise UsageError(f"num_fewshot must be at least 0, not {self.num_fewshot}")
-        if self.batch_size != "auto" and self.batch_size < 1:
+        if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise UsageError(f"batch size must be at least 1, or auto, not {self.batch_size}")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise UsageError(f"--device {self.device} was asked for, but torch sees no CUDA device")

@@ -91,7 +91,8 @@ def choose(
 
     A text that does not fit (its number among these, from 1) has its draw, and is left out.
     """
-    generator, heap, number = np.random.default_rng(seed), [], 0
+    generator, number = np.random.default_rng(seed), 0
+    heap: list[Any] = []
     draws: list[float] = []
     for text in texts:
         if not text.strip():
