@@ -62,6 +62,10 @@ FLOORS = {
         *("runkit", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.plan", "scripts.pretrain"),
         "scripts.origin",
     },
+    "scripts.gpu_check": {
+        *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.data", "scripts.prepare_data"),
+        *("scripts.training", "scripts.plan"),
+    },
     "scripts.demo": {"runkit", "modeling_periln", "scripts.recipe", "scripts.data"},
     "scripts.push": {"runkit", "model_cards"},
     "sft": {"runkit", "modeling_periln"},
