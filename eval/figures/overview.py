@@ -49,8 +49,8 @@ def overview(view: View) -> Chart:
     some = f" Of {len(rates)} learning rates {len(shown)} are shown." if len(shown) < len(rates) else ""
     return Chart(
         figure,
-        f"Left: {found.loss} of the runs that finished, a dot a seed, the bar their mean ({many} each). "
-        "Middle: the least bits between the largest |x| of stream, residual sums and module outputs and FP16's largest number at "
+        f"Left: {found.loss} of the runs that finished, a dot a seed, the bar their mean ({many} each). Middle: the "
+        "least bits between the largest |x| of stream, residual sums and module outputs and FP16's largest number at "
         "the steps at which a run recorded it; a cross is a run that diverged or overflowed. Right: runs that finished "
         f"of those that were started, by learning rate.{some}{found.words}",
     )

@@ -25,7 +25,7 @@ from periln.runkit.public import public
 
 ROOT = Path(__file__).resolve().parents[3]
 # What a demo records: the stability bench, and the paper's other recipes, are further commands.
-DRAWN = ("overview", "1", "3a", "3b", "3c", "5", "6", "7b", "8", "rates", "headroom", "peaks", "events")
+DRAWN = ("overview", "1", "3b", "3c", "5", "6", "7b", "rates", "headroom", "peaks", "events")
 
 
 class Page(HTMLParser):
