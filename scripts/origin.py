@@ -51,22 +51,23 @@ class Origin:
         }
 
 
-def find_origin(asked: str) -> Origin:
-    """The checkpoint that `init_from` names: a folder, a run folder (as `runkit.models` chooses), or a Hub id.
+def find_origin(asked: str, field: str = "init_from", revision: str | None = None) -> Origin:
+    """The checkpoint that `init_from`, or another field, names: a folder, a run folder (as `runkit.models` chooses), or
+    a Hub id, at `revision`.
 
     Raises:
         UsageError, UserError: there is none, it is damaged, or this family cannot hold it; the message says which.
     """
     try:
-        found: FoundModel = find_model(asked)
+        found: FoundModel = find_model(asked, revision)
         checkpoint = found.checkpoint()
         check_loadable(checkpoint)
         kind = read_json(checkpoint / "config.json").get("model_type")
     except UserError as error:
-        raise type(error)(f"init_from: {error}") from error
+        raise type(error)(f"{field}: {error}") from error
     if kind != FAMILY and kind not in ARCHITECTURES:
         known = ", ".join((FAMILY, *ARCHITECTURES))
-        raise UsageError(f"init_from: {asked} is {kind!r}, which this family cannot hold: it holds {known}")
+        raise UsageError(f"{field}: {asked} is {kind!r}, which this family cannot hold: it holds {known}")
     try:
         config_class: Any = PeriLlamaConfig if kind == FAMILY else ARCHITECTURES[kind].config_class
         native = config_class.from_pretrained(checkpoint)
@@ -74,7 +75,7 @@ def find_origin(asked: str) -> Origin:
             raise ConversionRefused("quantization_config: quantized weights cannot be trained")
         config = native if kind == FAMILY else periln_config(native)
     except (ConversionRefused, ValueError, TypeError) as error:
-        raise UsageError(f"init_from: {asked}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{field}: {asked}: {' '.join(str(error).split())}") from error
     return Origin(str(asked), checkpoint, found.revision, native, config)
 
 
@@ -201,11 +202,18 @@ def load_origin(recipe: Recipe, model: PeriLlamaForCausalLM) -> dict[str, Any]:
     origin = find_origin(recipe.init_from)
     if hash_of(origin.checkpoint) != recipe.init_sha256:
         raise UserError(f"init_from: the weights of {origin.checkpoint} have changed since the recipe was read")
+    model.load_state_dict(load_weights(origin).state_dict())
+    return origin.record(recipe.init_sha256)
+
+
+def load_weights(origin: Origin, field: str = "init_from") -> PeriLlamaForCausalLM:
+    """The source as a model of this family, in FP32 and in evaluation mode.
+
+    Raises:
+        UserError: weights are missing or damaged.
+    """
     try:
         source: Any = load_causal_lm(origin.checkpoint, dtype=torch.float32, name=origin.asked)
     except UserError as error:
-        raise type(error)(f"init_from: {error}") from error
-    if origin.native.model_type != FAMILY:
-        source = from_native(source)
-    model.load_state_dict(source.state_dict())
-    return origin.record(recipe.init_sha256)
+        raise type(error)(f"{field}: {error}") from error
+    return source if origin.native.model_type == FAMILY else from_native(source)
