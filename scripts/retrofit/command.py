@@ -31,9 +31,11 @@ from periln.runkit.models import load_causal_lm
 from periln.runkit.process import start_stage
 from periln.runkit.recipes import read_yaml
 from periln.scripts.arguments.retrofit import check
-from periln.scripts.origin import Origin, find_origin, hash_of, load_weights
+from periln.scripts.data.token_data import TokenData
+from periln.scripts.origin import Origin, check_tokenizer, find_origin, hash_of, load_weights
 from periln.scripts.retrofit.calibrate import Calibrated, calibrate
 from periln.scripts.retrofit.fold import build, fold
+from periln.scripts.retrofit.heal import FOLDER, Healing, recipes, write_recipes
 from periln.scripts.retrofit.loss import measure, measure_reference
 from periln.scripts.retrofit.plan import HEAD, RetrofitPlan, make_plan
 from periln.scripts.retrofit.samples import Samples, find_samples, find_tokenizer
@@ -106,20 +108,24 @@ def _calibrated(
     before = {name: measure_reference(source, ids) for name, ids in _texts(samples)}
     record: dict[str, Any] = {"source": {name: {"loss": one.loss} for name, one in before.items()}, "rules": {}}
     best: Calibrated | None = None
-    rows = [["rule", "loss, calibration", "loss, other text", "KL to the source"]]
-    rows.append(["source", *(f"{before[name].loss:.4f}" for name, _ in _texts(samples)), "0"])
+    tell("rule", "loss, calibration", "loss, other text", "KL to the source")
+    tell("source", *(f"{before[name].loss:.4f}" for name, _ in _texts(samples)), "0")
     for rule in args.rules:
         found = calibrate(folded, plan, samples.calibration, rule, args.soften)
         after = {name: measure(found.model, ids, before[name]) for name, ids in _texts(samples)}
         record["rules"][rule] = after | {"places": found.places}
-        rows.append([rule, f"{after['calibration']['loss']:.4f}", f"{after['check']['loss']:.4f}",
-                     f"{after['check']['kl']:.4f}"])  # fmt: skip
+        numbers = after["calibration"]["loss"], after["check"]["loss"], after["check"]["kl"]
+        tell(rule, *(f"{number:.4f}" for number in numbers))
         losses = {name: one["calibration"]["loss"] for name, one in record["rules"].items()}
         if best is None or losses[rule] < losses[best.rule]:
             best = found
-    print(table(rows))
     assert best is not None
     return best, record | {"chosen": best.rule}
+
+
+def tell(*cells: str) -> None:
+    """A row of the table of rules, as soon as it is known."""
+    print(f"{cells[0]:14}" + "".join(f"{cell:>19}" for cell in cells[1:]), flush=True)
 
 
 def _texts(samples: Samples) -> list[tuple[str, torch.Tensor]]:
@@ -142,6 +148,13 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"--to {args.to} changes the function ({inexact}): give calibration text with --data")
     if args.dry_run:
         return
+    healing = None
+    if args.heal is not None:
+        check_tokenizer(origin, TokenData(args.heal).tokenizer_path, "--heal")
+        healing = recipes(
+            Healing(args.heal, args.heal_tokens, args.heal_name or args.dst.name),
+            *(args.src, args.dst, plan.new_slots, origin.config.max_position_embeddings),
+        )
     samples = None
     if args.data is not None:
         tokens = min(args.tokens, origin.config.max_position_embeddings)
@@ -178,7 +191,11 @@ def main(args: argparse.Namespace) -> None:
     with write_folder(args.dst) as folder:
         write_model(model, origin.checkpoint, folder, stored_dtype(origin.native))
         write_json(folder / RECORD, record)
+        if healing is not None:
+            write_recipes(folder, healing)
         probe = samples.check[:1] if samples is not None else torch.arange(min(8, model.config.vocab_size))[None]
         difference(model, load_causal_lm(folder, dtype=torch.float32), probe)
     print(f"{args.dst}: {origin.native.model_type} -> {args.to}", end="")
     print("" if calibration is None else f", calibrated by {calibration['chosen']}")
+    for name in healing or ():
+        print(f"heal it: periln pretrain --config {args.dst / FOLDER / name}")
