@@ -154,7 +154,7 @@ def _as_model(config: PeriLlamaConfig) -> dict[str, Any]:
     for field in fields(PeriLlamaConfig):
         if field.name not in PeriLlamaConfig.__annotations__ or field.name in NOT_THE_MODELS:
             continue
-        value = getattr(config, field.name)
+        value = getattr(config, field.name, None)
         if field.name in always or value != field.default:
             found[field.name] = value
     return json.loads(json.dumps(found))

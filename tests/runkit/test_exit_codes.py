@@ -36,6 +36,7 @@ COMMANDS = {
     "eval.evaluate": [MISSING],
     "eval.stability": [MISSING],
     "eval.loss": [MISSING],
+    "eval.widen": [MISSING, OUT],
     "eval.benchmarks": [MISSING, "--tasks", "mini", "--out", OUT],
     "model_cards.render": [MISSING],
     "model_cards.zoo": [MISSING],
