@@ -23,6 +23,7 @@ COMMANDS = {
     "scripts.demo": ["--text", MISSING, "--out", OUT],
     "scripts.plan": [MISSING],
     "scripts.push": [MISSING, "--repo", "acme/model"],
+    "scripts.retrofit": [MISSING, OUT, "--to", "peri"],
     "scripts.sweep": ["run", MISSING, "--runs", OUT],
     "eval.report": [MISSING],
     "eval.bench": [MISSING],
