@@ -62,8 +62,13 @@ FLOORS = {
         *("runkit", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.plan", "scripts.pretrain"),
         "scripts.origin",
     },
+    "scripts.gpu_check": {
+        *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.data", "scripts.prepare_data"),
+        *("scripts.training", "scripts.plan"),
+    },
     "scripts.demo": {"runkit", "modeling_periln", "scripts.recipe", "scripts.data"},
     "scripts.push": {"runkit", "model_cards"},
+    "scripts.retrofit": {"runkit", "modeling_periln", "scripts.data", "scripts.origin"},
     "sft": {"runkit", "modeling_periln"},
 }
 COMMANDS = ("eval.bench", "eval.benchmarks", "eval.evaluate", "eval.loss", "eval.watch", "eval.widen")

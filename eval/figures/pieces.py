@@ -66,14 +66,19 @@ def legend(
     markers: bool = True,
     more: Sequence[Line2D] = (),
     average: str = "",
+    rates: dict[str, str] | None = None,
 ) -> None:
-    """One legend above the figure: the placements, then what lines and marks mean."""
+    """One legend above the figure: the placements, then what lines and marks mean.
+
+    `rates` are the learning rates that a series has alone: they stand beside its name.
+    """
     runs = view.runs[view.runs.series.isin(series)] if series is not None else view.runs
     handles = []
     for name in runs.series.unique():
         look = view.looks[name]
         mark = look.marker if markers else ""
-        handles.append(Line2D([], [], **look.line, marker=mark, linewidth=2.2, label=view.label(name)))
+        label = view.label(name) + (f" at {rates[name]}" if rates else "")
+        handles.append(Line2D([], [], **look.line, marker=mark, linewidth=2.2, label=label))
     if average and runs.groupby(["series", "learning_rate", "size"]).seed.nunique().max() > 1:
         handles.append(plain(average, linewidth=2.2))
         handles.append(plain("one seed", linewidth=0.9, alpha=0.6))
@@ -153,6 +158,14 @@ def whole_numbers(ax: Axes, label: str = "", bins: int = 7) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(nbins=bins, integer=True))
     if label:
         ax.set_xlabel(label)
+
+
+def at_least(ax: Axes, span: float) -> None:
+    """Widen a y axis around its middle to a span, so that equal values do not look far apart."""
+    low, high = ax.get_ylim()
+    if high - low < span:
+        middle = (low + high) / 2
+        ax.set_ylim(middle - span / 2, middle + span / 2)
 
 
 def step_colours(steps: Sequence[float]) -> tuple[mpl.colors.Colormap, mpl.colors.Normalize]:

@@ -297,7 +297,7 @@ def _results(answer: dict[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     shots = {row["task"]: row["num_fewshot"] for row in rows if "num_fewshot" in row}
-    for row in answer["gold"]:
+    for row in answer.get("gold", ()):
         rows.append(row | ({"num_fewshot": shots[row["task"]]} if row["task"] in shots else {}))
     return rows
 

@@ -114,7 +114,8 @@ def stream(source: Source, bar: tqdm) -> tuple[Source, Iterable[str]]:
     """The source at the Hub's commit of this moment, and its texts one by one.
 
     Raises:
-        UserError: the Hub has it not, or does not answer (now or on the way); no such configuration, split or column.
+        UserError: the Hub does not have it, or does not answer (now or on the way); no such configuration, split or
+            column.
     """
     try:
         from datasets import load_dataset
