@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 
 from periln.eval.fp16.exponents import NoExactRewrite, choose
 from periln.eval.fp16.exponents import Plan as Exponents

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 
 from modeling_periln.configuration_periln import LAYER_NORM_SLOTS, STREAM_NORM_SLOTS
 from periln.eval.fp16.exponents import Plan

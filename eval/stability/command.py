@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 
 from periln.eval.arguments.stability import check, left_out
 from periln.eval.records.explain import explain

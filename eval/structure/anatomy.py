@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 
 from periln.eval.structure.norms import NormFacts, is_norm, norm_facts
 from periln.eval.structure.points import Call, Point, TensorCall, Trace, first_tensor, input_tensor
