@@ -102,7 +102,7 @@ def find_target(
     if revision is None and _diverged(Path(name)):
         return None
     if not is_local(name) and out is None:
-        raise UsageError(f"{name} is no folder here; for a model of the Hub name a folder for its results with --out")
+        raise UsageError(f"{name} is not a folder here; for a model of the Hub give --out, a folder for its results")
     found = find_model(name, revision)
     checkpoint = found.checkpoint()
     check_loadable(checkpoint)

@@ -282,7 +282,7 @@ def main(args: argparse.Namespace) -> None:
         tqdm.write(f"waiting for {run.path} to begin", file=sys.stderr)
     while not (run.path / "recipe.yaml").exists():
         if time.monotonic() > deadline:
-            raise UsageError(f"{run.path} is no run folder (recipe.yaml), and none came within {args.wait:g} seconds")
+            raise UsageError(f"{run.path} is not a run folder (recipe.yaml), nor became one in {args.wait:g} seconds")
         time.sleep(POLL_SECONDS)
     with progress_bar(args, None, f"watching {run.path.name}", "checkpoint") as bar:
         why = watch(run, benchmarks, args, bar)

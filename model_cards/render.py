@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
         options = CardOptions(args.repo, args.license, tuple(args.language), tuple(args.datasets), tuple(figures))
         file = args.out or subject.checkpoint / CARD
         if file.exists() and MARK not in file.read_text(encoding="utf-8", errors="replace") and not args.force:
-            raise UserError(f"{file} is no card of this command's; --force replaces it")
+            raise UserError(f"{file} is not a card of this command's; --force replaces it")
         written.append((file, render_card(subject, options)))
     for file, card in written:
         write_text(file, card)

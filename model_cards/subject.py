@@ -63,7 +63,7 @@ class Subject:
         file = self.checkpoint / "config.json" if self.checkpoint is not None else None
         if file is not None and file.exists():
             if not isinstance(config := read_json(file), dict):
-                raise UserError(f"{file} is no configuration: it holds a {type(config).__name__}")
+                raise UserError(f"{file} is not a configuration: it holds a {type(config).__name__}")
             return config
         model = self.recipe.get("model")
         return {"model_type": "peri_llama", **model} if isinstance(model, dict) else {}
@@ -111,7 +111,7 @@ def _parameters_in(file: Path) -> int:
             names = opened.keys()
             return sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
     except SafetensorError as error:
-        raise UserError(f"{file} is no safetensors file ({error})") from error
+        raise UserError(f"{file} is not a safetensors file ({error})") from error
 
 
 def find_subject(path: str | Path, step: int | None = None, needs_weights: bool = True) -> Subject:

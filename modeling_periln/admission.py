@@ -17,7 +17,7 @@ _GAINS = (None, "channel", "centered")  # each of the last two folds into the ot
 def admissible_exports(config: PeriLlamaConfig) -> dict[str, str | None]:
     """For each architecture None, or the reason why a model of this configuration cannot become one.
 
-    It looks at the configuration alone, so it can be asked before training. `residual_dtype` is no reason: it
+    It looks at the configuration alone, so it can be asked before training. `residual_dtype` is not a reason: it
     belongs to the run, and the stream of every architecture here has the dtype of its weights.
 
     Raises:

@@ -157,5 +157,5 @@ def architecture(target: str) -> Architecture:
     if target not in ARCHITECTURES:
         close = get_close_matches(str(target), ARCHITECTURES, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ConversionRefused(f"{target!r} is no architecture to convert to: {hint}use one of {list(ARCHITECTURES)}")
+        raise ConversionRefused(f"{target!r} is not a known architecture: {hint}use one of {list(ARCHITECTURES)}")
     return ARCHITECTURES[target]

@@ -349,7 +349,7 @@ class PeriLlamaConfig(PreTrainedConfig):
             name = "norm_eps" if slot is None else f"norm_eps[{slot!r}]"
             if slot is not None and slot not in slots:
                 close = get_close_matches(str(slot), slots, n=1, cutoff=0.5)
-                raise ValueError(f"{name} is no norm: use one of {close or list(slots)}")
+                raise ValueError(f"{name} is not a norm: use one of {close or list(slots)}")
             by_layer = value if isinstance(value, list) and slot in LAYER_NORM_SLOTS else None
             if by_layer is not None and len(by_layer) != self.num_hidden_layers:
                 raise ValueError(f"{name} has {len(by_layer)} entries for num_hidden_layers={self.num_hidden_layers}")

@@ -130,7 +130,7 @@ def periln_config(config: PreTrainedConfig) -> PeriLlamaConfig:
     """
     kind = config.model_type
     if kind not in ARCHITECTURES:
-        raise ConversionRefused(f"model_type={kind!r} is no row of PeriLlama's: use one of {list(ARCHITECTURES)}")
+        raise ConversionRefused(f"model_type={kind!r} is not a row of PeriLlama's: use one of {list(ARCHITECTURES)}")
     other = ARCHITECTURES[kind]
     reason = next(import_obstacles(config, other), None)
     if reason:

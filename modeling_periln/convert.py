@@ -181,7 +181,7 @@ def convert(
     notes = [f"{src.name} is the newest complete checkpoint of the run"] if src != given else []
     notes += [f"the adapter is merged into its base, {base.name}, in FP32"] if base is not None else []
     if text not in (None, WIKITEXT, NO_TEXT) and not Path(text).is_file():
-        raise ConversionRefused(f"--text {text} is no file; give one, or {WIKITEXT}, or {NO_TEXT}")
+        raise ConversionRefused(f"--text {text} is not a file; give one, or {WIKITEXT}, or {NO_TEXT}")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ConversionRefused(f"{dst} exists and is not an empty folder: nothing is overwritten")
     target = periln_config(config) if to == PERI_LLAMA else native_config(config, to)
@@ -226,12 +226,12 @@ def _fetched(src: str, revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         at = f" at revision {revision}" if revision else ""
         reason = (str(error).splitlines() or [""])[0]
-        raise ConversionRefused(f"{src}{at} is no folder here, and was not found on the Hub: {reason}") from error
+        raise ConversionRefused(f"{src}{at} is not a folder here, and was not found on the Hub: {reason}") from error
 
 
 def _read_config(src: Path, to: str) -> PreTrainedConfig:
     if not (src / "config.json").is_file():
-        raise ConversionRefused(f"{src} is no model folder: it has no config.json")
+        raise ConversionRefused(f"{src} is not a model folder: it has no config.json")
     kind = read_json(src / "config.json").get("model_type")
     if to != PERI_LLAMA and architecture(to) and kind != PERI_LLAMA:
         raise ConversionRefused(f"{src} is {kind!r}: only {PERI_LLAMA} converts to {to}, so convert it to that first")
@@ -260,7 +260,7 @@ def _open_weights(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_o
             raise ConversionFailed(f"{path} is missing, though the index names it")
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
-        except Exception as error:  # safetensors' own kind, which is no OSError
+        except Exception as error:  # safetensors' own kind, which is not an OSError
             raise ConversionFailed(f"{path} is damaged: {error}") from error
         opened |= dict.fromkeys(file.keys(), file)
     return opened
@@ -334,7 +334,7 @@ def _bytes(size: int | str) -> int:
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]B)?\s*", str(size).upper())
     if not match or not float(match[1]):
-        raise ConversionRefused(f"max_shard_size={size!r} is no size: write bytes, or such as 500MB or 5GB")
+        raise ConversionRefused(f"max_shard_size={size!r} is not a size: write bytes, or such as 500MB or 5GB")
     return int(float(match[1]) * units[match[2] or ""])
 
 

@@ -53,7 +53,7 @@ def refusal(args: argparse.Namespace) -> str | None:
     if args.refresh_code:
         return None
     if args.text not in (None, WIKITEXT, NO_TEXT) and not Path(args.text).is_file():
-        return f"--text {args.text} is no file; give one, or {WIKITEXT}, or {NO_TEXT}"
+        return f"--text {args.text} is not a file; give one, or {WIKITEXT}, or {NO_TEXT}"
     if args.dst.exists() and (not args.dst.is_dir() or any(args.dst.iterdir())):
         return f"{args.dst} exists and is not an empty folder: nothing is overwritten"
     return None

@@ -518,7 +518,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
 
 
 class PeriLlamaForSequenceClassification(GenericForSequenceClassification, PeriLlamaPreTrainedModel):
-    """One label a sequence, read at its last token that is no padding; logits (B, num_labels)."""
+    """One label a sequence, read at its last token that is not padding; logits (B, num_labels)."""
 
     def __init__(self, config: PeriLlamaConfig):
         PeriLlamaPreTrainedModel.__init__(self, config)

@@ -14,7 +14,7 @@ def unread() -> bool:
     for stream in (sys.stdout, sys.stderr):
         try:
             number = stream.fileno()
-        except (AttributeError, OSError, ValueError):  # none, closed, or a stand-in that is no file
+        except (AttributeError, OSError, ValueError):  # none, closed, or a stand-in that is not a file
             continue
         poll = select.poll()
         poll.register(number, 0)

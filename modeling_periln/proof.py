@@ -153,7 +153,7 @@ def _difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], wh
 
 @torch.no_grad()
 def _logits(folder: Path, config: PreTrainedConfig, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """Logits (tokens, V) of each batch, of all tokens that are no padding."""
+    """Logits (tokens, V) of each batch, of all tokens that are not padding."""
     model, info = model_class(config).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if any(info.values()):
         raise ConversionFailed(f"{type(model).__name__} does not load all weights: {info}")

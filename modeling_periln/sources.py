@@ -97,7 +97,7 @@ def is_adapter(folder: Path) -> bool:
 def base_of(adapter: Path, fetch: Callable[[str], Path] | None = None) -> Path:
     """The folder of an adapter's base model, which `base.json` finds where both have been moved together.
 
-    `fetch` finds one that is no folder here on the Hub; None: it is missing.
+    `fetch` finds one that is not a folder here on the Hub; None: it is missing.
 
     Raises:
         ConversionRefused: no base, one that is gone, or one with other weights than base.json says; an adapter that is

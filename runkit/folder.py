@@ -86,7 +86,7 @@ def write_if_free(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` for JSON. NaN and infinity are no JSON: give None."""
+    """`write_bytes` for JSON. NaN and infinity are not JSON: give None."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -339,7 +339,7 @@ class RunFolder:
 
 
 def json_number(x: Any) -> Any:
-    """The value without NaN and infinity, which are no JSON: None in their place."""
+    """The value without NaN and infinity, which are not JSON: None in their place."""
     if isinstance(x, dict):
         return {k: json_number(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):

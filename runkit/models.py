@@ -141,7 +141,7 @@ def check_kind(name: object, config: Any) -> None:
         UsageError: which of these it is.
     """
     if not isinstance(config, dict):
-        raise UsageError(f"{name} has a config.json that is no mapping")
+        raise UsageError(f"{name} has a config.json that is not a mapping")
     kind = config.get("model_type")
     if (quantized := config.get("quantization_config")) is not None:
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
@@ -223,4 +223,4 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
     except UserError:
         raise
     except Exception as error:  # the Hub's client raises a dozen kinds; the user needs one sentence
-        raise hub_error(f"{at} is no folder here, and", error) from error
+        raise hub_error(f"{at} is not a folder here, and", error) from error

@@ -42,7 +42,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: no such file, or not readable.
-        UsageError: no YAML, no mapping, or a base that is no path or leads back to itself.
+        UsageError: no YAML, no mapping, or a base that is not a path or leads back to itself.
     """
     return _read_chain(Path(path), [])
 
@@ -91,7 +91,7 @@ def apply_overrides(mapping: dict[str, Any], assignments: list[str], schema: typ
     """A recipe's mapping with assignments such as `optimizer.learning_rate=1e-3` over it; values are YAML.
 
     Raises:
-        UsageError: no `field=value`, a field twice, a field of something that is no section, or one that the
+        UsageError: no `field=value`, a field twice, a field of something that is not a section, or one that the
             dataclass `schema` does not have (with the nearest that it has).
     """
     seen: set[str] = set()
@@ -99,7 +99,7 @@ def apply_overrides(mapping: dict[str, Any], assignments: list[str], schema: typ
         name, equals, text = assignment.partition("=")
         name = name.strip()
         if not equals or not all(name.split(".")):
-            raise UsageError(f"{assignment!r} is no assignment: write field=value or section.field=value")
+            raise UsageError(f"{assignment!r} is not an assignment: write field=value or section.field=value")
         if not text.strip():
             raise UsageError(f"{assignment!r} has no value: write {name}=null for none")
         if name in seen:
@@ -200,7 +200,7 @@ def _has_default(field: dataclasses.Field[Any]) -> bool:
 def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "") -> T:
     """Build the dataclass `cls` from a mapping. Sections are dataclasses; one that is `null` has its defaults.
 
-    A section declared as `Section | None` may be left out: there `null` is no section at all.
+    A section declared as `Section | None` may be left out: there `null` is not a section at all.
 
     Raises:
         UsageError: unknown field (with the nearest known one), missing field, wrong type; the message names

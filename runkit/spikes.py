@@ -24,7 +24,7 @@ class SpikeCounter:
     A spike exceeds the mean of the finite norms among the `rules.window` steps before it (itself not counted) by
     more than `rules.sigmas` of their (population) standard deviations. A window may be shorter than that, early in a
     run, but needs 16 finite norms (`rules.window` if that is less): the run's first steps are when spikes are most
-    frequent, and would be lost to a full window. A norm that is not finite (None) is no spike and enters no
+    frequent, and would be lost to a full window. A norm that is not finite (None) is not a spike and enters no
     statistic, but its step takes its place in the window. A spike does enter the windows of the steps after it:
     a run that goes up and stays there has one spike, not a thousand.
 

@@ -115,7 +115,7 @@ def read_results(file: Path) -> dict[str, dict[str, Any]]:
     """The results in a cells.jsonl, by the cell's name; none where there is no such file.
 
     Raises:
-        UserError: a line that is no result; names file and line.
+        UserError: a line that is not a result; names file and line.
     """
     if not file.exists():
         return {}
@@ -125,7 +125,7 @@ def read_results(file: Path) -> dict[str, dict[str, Any]]:
             result = json.loads(line)
             found[str(result["cell"])] = result
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{file}, line {number} is no cell's result: {error}") from error
+            raise UserError(f"{file}, line {number} is not a cell's result: {error}") from error
     return found
 
 

@@ -370,7 +370,7 @@ def main(args: argparse.Namespace) -> None:
     wanted = args.cases or known
     for name in wanted:
         if name not in known:
-            raise UsageError(f"--cases {name!r} is no case{did_you_mean(name, known)}: use some of {known}")
+            raise UsageError(f"--cases {name!r} is not a case{did_you_mean(name, known)}: use some of {known}")
     environment = describe_environment(device)
     file = args.out / "bench.json"
     record: dict[str, Any] = {"environment": environment, "cases": {}}

@@ -280,7 +280,7 @@ class Recipe:
             )
         for name in self.heldout_sets:
             if not re.fullmatch(r"[\w.-]+", str(name)):
-                raise UsageError(f"heldout_sets: {name!r} is no name: use letters, digits, '.', '_' and '-'")
+                raise UsageError(f"heldout_sets: {name!r} is not a name: use letters, digits, '.', '_' and '-'")
             if not isinstance(self.heldout_sets[name], str):
                 raise UsageError(f"heldout_sets.{name} must be the path of a file, not {self.heldout_sets[name]!r}")
         if self.heldout_sets and self.heldout_every is None:

@@ -26,7 +26,7 @@ def resolved(lora: Lora, config: PreTrainedConfig, tokenizer: PreTrainedTokenize
     turn tokens mean, and to end a turn: no adapter of an attention matrix can raise the logit of an untrained row.
 
     Raises:
-        UsageError: a name that no module has, an id that is no row, or a matrix that embedding and head share.
+        UsageError: a name that no module has, an id that is not a row, or a matrix that embedding and head share.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -67,7 +67,7 @@ def find_run(path: Path) -> RunFolder:
             if run.status != "completed":
                 raise UserError(f"{folder} is not completed (status: {run.status or 'not started'})")
             return run
-    raise UsageError(f"{path} is no fine-tuning run and holds none (sft/recipe.yaml with stage: sft)")
+    raise UsageError(f"{path} is not a fine-tuning run and holds none (sft/recipe.yaml with stage: sft)")
 
 
 def candidates(run: RunFolder) -> list[Candidate]:

@@ -23,7 +23,7 @@ def names_of(text: str) -> list[str]:
         if name not in known:
             parts = [key for key in TITLES if key.rstrip("abcd") == name]
             hint = f" (it has parts: {', '.join(parts)})" if parts else did_you_mean(name, known)
-            raise UsageError(f"FIG {name!r} is no figure that is drawn{hint}: {', '.join(known)}")
+            raise UsageError(f"FIG {name!r} is not a figure that is drawn{hint}: {', '.join(known)}")
     return list(TITLES) if "all" in asked else [name for name in TITLES if name in asked]
 
 

@@ -89,7 +89,7 @@ def check_data(data: str) -> None:
     """Refuse a --data that is neither a name, nor `hf:NAME`, nor a file or folder here."""
     if data not in TEXTS and not data.startswith("hf:") and not Path(data).exists():
         near = did_you_mean(data, TEXTS)
-        raise UsageError(f"--data {data!r} is no file, and none of {', '.join(TEXTS)}, hf:NAME{near}")
+        raise UsageError(f"--data {data!r} is not a file, and none of {', '.join(TEXTS)}, hf:NAME{near}")
 
 
 def check_model(asked: str) -> None:

@@ -30,7 +30,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.stability")
         "where no run is given")  # fmt: skip
     add("--samples", type=int, help=f"samples for the forward pass; {_counts('samples')}")
     add("--tokens", type=int, metavar="N", help=f"tokens a sample; {TOKENS}, or what the model takes, when left out")
-    add("--out", type=Path, metavar="DIR", help="results of DIR/NAME; ./stability for what is no run, when left out")
+    add("--out", type=Path, metavar="DIR", help="results of DIR/NAME; ./stability for what is not a run, when left out")
     add("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
     add("--again", action="store_true", help="measure again what has been measured")
     add = more_options(parser).add_argument

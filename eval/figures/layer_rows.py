@@ -27,7 +27,7 @@ def _concat(frames: Iterable[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
 
 
 def bench_folder(frames: Frames, run: str) -> Path | None:
-    """Where the stability bench's records of a run stand, or those of a model that is no run."""
+    """Where the stability bench's records of a run stand, or those of a model that is not a run."""
     folder = frames.folders.get(run)
     return folder if folder is None or frames.recipes[run].get("stage") == STAGE else folder / "eval" / "stability"
 

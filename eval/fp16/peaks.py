@@ -59,7 +59,7 @@ def measure_peaks(
             tick()
             for peak in peaks:
                 if not peak.forward < float("inf"):
-                    raise UserError(f"{peak.words} is not finite in {model.dtype} either: this is no FP16 overflow")
+                    raise UserError(f"{peak.words} is not finite in {model.dtype} either: this is not an FP16 overflow")
     finally:
         for handle in handles:
             handle.remove()

@@ -61,14 +61,14 @@ def read_course(path: Path) -> RunCourse:
     """The records of one run folder.
 
     Raises:
-        UserError: the folder is missing, is no run folder, or a file is damaged; names the path.
+        UserError: the folder is missing, is not a run folder, or a file is damaged; names the path.
     """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is {'not a folder' if path.exists() else 'missing'}: give a run folder")
     run = RunFolder(path)
     if not any((path / name).exists() for name in ("metrics.jsonl", "summary.json", "flight", "recipe.yaml")):
-        raise UsageError(f"{path} is no run folder: it has neither recipe.yaml nor metrics.jsonl nor flight/")
+        raise UsageError(f"{path} is not a run folder: it has neither recipe.yaml nor metrics.jsonl nor flight/")
     flight = list(read_layers("", path / "flight"))
     rows = [*flight, *read_layers("", path / "layers")]
     table = pd.concat(rows, ignore_index=True)[_COLUMNS] if rows else pd.DataFrame(columns=_COLUMNS)

@@ -93,7 +93,7 @@ def _number(value: Any) -> float:
 
 
 def _find(root: Path) -> dict[str, dict[str, Any]]:
-    """Recipes by run name, the folder itself as `.`; what stands in checkpoints or hidden folders is no run."""
+    """Recipes by run name, the folder itself as `.`; what stands in checkpoints or hidden folders is not a run."""
     recipes = {}
     for file in sorted(root.rglob("recipe.yaml")):
         name = file.parent.relative_to(root)

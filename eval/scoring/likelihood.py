@@ -134,7 +134,7 @@ class ContinuationLM(HFLM):
                 greedy.append((best[:, -answer.shape[1] :] == answer).all())
         summed = torch.stack(sums)
         if summed.isnan().any():  # NaN loses every comparison: it would be scored as the first answer
-            raise FloatingPointError(f"log-likelihoods are no numbers in {self.model.dtype}")
+            raise FloatingPointError(f"log-likelihoods are not numbers in {self.model.dtype}")
         scored = zip(summed.tolist(), torch.stack(greedy).tolist(), strict=True)
         return list(zip(strings, scored, strict=True))
 

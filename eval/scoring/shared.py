@@ -216,7 +216,7 @@ class SharedPrefixLM(ContinuationLM):
         hits = (logs.argmax(dim=-1) == chosen).split(lengths)
         sums = torch.stack([part.sum() for part in values])
         if sums.isnan().any():  # NaN loses every comparison: it would be scored as the first answer
-            raise FloatingPointError(f"log-likelihoods are no numbers in {self.model.dtype}")
+            raise FloatingPointError(f"log-likelihoods are not numbers in {self.model.dtype}")
         answers = iter(zip(sums.tolist(), [bool(part.all()) for part in hits], strict=True))
         return [[next(answers) for _ in row.members] for row in rows]
 

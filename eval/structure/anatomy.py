@@ -130,7 +130,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     vocabulary = _text_config(model).vocab_size
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or model.get_input_embeddings() is None:
-        raise UserError(f"{type(model).__name__} has no language-model head: it is no causal LM")
+        raise UserError(f"{type(model).__name__} has no language-model head: it is not a causal LM")
     layers = _layer_list(model)
     inside = {module for _, layer in layers for module in layer.modules()}
     outside = [(name, module) for name, module in model.named_modules() if name and module not in inside]

@@ -44,7 +44,7 @@ def _value(name: str, value: Any) -> str:
 
 
 def _mixed(rows: pd.DataFrame, name: str, sized: bool, where: str = "") -> list[str]:
-    """A note on one column of `PROVENANCE`, where the rows have more than one value of it; unknown is no value."""
+    """A note on one column of `PROVENANCE`, where the rows have more than one value of it; unknown is not a value."""
     known = rows[rows[name].notna()]
     values = list(dict.fromkeys(known[name]))
     if len(values) < 2:

@@ -95,7 +95,7 @@ def paired_table(scores: Scores, confidence: float = 0.95, missing: str = "-") -
         "which all models share. No correction for the number of comparisons."
     ]
     if ((found.n > 1) & (found.high - found.low < 1e-9)).any():
-        notes.append("An interval without width: the pairs happen to differ equally, which is no certainty.")
+        notes.append("An interval without width: the pairs happen to differ equally, which is not a certainty.")
     if few:
         notes.append(f"Fewer than two common seeds, so no interval: {'; '.join(few)}.")
     return Table("Paired differences between placements", pd.DataFrame(lines), found, tuple(notes), keys=2)

@@ -32,14 +32,14 @@ def _lines(path: Path) -> list[tuple[int, list[str]]]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {str(error.strerror).lower()}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no CSV file in UTF-8") from error
+        raise UserError(f"{path} is not a CSV file in UTF-8") from error
     kept = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             try:
                 kept.append((number, [cell.strip() for cell in next(csv.reader([line], strict=True))]))
             except csv.Error as error:
-                raise UserError(f"{path} line {number} is no line of a CSV file ({error})") from error
+                raise UserError(f"{path} line {number} is not a line of a CSV file ({error})") from error
     return kept
 
 
@@ -49,7 +49,7 @@ def _number(text: str, name: str, where: str, least: float = 0.0, most: float = 
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{where}, column {name}: {text!r} is no number")
+        raise UserError(f"{where}, column {name}: {text!r} is not a number")
     if value > most:
         percent = ": scores are fractions, not percent" if value <= 100 else ""
         raise UserError(f"{where}, column {name}: {text} is above {most:g}{percent}")
@@ -68,7 +68,7 @@ def _row(cells: dict[str, str], tasks: tuple[str, ...], where: str) -> dict:
             near = did_you_mean(cells[name], known)
             raise UserError(f"{where}, column {name}: {cells[name]!r} is none of {', '.join(known)}{near}")
     if not cells["seed"].isdecimal():
-        raise UserError(f"{where}, column seed: {cells['seed']!r} is no whole number")
+        raise UserError(f"{where}, column seed: {cells['seed']!r} is not a whole number")
     row: dict = {name: cells[name] for name in REQUIRED} | {"seed": int(cells["seed"])}
     row["learning_rate"] = math.nan
     if cells.get("learning_rate"):
@@ -134,7 +134,7 @@ def read_scores(path: str | Path) -> Scores:
         if len(cells) != len(head):
             raise UserError(f"{where}: {len(cells)} cells, but line {at} names {len(head)} columns")
         row = _row(dict(zip(head, cells, strict=True)), tasks, where)
-        key = tuple("" if row[k] != row[k] else row[k] for k in KEYS)  # NaN is no equal of itself
+        key = tuple("" if row[k] != row[k] else row[k] for k in KEYS)  # NaN is not an equal of itself
         if key in seen:
             raise UserError(
                 f"{where}, column seed: {row['stage']} {row['placement']} {row['size']} seed {row['seed']} stood in "

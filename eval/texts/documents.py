@@ -190,7 +190,7 @@ def read_sample(path: Path, source: Source, count: int, seed: int) -> Sample:
         head, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line)
         found, texts = head["sample"], [line["text"] for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no sample of documents ({error}); give --sample another name") from error
+        raise UsageError(f"{path} is not a sample of documents ({error}); give --sample another name") from error
     asked = _head(source, count, seed)
     if other := [f"{key} {found.get(key)!r}, not {value!r}" for key, value in asked.items() if found.get(key) != value]:
         raise UserError(f"{path} holds another sample ({'; '.join(other)}); it is left alone: give another name")

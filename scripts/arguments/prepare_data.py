@@ -74,6 +74,6 @@ def check(args: argparse.Namespace) -> None:
     if args.workers < 1:
         raise UsageError(f"--workers must be at least 1, not {args.workers}")
     if args.tiktoken_file is not None and not Path(args.tiktoken_file).is_file():
-        raise UsageError(f"--tiktoken-file {args.tiktoken_file} is no file")
+        raise UsageError(f"--tiktoken-file {args.tiktoken_file} is not a file")
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out} is not a folder")

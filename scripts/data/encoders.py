@@ -72,7 +72,7 @@ class Encoder:
     def _ids(self, texts: list[str]) -> tuple[list[np.ndarray], list[bool]]:
         try:
             return self.encode(texts)
-        except BaseException as error:  # a panic of the library is no Exception
+        except BaseException as error:  # a panic of the library is not an Exception
             if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
                 raise
             if len(texts) > 1:

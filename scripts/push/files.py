@@ -68,7 +68,7 @@ def files_of(subject: Subject, options: CardOptions) -> list[Upload]:
     """Everything that is sent of a checkpoint, in the order of the names; the weights last.
 
     Raises:
-        UserError: the folder is no complete model, or its adapter needs a model that is only here.
+        UserError: the folder is not a complete model, or its adapter needs a model that is only here.
     """
     folder = subject.checkpoint
     found = [*_weights(folder), *_configs(folder), *_code(folder), *_tokenizer(folder), *_records(subject)]
@@ -209,7 +209,7 @@ def _metadata(weights: Path) -> dict[str, str]:
         with safe_open(weights, framework="pt") as file:
             return file.metadata() or {}
     except SafetensorError as error:
-        raise UserError(f"{weights} is no safetensors file ({error})") from error
+        raise UserError(f"{weights} is not a safetensors file ({error})") from error
 
 
 def _strings(value: Any) -> list[str]:

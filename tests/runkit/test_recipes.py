@@ -152,8 +152,8 @@ def test_overrides_are_yaml_and_leave_the_rest_alone():
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["steps"], "'steps' is no assignment: write field=value"),
-        (["section..rate=1"], "is no assignment"),
+        (["steps"], "'steps' is not an assignment: write field=value"),
+        (["section..rate=1"], "is not an assignment"),
         (["clip="], "'clip=' has no value: write clip=null for none"),
         (["steps=1", "steps=2"], "steps is assigned twice"),
         (["stepps=1"], r"unknown field stepps \(did you mean 'steps'\?\)"),

@@ -286,7 +286,7 @@ def test_a_run_whose_checkpoint_is_old_is_drawn_at_its_end_from_the_trainers_rec
     assert {(r.source, r.step) for r in rows.itertuples()} == {("trainer", 0), ("trainer", 40)}
 
 
-def test_the_one_checkpoint_that_is_no_initialization_is_not_called_so(tmp_path):
+def test_the_one_checkpoint_that_is_not_the_initial_one_is_not_called_so(tmp_path):
     run = write_any(tmp_path, "a")
     write_bench(run, [40], layers=2)
     assert "one measured checkpoint each, of step 40" in figures_of(tmp_path, "7a")["7a"].words
@@ -516,5 +516,5 @@ def test_a_damaged_table_is_named(tmp_path):
     assert bench(load(tmp_path))[0]["verdict"] == []
 
 
-def test_not_recorded_is_no_error_of_the_program():
+def test_not_recorded_is_not_an_error_of_the_program():
     assert not issubclass(NotRecorded, (OSError, ValueError)) and pieces.DPI * pieces.WIDTH == 900

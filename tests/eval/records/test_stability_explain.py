@@ -193,7 +193,7 @@ def test_a_calm_run_is_called_calm(tmp_path):
 def test_an_empty_or_missing_folder_is_an_error_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="nowhere is missing"):
         explain(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         explain(tmp_path)
     write_metrics(tmp_path / "run", 3)
     (tmp_path / "run" / "layers").mkdir()

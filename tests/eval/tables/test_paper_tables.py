@@ -211,12 +211,12 @@ LINE = "pretrain,peri,400M,1,completed,0.5,0.4,0.6,0.4,0.5\n"
         ("# note\n" + HEAD + LINE + LINE, "line 4, column seed: pretrain peri 400M seed 1 stood in line 3 already"),
         (HEAD + LINE.replace("0.6", "60.1"), "line 2, column piqa: 60.1 is above 1: scores are fractions, not percent"),
         (HEAD + LINE.replace("0.6", "-0.1"), "line 2, column piqa: -0.1 is below 0"),
-        (HEAD + LINE.replace("0.6", "nan"), "line 2, column piqa: 'nan' is no number"),
-        (HEAD + LINE.replace("0.6", "N/A"), "line 2, column piqa: 'N/A' is no number"),
+        (HEAD + LINE.replace("0.6", "nan"), "line 2, column piqa: 'nan' is not a number"),
+        (HEAD + LINE.replace("0.6", "N/A"), "line 2, column piqa: 'N/A' is not a number"),
         (HEAD + LINE.replace("completed", "complete"), "line 2, column status: 'complete' is none of"),
         (HEAD + LINE.replace("pretrain", "train"), "line 2, column stage: 'train' is none of pretrain, sft"),
         (HEAD + LINE.replace("peri", ""), "line 2, column placement: empty"),
-        (HEAD + LINE.replace("400M,1", "400M,one"), "line 2, column seed: 'one' is no whole number"),
+        (HEAD + LINE.replace("400M,1", "400M,one"), "line 2, column seed: 'one' is not a whole number"),
         (HEAD + LINE.replace(",0.5\n", "\n"), "line 2: 9 cells, but line 1 names 10 columns"),
         (HEAD + LINE.replace("pretrain", "sft"), "has no row whose column stage is 'pretrain'"),
         ("stage,placement,size,seed,status\npretrain,peri,1B,1,completed\n", "line 1: no column of a task"),
@@ -458,7 +458,7 @@ def test_nothing_else_is_overwritten_unasked(capsys, tmp_path):
     out, source = tmp_path / "tables.md", FOLDER / "tables_06_to_11.csv"
     arguments = ["--scores", source, "--format", "markdown", "--out", out]
     assert tables(capsys, *arguments).strip() == str(out)
-    tables(capsys, *arguments)  # the same bytes are no loss
+    tables(capsys, *arguments)  # the same bytes are not loss
     out.write_text("something of mine")
     with pytest.raises(UserError, match="holds something else; it is left alone"):
         tables(capsys, *arguments)
