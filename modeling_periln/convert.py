@@ -3,7 +3,7 @@
     python -m modeling_periln.convert SRC DST --to llama|olmo2|hyperclovax|glm4|...|peri_llama
     python -m modeling_periln.convert --refresh-code CHECKPOINT...      # see refresh.py
 
-In memory: `to_native(model, "llama")`, `from_native(model)`. What converts, and what is folded where, is told in
+In memory: `to_native(model, "llama")`, `from_native(model)`. What converts, and what is folded where, is in
 `conversions.py`; `admissible_exports(config)` says it for one configuration. On disk the weights pass through one
 shard at a time, DST appears only when it is complete, and only if its logits are the source's. SRC may also be a run
 folder (its newest complete checkpoint) or a PEFT adapter (merged into its base first): `sources.py`.
@@ -92,7 +92,7 @@ def from_native(model: PreTrainedModel) -> PeriLlamaForCausalLM:
 
 
 def _require_class(model: PreTrainedModel, wanted: type, caller: str) -> None:
-    # By name: a class loaded from a repository's own code is another object than ours.
+    # By name: a class loaded from a repository's own code is not the same object as ours.
     if wanted.__name__ not in (c.__name__ for c in type(model).__mro__):
         raise ConversionRefused(f"{caller} needs a {wanted.__name__}, not a {type(model).__name__}")
 
@@ -120,7 +120,7 @@ def _built(source: PreTrainedModel, config: PreTrainedConfig, recipe: Mapping[st
 
 
 def _scale_table(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """The number that a table's rows are multiplied with, where it is a buffer: it is in no state dict."""
+    """The number that a table's rows are multiplied by, where it is a buffer that no state dict holds."""
     table, kind, size = model.model.embed_tokens, config.model_type, config.hidden_size
     for name, _ in list(table.named_buffers(recurse=False)):
         factor = config.embedding_multiplier if kind == PERI_LLAMA else architecture(kind).table_factor(size, 1.0)
@@ -128,7 +128,7 @@ def _scale_table(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
 
 def _check_names(have: Mapping[str, Any], recipe: Mapping[str, Recipe], tied: bool) -> None:
-    """Every weight is there, and every one is used: nothing of the source is lost without a word."""
+    """Every weight is present and used: nothing of the source is lost silently."""
     wanted = {source for sources, _ in recipe.values() for source in sources}
     known = {name for name in have if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
     missing, unused = wanted - set(have), set(have) - wanted - known
@@ -161,7 +161,7 @@ def convert(
         dst: a folder that does not exist, or is empty; it appears when everything is done.
         to: a key of `ARCHITECTURES`, or `peri_llama`.
         max_shard_size: bytes, or such as `500MB`, `5GB` (powers of 1000).
-        text: a file, `wikitext`, or `none`; None: WikiText if it can be had, else the record says why not.
+        text: a file, `wikitext`, or `none`; None: WikiText if available, else the record says why not.
 
     Returns:
         The record that `dst/conversion.json` holds.
@@ -198,7 +198,7 @@ def convert(
             _check_names(files, recipe, tied=config.tie_word_embeddings)
             _write_weights(files, recipe, folder, limit)
         target.save_pretrained(folder)
-        for file in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
+        for file in folder.glob("*.safetensors"):  # safetensors makes them unreadable for others
             file.chmod((folder / "config.json").stat().st_mode)
         if to == PERI_LLAMA:
             custom_object_save(PeriLlamaForCausalLM, folder)
@@ -216,7 +216,7 @@ def convert(
 
 
 def _fetched(src: str, revision: str | None) -> Path:
-    """The model's folder; of a Hub id the files that a conversion reads are downloaded."""
+    """The model's folder; for a Hub id, the files that a conversion reads are downloaded."""
     if Path(src).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", src):
         return Path(src)
     wanted = ["config.json", ADAPTER_CONFIG, "*.safetensors", "model.safetensors.index.json", *COMPANIONS]
@@ -321,7 +321,7 @@ def _copy_companions(src: Path, folder: Path, config: PreTrainedConfig) -> None:
 
 @contextlib.contextmanager
 def _temporary_sibling(dst: Path, kind: str = "partial") -> Iterator[Path]:
-    """A new folder beside `dst` that is gone afterwards, unless it was moved."""
+    """A new folder next to `dst` that is removed afterwards, unless it was moved."""
     folder = dst.with_name(f".{dst.name}.{os.getpid()}.{kind}")
     folder.mkdir()
     try:
@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do as the arguments say, and print what came of it or one sentence of what did not. See `main`."""
+    """Do what the arguments ask, and print the outcome or one sentence on what went wrong. See `main`."""
     if args.refresh_code:
         return _refresh(args)
     transformers.utils.logging.disable_progress_bar()

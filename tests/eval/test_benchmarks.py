@@ -375,7 +375,7 @@ def test_what_cannot_be_scored_is_named(tmp_path, capsys, monkeypatch):
     assert "longer than the model's 512 positions" in capsys.readouterr().err
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
-    with pytest.raises(UserError, match="brings code of its own, which is only run with --trust-remote-code"):
+    with pytest.raises(UserError, match="brings its own code, which runs only with --trust-remote-code"):
         find_target(checkpoint).load("cpu")
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(UserError, match="has no weights in safetensors"):

@@ -227,7 +227,7 @@ WRONG = {
     ),
     "a rope beside": (
         MIXED | {"rope_parameters": {FULL: ROPE, SLIDING: ROPE, "rope_theta": 1e4}},
-        "rope_parameters has 'rope_theta' beside ropes for layer types",
+        "rope_parameters has 'rope_theta' as well as ropes for layer types",
     ),
     "a rope of null": (
         MIXED | {"rope_parameters": {FULL: None, SLIDING: ROPE}},

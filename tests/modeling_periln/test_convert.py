@@ -567,12 +567,12 @@ def test_wikitext_is_read_from_the_hub_and_the_record_says_where_it_is_not(tmp_p
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     capsys.readouterr()
     assert main([str(src), str(tmp_path / "without"), "--to", "glm4"]) == 0
-    assert "not compared on text: WikiText cannot be had from the Hub" in capsys.readouterr().out
+    assert "not compared on text: WikiText is not available from the Hub" in capsys.readouterr().out
     skipped = json.loads((tmp_path / "without" / "conversion.json").read_text())["compared"]["text"]
-    assert "WikiText cannot be had" in skipped["skipped"]
+    assert "WikiText is not available" in skipped["skipped"]
     # Asked for by name it is no longer a remark.
     assert main([str(src), str(tmp_path / "asked"), "--to", "glm4", "--text", "wikitext"]) == 2
-    assert "--text wikitext: WikiText cannot be had" in capsys.readouterr().err
+    assert "--text wikitext: WikiText is not available" in capsys.readouterr().err
     assert main([str(src), str(tmp_path / "asked"), "--to", "glm4", "--text", "nowhere.txt"]) == 2
     assert "--text nowhere.txt is not a file" in capsys.readouterr().err
     assert not (tmp_path / "asked").exists()
