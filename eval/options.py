@@ -1,4 +1,4 @@
-"""What the options that several commands share ask for: the settings of a score, and a device."""
+"""The settings of a score and the device, from options that several commands share."""
 
 import argparse
 

@@ -40,7 +40,7 @@ class RunCourse:
     metrics: list[dict[str, Any]]
     events: list[dict[str, Any]]
     rows: pd.DataFrame
-    flight: bool  # a flight recorder's tables are there
+    flight: bool  # a flight recorder's tables exist
     divergence: dict[str, Any]
 
 
@@ -106,7 +106,7 @@ def module_text(module: str) -> str:
 
 
 def against_limit(value: float) -> str:
-    """A largest |x| beside FP16's largest number: `51,234 (0.4 bits below 65504)`."""
+    """A largest |x| compared with FP16's largest number: `51,234 (0.4 bits below 65504)`."""
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
@@ -136,7 +136,7 @@ def steps_text(steps: Sequence[int]) -> str:
 
 
 def happenings(records: RunCourse) -> list[dict[str, Any]]:
-    """Events of the recorder, and what metrics.jsonl tells that no event does, by step."""
+    """Events of the recorder, and what only metrics.jsonl tells, by step."""
     found = list(records.events)
     known = {(event["step"], event.get("kind")) for event in found}
     norms = [record.get("grad_norm") for record in records.metrics]

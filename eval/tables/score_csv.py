@@ -3,8 +3,8 @@
     stage,placement,size,seed,status,arc_easy,hellaswag,piqa,social_iqa,winogrande
 
 `stage` is pretrain or sft, `status` one of a run's statuses; scores are fractions. A diverged seed has no scores (or
-the words that the tables print). `learning_rate`, `c4_loss`, and the names in `OPTIONAL` may stand beside them;
-any other column is left out, and that is said. Lines that begin with # are comments.
+the words that the tables print). `learning_rate`, `c4_loss`, and the names in `OPTIONAL` may be added;
+any other column is left out, with a message. Lines that begin with # are comments.
 """
 
 import csv
@@ -22,7 +22,7 @@ from periln.runkit.tasks import COUNT, SUITES
 REQUIRED = ("stage", "placement", "size", "seed", "status")
 STAGES = ("pretrain", "sft")
 OPTIONAL = ("run", *PROVENANCE)
-NO_SCORE = ("n/a", "diverged")  # in lower case: what a task's cell of a diverged seed may hold
+NO_SCORE = ("n/a", "diverged")  # in lower case: the words that a diverged seed's cell may hold
 
 
 def _lines(path: Path) -> list[tuple[int, list[str]]]:
@@ -82,14 +82,14 @@ def _row(cells: dict[str, str], tasks: tuple[str, ...], where: str) -> dict:
     for name in OPTIONAL:
         row[name] = cells.get(name) or None
     if row["limit"] is None and "limit" in cells and row["status"] == "completed":
-        row["limit"] = "none"  # an empty cell beside others with a limit: all items
+        row["limit"] = "none"  # an empty cell next to others with a limit: all items
     if row["tokens"]:
         row["tokens"] = _number(row["tokens"], "tokens", where)
     return row
 
 
 def _remarks(rows: pd.DataFrame, tasks: tuple[str, ...], extra: list[str], absent: list[str]) -> tuple[str, ...]:
-    """What of the file did not enter the tables."""
+    """What in the file did not enter the tables."""
     said = []
     if extra:
         said.append(f"Columns of the file that no table uses: {', '.join(extra)}.")
@@ -107,8 +107,8 @@ def read_scores(path: str | Path) -> Scores:
     """The rows of a scores file.
 
     Raises:
-        UserError: unreadable, a needed column missing or doubled, a row too short or too long, a cell that is no
-            score, a seed that stands twice; names line and column.
+        UserError: unreadable, a needed column missing or doubled, a row too short or too long, a cell that is not a
+            score, a seed that appears twice; names line and column.
     """
     path = Path(path)
     lines = _lines(path)
@@ -117,10 +117,10 @@ def read_scores(path: str | Path) -> Scores:
     at, head = lines[0]
     for name in head:
         if head.count(name) > 1:
-            raise UserError(f"{path} line {at}: column {name!r} stands twice")
+            raise UserError(f"{path} line {at}: column {name!r} appears twice")
     for name in REQUIRED:
         if name not in head:
-            commas = "; cells are set apart by commas" if len(head) == 1 else ""
+            commas = "; cells are separated by commas" if len(head) == 1 else ""
             raise UserError(f"{path} line {at}: no column {name!r}{did_you_mean(name, head)}{commas}")
     tasks = max(SUITES.values(), key=lambda suite: len(set(suite) & set(head)))
     if not set(tasks) & set(head):
@@ -134,10 +134,10 @@ def read_scores(path: str | Path) -> Scores:
         if len(cells) != len(head):
             raise UserError(f"{where}: {len(cells)} cells, but line {at} names {len(head)} columns")
         row = _row(dict(zip(head, cells, strict=True)), tasks, where)
-        key = tuple("" if row[k] != row[k] else row[k] for k in KEYS)  # NaN is not an equal of itself
+        key = tuple("" if row[k] != row[k] else row[k] for k in KEYS)  # NaN does not equal itself
         if key in seen:
             raise UserError(
-                f"{where}, column seed: {row['stage']} {row['placement']} {row['size']} seed {row['seed']} stood in "
+                f"{where}, column seed: {row['stage']} {row['placement']} {row['size']} seed {row['seed']} is in "
                 f"line {seen[key]} already"
             )
         seen[key] = number

@@ -169,7 +169,7 @@ def test_of_two_plans_the_one_that_keeps_the_gradients_finite_too_is_taken(loss_
     record, *_ = cure(model, [IDS], Wish(loss_scale=loss_scale))
     assert record["after"]["forward"] is None and record["after"]["backward"] is None
     assert record["after"]["loss_scale"] == loss_scale and not record["uniform"]
-    for difference in ("fp32", "fp16_pass"):  # one epsilon stands for all norms and was left
+    for difference in ("fp32", "fp16_pass"):  # there is one epsilon for all norms, and it was left
         assert record["differences"][difference] <= 1e-2 * reference.abs().max().item()
 
 
