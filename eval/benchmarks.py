@@ -22,7 +22,6 @@ from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.arguments.shared import task_names
 from periln.eval.options import settings_of
@@ -31,7 +30,7 @@ from periln.eval.targets import find_target
 from periln.eval.text_table import Table, to_terminal, values
 from periln.runkit.errors import UserError
 from periln.runkit.folder import called
-from periln.runkit.process import start_stage
+from periln.runkit.process import quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 
 
@@ -56,8 +55,7 @@ def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
     check(args)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     settings, names = settings_of(args), task_names(args.tasks)
     one_file = is_one_file(args)
     out = args.out.parent if one_file else args.out

@@ -37,6 +37,7 @@ from periln.model_cards.facts import (
 from periln.model_cards.subject import IN_A_RUN, Subject, listed_checkpoint
 from periln.runkit.errors import UsageError
 from periln.runkit.folder import RunFolder, write_text
+from periln.runkit.number_format import FP16
 from periln.runkit.placements import placement_name
 from periln.runkit.process import start_stage
 from periln.runkit.progress import progress_bar
@@ -160,7 +161,8 @@ def render_markdown(rows: Sequence[dict[str, str]]) -> str:
 def render_html(rows: Sequence[dict[str, str]]) -> str:
     """The index as one page that needs nothing else."""
     jinja: Any = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    return jinja.get_template("zoo.html.j2").render(head=HEAD, rows=[[row[name] for name in HEAD] for row in rows])
+    cells = [[row[name] for name in HEAD] for row in rows]
+    return jinja.get_template("zoo.html.j2").render(head=HEAD, rows=cells, fp16_limit=FP16.limit)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from .configuration_periln import PeriLlamaConfig
 from .conversions import ARCHITECTURES, ConversionRefused
-from .convert_options import NO_TEXT, WIKITEXT
+from .convert_options import NO_TEXT, WIKITEXT, WIKITEXT_2
 from .modeling_periln import PeriLlamaForCausalLM
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -24,7 +24,7 @@ WINDOWS, LONGEST = 3, 1024  # a model with a sliding window is compared over thr
 SEED = 20250202
 TEXT_WINDOWS, TEXT_LENGTH = 2, 256
 
-WIKITEXT_FILE = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
+WIKITEXT_FILE = (WIKITEXT_2[0], f"{WIKITEXT_2[1]}/{WIKITEXT_2[2]}-00000-of-00001.parquet")
 
 
 class ConversionFailed(RuntimeError):

@@ -40,6 +40,7 @@ from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from modeling_periln.conversions import export_recipe
 from modeling_periln.convert import to_native
 from modeling_periln.norms import PeriLlamaRMSNorm
+from modeling_periln.placements import PLACEMENTS
 from periln.runkit.environment import describe_environment
 from periln.runkit.errors import UsageError, UserError, did_you_mean
 from periln.runkit.folder import read_json, write_json, write_text
@@ -82,7 +83,7 @@ class Case:
 def build_model(case: Case, placement: str, device: torch.device) -> PeriLlamaForCausalLM:
     """A PeriLlama of the case's size in its dtype, from seed 0."""
     torch.manual_seed(0)
-    embedding_norm = False if placement == "peri" and case.native else None  # as HyperCLOVA X
+    embedding_norm = False if case.native and PLACEMENTS[placement].embedding_norm else None  # as HyperCLOVA X
     config = PeriLlamaConfig(**(case.sizes or SMALL), norm_placement=placement, embedding_norm=embedding_norm)
     return PeriLlamaForCausalLM(config).to(device, DTYPES[case.dtype])
 

@@ -38,7 +38,7 @@ from periln.runkit.folder import read_json, room_for, sha256_of, write_folder, w
 from periln.runkit.process import start_stage
 from periln.runkit.progress import progress_bar
 from periln.runkit.texts import without_long_runs
-from periln.scripts.data.corpus import Batch, Corpus, Mark, Records
+from periln.scripts.data.corpus import Batch, Corpus, Mark, SideFiles
 from periln.scripts.data.documents import Source
 from periln.scripts.data.encoders import Encoded, Encoders
 from periln.scripts.data.local_files import InstalledPython
@@ -177,7 +177,7 @@ def _fill(
     tokenizer, document = _tokenizer(work, source, options, tiktoken_file)
     state = read_json(work / "state.json") if (work / "state.json").exists() else None
     mark = Mark(**state["mark"]) if state else Mark()
-    records = Records(work, mark.lengths)
+    records = SideFiles(work, mark.lengths)
     vocabulary = vocabulary_size(tokenizer)
     dtype, cut = token_dtype(vocabulary), state.get("cut", 0) if state else 0
     shards = ShardWriter(work, dtype, options.shard_tokens, state and state["shards"])

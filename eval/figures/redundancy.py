@@ -15,6 +15,7 @@ from periln.eval.figures.measured_models import STAGE
 from periln.eval.figures.pieces import DPI, WIDTH, Chart, NotRecorded, curves, legend, whole_numbers, wrapped
 from periln.eval.figures.selection import View, at_best_rate, rates_words, seeds_words, sizes
 from periln.eval.records.words import listed
+from periln.runkit.placements import BY_NORMS
 
 CAPTION = (
     "Angular distance, in units of pi: 0 is the same direction, 0.5 a right angle. Above, between the streams before "
@@ -125,7 +126,7 @@ def frozen(view: View) -> Chart:
             "python -m scripts.pretrain --config scripts/recipes/400m-peri-frozen-gamma.yaml, then "
             "python -m eval.stability on it."
         )
-    placements = set(used.runs.placement[used.runs.frozen]) | {"pre"}
+    placements = set(used.runs.placement[used.runs.frozen]) | {BY_NORMS["A"]}
     used = used.where(placement=placements)
     drawn = _draw(used, rows, "at the end")
     return Chart(drawn.figure, f"{drawn.caption} Measured at step {listed(rows.step)}.")

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from periln.eval.figures.pieces import Chart, NotRecorded, at_least, grid, hide_empty, legend, plain, rate_axis, wrapped
 from periln.eval.figures.selection import View, common_protocol, seeds_words, sizes
 from periln.eval.figures.training import metrics_of
+from periln.runkit.placements import BY_NORMS
 from periln.runkit.sizes import count_text
 
 LEAST_RATES = 3  # of a curve over learning rates
@@ -87,7 +88,7 @@ def by_size(view: View, post_only: bool = False) -> Chart:
     metrics_of(view)
     usual, words = common_protocol(view)
     if post_only:
-        usual = usual.where(placement="post")
+        usual = usual.where(placement=BY_NORMS["C"])
         if usual.runs.empty:
             raise NotRecorded(
                 "Needs Post-LN runs at several learning rates: "

@@ -28,6 +28,7 @@ from periln.runkit.encoding import before_text
 from periln.runkit.errors import UsageError, UserError, did_you_mean
 from periln.runkit.folder import read_json, weights_hash, write_json
 from periln.runkit.hub import hub_reason, quiet_hub
+from periln.runkit.process import need_device
 from periln.runkit.tasks import SUITES, TASKS
 
 MINI_FOLDER = Path(__file__).parents[1] / "tasks"
@@ -64,8 +65,7 @@ class Settings:
             raise UsageError(f"num_fewshot must be at least 0, not {self.num_fewshot}")
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise UsageError(f"batch size must be at least 1, or auto, not {self.batch_size}")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise UsageError(f"--device {self.device} was asked for, but torch sees no CUDA device")
+        need_device(self.device, f"--device {self.device}")
 
     def recorded(self) -> dict[str, Any]:
         """The keys of a record that hold them; `dtype` is recorded as it turned out."""

@@ -34,8 +34,8 @@ _WIDE = {
 }
 
 
-class Records:
-    """One model's folder of records."""
+class BenchFolder:
+    """One model's folder of the bench's records."""
 
     def __init__(self, folder: Path, model: str, single: bool):
         self.folder, self.model, self.single = folder, model, single

@@ -21,12 +21,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_periln.placements import PLACEMENTS
 from periln.eval.structure.norms import NormFacts, is_norm, norm_facts
 from periln.eval.structure.points import Call, Point, TensorCall, Trace, first_tensor, input_tensor
 from periln.eval.structure.points import watched as watch_modules
 from periln.eval.structure.sublayers import LayerReader, Norm, Projection, Sublayer, ratio, same
 from periln.runkit.errors import UserError
+from periln.runkit.placements import BY_NORMS
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,9 @@ class Anatomy:
         named = getattr(config, "norm_placement", None)
         if isinstance(named, str) and not getattr(config, "layer_placements", None):
             return named
-        places = {(bool(s.input_norm), bool(s.output_norm), bool(s.residual_norm)) for s in self.sublayers}
-        # The older rows alone: what distinguishes the others (inner norms, factors) is not looked at here.
-        rows = ((name, PLACEMENTS[name]) for name in ("post", "pre", "peri", "output", "pre_post"))
-        return next((n for n, p in rows if places == {(p.input_norm, p.output_norm, p.residual_norm)}), None)
+        places = {s.letters for s in self.sublayers}
+        # Rows of norms alone: what distinguishes the others (inner norms, factors) is not looked at here.
+        return BY_NORMS.get(places.pop()) if len(places) == 1 else None
 
     def gain(self, norm: Norm | nn.Module) -> torch.Tensor | None:
         """The effective gamma (D,) of a norm, 1 + w for Gemma's; None where it has none."""

@@ -58,6 +58,12 @@ class Sublayer:
     stream: Point | None
     output_projection: Projection | None
 
+    @property
+    def letters(self) -> str:
+        """The places where it has norms, such as `AB`."""
+        norms = (("A", self.input_norm), ("B", self.output_norm), ("C", self.residual_norm))
+        return "".join(letter for letter, norm in norms if norm is not None)
+
 
 def _eps(*tensors: torch.Tensor) -> float:
     return ROUNDING * max(torch.finfo(x.dtype).eps for x in tensors)

@@ -57,7 +57,7 @@ class Source:
 
 KNOWN = {
     "c4": Source("allenai/c4", "en", "validation", "text"),
-    "wikitext": Source("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test", "page"),
+    "wikitext-pages": Source("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test", "page"),
 }
 
 

@@ -191,7 +191,7 @@ def test_only_the_english_validation_split_is_called_c4():
     assert documents.named("allenai/c4", None, None, None, "abc").task == "c4"
     train = documents.named("c4", None, "train", None, None)
     assert not train.is_c4 and train.task == "allenai/c4 en train"
-    assert documents.named("wikitext", None, None, None, None).task == "wikitext"
+    assert documents.named("wikitext-pages", None, None, None, None).task == "wikitext-pages"
     assert documents.named("x/y", None, None, None, None) == Source("x/y", None, "validation", "text")
 
 
