@@ -44,13 +44,14 @@ FLOORS = {
     "scripts.gpus": set(),
     "scripts.costs": {"modeling_periln"},
     "scripts.optimizers": {"runkit"},
-    "scripts.recipe": {"runkit", "modeling_periln", "scripts.optimizers"},
+    "scripts.parametrization": {"runkit"},
+    "scripts.recipe": {"runkit", "modeling_periln", "scripts.optimizers", "scripts.parametrization"},
     "scripts.origin": {"runkit", "modeling_periln", "scripts.recipe"},
     "scripts.data": {"runkit"},
     "scripts.prepare_data": {"runkit", "scripts.data"},
     "scripts.training": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.data"),
-        *("scripts.origin", "scripts.optimizers"),
+        *("scripts.origin", "scripts.optimizers", "scripts.parametrization"),
     },
     "scripts.pretrain": {"runkit", "scripts.recipe", "scripts.origin", "scripts.data", "scripts.training"},
     "scripts.bench": {"runkit", "modeling_periln"},
@@ -65,6 +66,9 @@ FLOORS = {
     "scripts.gpu_check": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.data", "scripts.prepare_data"),
         *("scripts.training", "scripts.plan"),
+    },
+    "scripts.coordinate_check": {
+        *("runkit", "modeling_periln", "scripts.recipe", "scripts.parametrization", "scripts.training"),
     },
     "scripts.demo": {"runkit", "modeling_periln", "scripts.recipe", "scripts.data"},
     "scripts.push": {"runkit", "model_cards"},
