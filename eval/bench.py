@@ -69,7 +69,7 @@ def compare(
     for model in (ours, theirs):  # once before the clock
         model.loglikelihood(requests[: 4 * 8], disable_tqdm=True)
     for pair in range(pairs):
-        answers = [None, None]
+        answers: list[Any] = [None, None]
         for which in (0, 1) if pair % 2 else (1, 0):
             start = time.perf_counter()
             answers[which] = (ours, theirs)[which].loglikelihood(requests, disable_tqdm=True)
@@ -79,7 +79,7 @@ def compare(
         worst = max(worst, *(abs(a - b) for (a, _), (b, _) in zip(*answers, strict=True)))
         if worst > tolerance:
             raise UserError(f"pair {pair}: a log-likelihood differs from HFLM's by {worst:.2g}")
-        if moved := ranked_otherwise(requests, *answers, gap=2 * tolerance):
+        if moved := ranked_otherwise(requests, answers[0], answers[1], 2 * tolerance):
             raise UserError(f"pair {pair}: the answers of document {moved[0]} are ranked otherwise than by HFLM")
         bar.update(1)
     return seconds, worst

@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
     out = args.out.parent if one_file else args.out
     found = [(name, find_target(name, args.revision, args.trust_remote_code, out)) for name in args.targets]
     benchmarks = Benchmarks(names, settings, args.include_path)
-    files = [args.out if one_file else target and result_file(target, settings) for _, target in found]
+    files: list[Any] = [args.out if one_file else target and result_file(target, settings) for _, target in found]
     scored = [(target, file) for (_, target), file in zip(found, files, strict=True) if target is not None]
     if one_file and scored and not args.again and not benchmarks.is_free(*scored[0]):
         raise UserError(f"{args.out} holds something else than results of these weights and settings; it is left alone")

@@ -97,7 +97,8 @@ def measure(target: Target, sample: Sample, head: dict[str, Any], file: Path, ba
     partial, key = file.with_name(f".{file.stem}.partial"), {"batch": size, "windows": len(windows.ids)}
     sums = Sums.zeros(len(sample.texts))
     if partial.exists() and (old := read_json(partial))["key"] == key:
-        sums = Sums(*(torch.tensor(old[name], dtype=torch.float64) for name in ("nats", "tokens")), old["batches"])
+        nats, tokens = (torch.tensor(old[name], dtype=torch.float64) for name in ("nats", "tokens"))
+        sums = Sums(nats, tokens, old["batches"])
     bar.reset(total=-(-len(windows.ids) // size))
     bar.update(sums.batches)
 

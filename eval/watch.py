@@ -139,9 +139,11 @@ def why_over(run: RunFolder) -> str | None:
 
 
 def _alive(pid: int | None) -> bool:
+    if not isinstance(pid, int):
+        return False
     try:
         os.kill(pid, 0)
-    except (OSError, TypeError):
+    except OSError:
         return False
     return True
 
@@ -150,7 +152,8 @@ class Ending:
     """When to stop waiting: at once after a run that is done, after `patience` seconds for one that may go on."""
 
     def __init__(self, run: RunFolder, patience: float):
-        self.run, self.patience, self._since = run, patience, None
+        self.run, self.patience = run, patience
+        self._since: float | None = None
 
     def reached(self) -> str | None:
         """The reason, once it is time."""

@@ -84,7 +84,7 @@ class Placement:
     init_gain: float | str = 1.0
 
 
-_QKV_BY_HEAD = {"q_norm": "head", "k_norm": "head", "v_norm": "head"}
+_QKV_BY_HEAD: dict[str, Any] = {"q_norm": "head", "k_norm": "head", "v_norm": "head"}
 PLACEMENTS: dict[str, Placement] = {
     "post": Placement(residual_norm=True, final_norm=False),
     "pre": Placement(input_norm=True),
@@ -303,7 +303,7 @@ def plan_stream(
     names, mixture = layer_placements, isinstance(norm_placement, str) and norm_placement in MIXTURES
     row = PLACEMENTS["pre"] if mixture else get_placement(norm_placement)  # checked even where a list overrides it
     if names is None and mixture:
-        names = MIXTURES[norm_placement](num_layers)
+        names = MIXTURES[str(norm_placement)](num_layers)
     if names is None:
         rows, ends = [row] * num_layers, row
     else:

@@ -122,7 +122,8 @@ def compare(
         ConversionRefused: the text that was asked for cannot be had.
         ConversionFailed: a difference is above `TOLERANCE` of the largest logit, or not a number.
     """
-    random, written, about = random_batches(src_config), [], {"skipped": "not asked for"}
+    random, about = random_batches(src_config), {"skipped": "not asked for"}
+    written: list[Batch] = []
     if text != NO_TEXT:
         try:
             written, about = text_batches(src, src_config, text or WIKITEXT)
@@ -163,7 +164,7 @@ def _logits(folder: Path, config: PreTrainedConfig, batches: Sequence[Batch]) ->
     return [model(**b, use_cache=False).logits[b["attention_mask"].bool()] for b in batches]
 
 
-def model_class(config: PreTrainedConfig) -> type:
+def model_class(config: PreTrainedConfig) -> Any:
     """The causal model of a configuration of ours, or of one of the architectures."""
     ours = config.model_type == PeriLlamaConfig.model_type
     return PeriLlamaForCausalLM if ours else ARCHITECTURES[config.model_type].model_class

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 RULES: dict[str, Callable[[int, int], float]] = {
     # L counts decoder layers, so there are 2L sublayers.
@@ -65,6 +65,7 @@ class Learned:
 
 
 Factor = float | str | Learned
+_Kind = TypeVar("_Kind", bound=Norm)
 
 
 def evaluate_rule(rule: float | str, layer: int, num_layers: int, field: str = "rule") -> float:
@@ -94,7 +95,8 @@ def read_factor(value: Any, field: str) -> Factor:
         return value
     if not isinstance(value, Mapping):
         evaluate_rule(value, 1, 1, field)
-        return value
+        factor: Factor = value
+        return factor
     _known_keys(value, ("learned", "init"), field)
     if value.get("learned") not in LEARNED:
         raise ValueError(f"{field}['learned']={value.get('learned')!r} must be one of {list(LEARNED)}")
@@ -139,7 +141,7 @@ def _known_keys(value: Mapping[str, Any], known: Sequence[str], field: str) -> N
             raise ValueError(f"{field} has an unknown key {key!r}: {nearest(key, known)}use {list(known)}")
 
 
-def _read_norm(cls: type, value: Any, field: str, wanted: str) -> Any:
+def _read_norm(cls: type[_Kind], value: Any, field: str, wanted: str) -> _Kind:
     if not isinstance(value, Mapping):
         raise ValueError(f"{field}={value!r} must be {wanted}")
     _known_keys(value, [f.name for f in fields(cls)], field)

@@ -19,6 +19,7 @@ VERBS = (
     Verb("bench", "eval.stability", "bench", "Measure what a norm placement does to any causal LM"),
     Verb("cure", "eval.fp16", "bench", "Rewrite a model so that it runs in FP16, the same function"),
     Verb("formats", "eval.formats", "bench", "Measure which number formats a causal LM survives"),
+    Verb("retrofit", "scripts.retrofit", "train", "Give a trained checkpoint another norm placement"),
     Verb("widen", "eval.widen", "gguf", "Widen a GGUF file to a model folder that every stage reads"),
     Verb("bounds", "eval.bounds", "bench", "Bound a model's gradients and residual steps"),
     Verb("figures", "eval.figures", "bench", "Redraw the paper's figures from run folders"),

@@ -11,7 +11,8 @@ from functools import reduce
 from typing import Any, Literal
 
 from modeling_periln import PeriLlamaConfig
-from periln.runkit.errors import UsageError
+from modeling_periln.conversions import tensor_names
+from periln.runkit.errors import UsageError, did_you_mean
 from periln.runkit.resume import BITS, NOTHING, PLACE, setting
 from periln.runkit.spikes import Spikes
 from periln.scripts.optimizers import read_options
@@ -171,6 +172,11 @@ class Recipe:
     # a checkpoint or a Hub id that the weights are from at the start (scripts/origin.py); null: drawn by the seed
     init_from: str | None = setting(None, decides=PLACE)  # init_sha256 says what lies there
     init_sha256: str | None = None  # of its weights; filled in
+    # a checkpoint or a Hub id whose predictions are learned in place of the text's tokens: the loss is KL(it || model)
+    distill_from: str | None = setting(None, decides=PLACE)  # distill_sha256 says what lies there
+    distill_sha256: str | None = None  # of its weights; filled in
+    # modules whose parameters are trained, by their last names (attn_output_norm, embed_tokens); null: all
+    train_only: list[str] | None = None
     stage: Literal["pretrain"] = "pretrain"
     seed: int = 1
     # sequences a forward pass and process; null: as many as there are
@@ -231,8 +237,11 @@ class Recipe:
         for name, instead in NOT_THE_MODELS.items():
             if name in self.model:
                 raise UsageError(f"model.{name} {instead}")
+        if self.distill_from is not None and self.optimizer.z_loss:
+            raise UsageError(f"optimizer.z_loss {self.optimizer.z_loss:g}: with distill_from the loss has no z term")
         config = self.model_config()
         self.parametrization.check(config, self.model, self.init_from)
+        self._check_trained(config)
         if self.sequence_length > config.max_position_embeddings:
             raise UsageError(
                 f"sequence_length {self.sequence_length} exceeds model.max_position_embeddings "
@@ -245,6 +254,18 @@ class Recipe:
             value = reduce(getattr, name.split("."), self)
             if value is not None and not holds(value):
                 raise UsageError(f"{name} {rule}, not {value}")
+
+    def _check_trained(self, config: PeriLlamaConfig) -> None:
+        """Whether every module of `train_only` is there."""
+        if self.train_only is None:
+            return
+        if not self.train_only:
+            raise UsageError("train_only names no module: give null for all")
+        known = sorted({name.split(".")[-2] for name in tensor_names(config)})
+        for name in self.train_only:
+            if name not in known:
+                hint = did_you_mean(name, known)
+                raise UsageError(f"train_only has {name!r}{hint}, and the model has {', '.join(known)}")
 
     def _check_schedule(self) -> None:
         """Whether the parts of the schedule fit into the run."""

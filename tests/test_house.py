@@ -72,6 +72,7 @@ FLOORS = {
     },
     "scripts.demo": {"runkit", "modeling_periln", "scripts.recipe", "scripts.data"},
     "scripts.push": {"runkit", "model_cards"},
+    "scripts.retrofit": {"runkit", "modeling_periln", "scripts.data", "scripts.origin"},
     "sft": {"runkit", "modeling_periln"},
 }
 COMMANDS = ("eval.bench", "eval.benchmarks", "eval.evaluate", "eval.loss", "eval.watch", "eval.widen")

@@ -34,5 +34,5 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.loss") -> a
 def check(args: argparse.Namespace) -> None:
     """Raise UsageError for what can be refused before anything is loaded."""
     check_least(args, documents=1, context=1)
-    if (size := batch_size(args.batch_size)) != "auto" and size < 1:
+    if isinstance(size := batch_size(args.batch_size), int) and size < 1:
         raise UsageError(f"--batch-size must be at least 1, or auto, not {size}")

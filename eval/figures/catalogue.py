@@ -1,9 +1,9 @@
-"""The figures there are, as data: the paper's by its numbers, and four that the paper has not."""
+"""The figures there are, as data: the paper's by its numbers, and five that the paper has not."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from periln.eval.figures import depth, headroom, redundancy, sweeps, training
+from periln.eval.figures import depth, headroom, overview, redundancy, sweeps, training
 from periln.eval.figures.pieces import Chart
 from periln.eval.figures.selection import View
 from periln.runkit.number_format import FP16
@@ -73,6 +73,12 @@ def _hidden(number: str, size: str) -> Entry:
 
 
 CATALOGUE: dict[str, Entry] = {
+    "overview": Entry(
+        "The paper has no such figure: it is what the report's first sentences are about.",
+        "Three panels with a row a placement: dots of the loss, dots of the least headroom in bits, and a table of how "
+        "many runs finished at each learning rate.",
+        overview.overview,
+    ),
     "1": Entry(
         "The paper's Figure 1 shows the variance by layer from initialization to 6.3B tokens, 1.5B.",
         "A panel a placement: variance of the residual stream against depth on a log axis, a line a recorded step.",

@@ -12,6 +12,7 @@ from periln.eval.figures.pieces import (
     DEPTH_CROSS,
     Chart,
     NotRecorded,
+    at_least,
     curves,
     grid,
     hide_empty,
@@ -173,6 +174,11 @@ def _lines_by_step(ax: Axes, data: pd.DataFrame, colours, norm) -> None:
 def output_gamma(view: View) -> Chart:
     """Figure 7(b): the mean gamma of every output norm over training."""
     rows = layer_rows(view, "output_norm_gamma", "the gamma of output norms", ("mean",))
+    if not (rows.groupby("run").step.nunique() > 1).any():
+        raise NotRecorded(
+            f"Needs the gamma of output norms at two steps or more; there is {recorded_steps(rows)} alone: "
+            "python -m scripts.pretrain with layer_stats_every records more."
+        )
     used = view.where(run=set(rows.run))
     if len(used.runs.groupby(["size", "learning_rate", "series"])) > 8:
         used = at_best_rate(used)
@@ -195,9 +201,7 @@ def output_gamma(view: View) -> Chart:
             name = {"attn": "attention", "mlp": "MLP"}[sublayer]
             ax.set_title(wrapped(where, 2) + f"\n{name}" + ("" if len(alive) else " (diverged)"))
             ax.margins(y=0.1)
-            low, high = ax.get_ylim()
-            if high - low < 0.02:  # equal values are a line, not the noise of their last digit
-                ax.set_ylim((low + high) / 2 - 0.05, (low + high) / 2 + 0.05)
+            at_least(ax, 0.1)  # equal values are a line, not the noise of their last digit
             ax.ticklabel_format(axis="y", useOffset=False)
             whole_numbers(ax)
         row[0].set_ylabel("mean gamma")

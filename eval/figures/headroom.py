@@ -40,7 +40,7 @@ def _peaks(view: View) -> pd.DataFrame:
             parts.append(layer_rows(view, tensor, "the largest |x|", ("max_abs",), both=True))
         except NotRecorded as error:
             missing = error
-    if not parts:
+    if not parts and missing is not None:
         raise missing
     rows = pd.concat(parts, ignore_index=True)
     rows = rows[rows.sublayer.isin(STREAM)]  # not what stands behind the final norm
@@ -125,6 +125,7 @@ def headroom_map(view: View) -> Chart:
         name = ", ".join([used.label(series), *rate_names(rate), *([size] if several else [])])
         ended = "" if not lost else " (diverged)" if lost == len(same) else f" ({lost} of {len(same)} diverged)"
         ax.set_title(wrapped(f"{name}{ended}\n{least}", columns), fontsize=8.5)
+    gap |= _same_steps(list(axes.flat)[: len(cells)])
     hide_empty(axes, len(cells))
     for ax in axes[:, 0]:
         ax.set_ylabel("layer")
@@ -139,9 +140,19 @@ def headroom_map(view: View) -> Chart:
         figure,
         f"FP16 headroom, log2({FP16.limit} / max |x|): the least over stream, residual sum and module output, and "
         f"over seeds, at the recorded steps ({recorded_steps(rows)}); attention stands at the half, the MLP at the "
-        f"whole number, 0 is what enters layer 1. The darker, the less is left. {source_words(used, rows)}{words} "
+        f"whole number, 0 is what enters layer 1. The darker, the less is left. All panels have the same "
+        f"steps; what is grey was not recorded, as after a run's end. {source_words(used, rows)}{words} "
         f"{seeds_words(used, rows.run)}{used.names}",
     )
+
+
+def _same_steps(axes: list[Axes]) -> bool:
+    """One range of steps for all panels, so that a run that ended early is seen to; whether any did."""
+    limits = [ax.get_xlim() for ax in axes]
+    low, high = min(low for low, _ in limits), max(high for _, high in limits)
+    for ax in axes:
+        ax.set_xlim(low, high)
+    return any(end < high for _, end in limits)
 
 
 def _map(ax: Axes, rows: pd.DataFrame, palette: mcolors.Colormap, norm: mcolors.Normalize) -> np.ndarray:
@@ -157,7 +168,5 @@ def _map(ax: Axes, rows: pd.DataFrame, palette: mcolors.Colormap, norm: mcolors.
     ax.pcolormesh(x, y, np.ma.masked_where(~over, over), cmap=mcolors.ListedColormap([OVERFLOW]))
     ax.grid(visible=False)
     whole_numbers(ax, bins=4)
-    if len(field.columns) == 1:
-        ax.set_xticks(list(field.columns))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     return bits

@@ -3,7 +3,9 @@
 import io
 import textwrap
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -47,7 +49,7 @@ def image_bytes(figure: Figure, kind: str = "png") -> bytes:
     return data.getvalue()
 
 
-def settings() -> mpl.rc_context:
+def settings() -> AbstractContextManager[None]:
     """A context in which only the project's style counts, not the user's Matplotlib settings."""
     return mpl.rc_context(mpl.rcParamsDefault | STYLE | {"svg.hashsalt": "periln", "svg.fonttype": "path"})
 
@@ -64,14 +66,19 @@ def legend(
     markers: bool = True,
     more: Sequence[Line2D] = (),
     average: str = "",
+    rates: dict[str, str] | None = None,
 ) -> None:
-    """One legend above the figure: the placements, then what lines and marks mean."""
+    """One legend above the figure: the placements, then what lines and marks mean.
+
+    `rates` are the learning rates that a series has alone: they stand beside its name.
+    """
     runs = view.runs[view.runs.series.isin(series)] if series is not None else view.runs
     handles = []
     for name in runs.series.unique():
         look = view.looks[name]
         mark = look.marker if markers else ""
-        handles.append(Line2D([], [], **look.line, marker=mark, linewidth=2.2, label=view.label(name)))
+        label = view.label(name) + (f" at {rates[name]}" if rates else "")
+        handles.append(Line2D([], [], **look.line, marker=mark, linewidth=2.2, label=label))
     if average and runs.groupby(["series", "learning_rate", "size"]).seed.nunique().max() > 1:
         handles.append(plain(average, linewidth=2.2))
         handles.append(plain("one seed", linewidth=0.9, alpha=0.6))
@@ -79,7 +86,7 @@ def legend(
         handles.append(plain("diverged", linewidth=1, linestyle=":", marker="x"))
     handles += more
     # An entry is its handle (about 8 letters wide) and its label; a line holds about 108 letters.
-    widths = [len(handle.get_label()) + 8 for handle in handles]
+    widths = [len(str(handle.get_label())) + 8 for handle in handles]
     columns = len(handles) if sum(widths) < 108 else max(1, min(len(handles), 108 // max(widths)))
     by_row = [handle for i in range(columns) for handle in handles[i::columns]]  # a legend fills its columns first
     figure.legend(handles=by_row, loc="outside upper center", ncols=columns, frameon=False)
@@ -101,7 +108,7 @@ def curves(ax: Axes, data: pd.DataFrame, view: View, runs: pd.DataFrame, markers
         of = data[data.run.isin(alive) & np.isfinite(data.y)].groupby("x").y
         whole = of.agg(average)[of.count() == len(alive)]
         every = max(1, len(whole) // 20)
-        mark = {"marker": look.marker, "markevery": every} if markers else {}
+        mark: dict[str, Any] = {"marker": look.marker, "markevery": every} if markers else {}
         ax.plot(whole.index, whole.to_numpy(), linewidth=2.0, linestyle=look.style, **mark, **style)
 
 
@@ -137,7 +144,8 @@ def rate_axis(ax: Axes, rates: Sequence[float]) -> None:
     ticks = sorted(set(rates))
     low, high = ticks[0], ticks[-1]
     ax.set_xlim(low / 1.5, high * 1.5)
-    roomy, least = [], (high / low) ** (1 / 6) if high > low else 1.0
+    roomy: list[float] = []
+    least = (high / low) ** (1 / 6) if high > low else 1.0
     for tick in ticks:
         if not roomy or tick / roomy[-1] >= least * 0.999:
             roomy.append(tick)
@@ -150,6 +158,14 @@ def whole_numbers(ax: Axes, label: str = "", bins: int = 7) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(nbins=bins, integer=True))
     if label:
         ax.set_xlabel(label)
+
+
+def at_least(ax: Axes, span: float) -> None:
+    """Widen a y axis around its middle to a span, so that equal values do not look far apart."""
+    low, high = ax.get_ylim()
+    if high - low < span:
+        middle = (low + high) / 2
+        ax.set_ylim(middle - span / 2, middle + span / 2)
 
 
 def step_colours(steps: Sequence[float]) -> tuple[mpl.colors.Colormap, mpl.colors.Normalize]:

@@ -8,6 +8,7 @@ from matplotlib import cm
 from matplotlib import colors as mcolors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from periln.eval.figures.layer_rows import BENCH, angle_rows, source_words
 from periln.eval.figures.measured_models import STAGE
@@ -76,7 +77,7 @@ def _pairs(ax: Axes, rows: pd.DataFrame, norm: mcolors.Normalize) -> None:
     ax.imshow(field, origin="lower", cmap="viridis", norm=norm, interpolation="nearest")
     ax.grid(visible=False)
     whole_numbers(ax, "layer")
-    ax.yaxis.set_major_locator(ax.xaxis.get_major_locator().__class__(nbins=7, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
 
 
 def _from_the_start(view: View) -> View:

@@ -45,8 +45,16 @@ def metrics_of(view: View) -> pd.DataFrame:
     return found
 
 
-def _draw(view: View, rows: list[tuple[str, View]], keys: Sequence[str], share: float = 1.0) -> Chart:
+def _draw(
+    view: View,
+    rows: list[tuple[str, View]],
+    keys: Sequence[str],
+    share: float = 1.0,
+    rates: dict[str, str] | None = None,
+) -> Chart:
     metrics = metrics_of(view)
+    if metrics.groupby("run")[list(keys)].count().max().max() < 2:
+        raise NotRecorded(f"Needs runs with two finite steps or more: {PRETRAIN} RECIPE, with more steps.")
     if share < 1:
         last = metrics.groupby("run").step.transform("max")
         metrics = metrics[metrics.step >= (1 - share) * last]
@@ -66,7 +74,7 @@ def _draw(view: View, rows: list[tuple[str, View]], keys: Sequence[str], share: 
     for ax in axes[-1]:
         ax.set_xlabel("step")
     used = view.where(run=set(metrics.run))
-    legend(figure, used, markers=False, average="mean of the seeds")
+    legend(figure, used, markers=False, average="mean of the seeds", rates=rates)
     said = [f"Every step is drawn, unsmoothed ({recorded_steps(metrics)})."]
     if share < 1:
         said.append(f"Only the last {share:.0%} of each run's steps is shown.")
@@ -110,9 +118,19 @@ def best(keys: Sequence[str]):
 
 def _compared(used: View, keys: Sequence[str], words: str = "", share: float = 1.0) -> Chart:
     several = len(sizes(used)) > 1
-    rows = [(size if several else "", used.where(size=size)) for size in sizes(used)]
-    drawn = _draw(used, rows, keys, share)
+    own = _own_rates(used)
+    note = "learning rates differ: each at its own best" if own else ""
+    rows = [("\n".join(filter(None, [size if several else "", note])), used.where(size=size)) for size in sizes(used)]
+    drawn = _draw(used, rows, keys, share, own)
     return Chart(drawn.figure, f"{drawn.caption} {rates_words(used)}{words}")
+
+
+def _own_rates(used: View) -> dict[str, str] | None:
+    """The learning rates of each series; None where all have the same one."""
+    by = used.runs.groupby("series").learning_rate.unique()
+    if used.runs.learning_rate.nunique() < 2:
+        return None
+    return {series: " and ".join(f"{rate:g}" for rate in sorted(rates)) for series, rates in by.items()}
 
 
 # --- one change at a time ------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from periln.eval.arguments.stability import check, left_out
@@ -66,7 +67,7 @@ class _Bench:
             self._tokenizers[model.asked] = model.tokenizer(self.args.tokenizer, self.args.trust_remote_code)
         return self._tokenizers[model.asked]
 
-    def samples(self, model: Model, network: torch.nn.Module) -> Samples:
+    def samples(self, model: Model, network: PreTrainedModel) -> Samples:
         """The samples that a model is measured on, the same for all checkpoints of a run.
 
         Raises:

@@ -73,6 +73,6 @@ def norm_facts(module: nn.Module, name: str = "") -> NormFacts:
             gain = 1.0 if weight is None else offset + weight.double()
             expected = hat * gain + shift
             if bool((y - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()):
-                exact = None if weight is None else gain.detach()
+                exact = gain.detach() if isinstance(gain, torch.Tensor) else None
                 return NormFacts(kind, eps, exact, None if bias is None else bias.detach().double(), offset)
     raise UserError(f"{label} is neither an RMSNorm nor a LayerNorm of the last dimension")

@@ -37,8 +37,8 @@ def _places(anatomy: Anatomy) -> Iterator[str]:
     layers: dict[tuple[str, str], list[int]] = {}
     for attn, mlp in zip(anatomy.sublayers[::2], anatomy.sublayers[1::2], strict=True):
         layers.setdefault((letters(attn), letters(mlp)), []).append(attn.layer)
-    for (attn, mlp), numbers in layers.items():
-        row = _name(attn) if attn == mlp else f"attention {_name(attn)} and MLP {_name(mlp)}"
+    for (first, second), numbers in layers.items():
+        row = _name(first) if first == second else f"attention {_name(first)} and MLP {_name(second)}"
         yield row if len(layers) == 1 else f"{row} in {len(numbers)} of {anatomy.num_layers} layers"
     if all(s.parallel for s in anatomy.sublayers):
         yield "parallel layers"

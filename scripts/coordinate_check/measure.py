@@ -38,10 +38,11 @@ def recipe_of(base: Recipe, rule: str, width: int, depth: int, base_size: tuple[
         UsageError: a width that is no multiple of a head, or what the rule refuses.
     """
     config = base.model_config(vocab_size=vocabulary)
-    head, heads = config.head_dim, config.num_attention_heads
+    head, heads, pairs = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    assert head and pairs  # the configuration fills them in
     if width % head:
         raise UsageError(f"--widths {width} is not a multiple of the recipe's head, {head}: set model.head_dim")
-    groups = max(1, heads // config.num_key_value_heads)
+    groups = max(1, heads // pairs)
     count = width // head
     model = base.model | {
         "hidden_size": width,
@@ -91,7 +92,7 @@ def measure(recipe: Recipe, steps: int, shape: tuple[int, int], seed: int) -> It
     optimizer = make_optimizer(model, recipe.optimizer, kinds)
     set_rate(optimizer, recipe.optimizer.learning_rate)
     ids = torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-    watch, first = Watch(model), {}
+    watch, first = Watch(model), dict[str, torch.Tensor]()
     model.train()
     for step in range(steps + 1):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss

@@ -25,7 +25,7 @@ from periln.runkit.public import public
 
 ROOT = Path(__file__).resolve().parents[3]
 # What a demo records: the stability bench, and the paper's other recipes, are further commands.
-DRAWN = ("1", "3a", "3b", "3c", "5", "6", "7b", "8", "rates", "headroom", "peaks", "events")
+DRAWN = ("overview", "1", "3b", "3c", "5", "6", "7b", "rates", "headroom", "peaks", "events")
 
 
 class Page(HTMLParser):
@@ -94,7 +94,7 @@ def test_images_are_described_and_captions_stand_below(page):
     for image in page.all("img"):
         assert image["src"].startswith("data:image/png;base64,")
         assert len(image["alt"]) > 30
-        assert image["width"] == "900"
+        assert image["width"] in ("900", "1020")
     assert len(page.all("figcaption")) == len(DRAWN)
     assert "Runs drawn: post 3 (1 diverged), pre 3, peri 3." in page.words
 
@@ -159,13 +159,26 @@ def test_the_report_needs_no_torch():
 @pytest.mark.parametrize("width", [400, 1280])
 def test_a_browser_shows_it_whole_without_a_word_of_complaint(demo, width):
     pytest.importorskip("aiohttp", reason="the DevTools protocol is spoken through aiohttp")
-    seen = look(demo / "report.html", width)
+    unfold = "document.querySelectorAll('details').forEach(d => d.open = true)"
+    seen = look(demo / "report.html", width, scripts=[unfold])
     assert seen.problems == []
     assert seen.page["wide"] == []
     assert seen.page["scroll"] <= seen.page["width"] <= width
     assert (seen.page["images"], seen.page["broken"]) == (len(DRAWN), 0)
     assert seen.page["smallest"] >= 600  # of 900: lettering of 10 pixels and more
     assert seen.page["font"] >= 14
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_the_answer_and_the_first_figure_are_above_the_fold(demo):
+    pytest.importorskip("aiohttp", reason="the DevTools protocol is spoken through aiohttp")
+    bottom = "document.querySelector('{}').getBoundingClientRect().bottom"
+    hidden = "[...document.querySelectorAll('details.part')].filter(d => d.open).length"
+    seen = look(demo / "report.html", 1280, height=800, scripts=[*map(bottom.format, (".answer", "figure")), hidden])
+    answer_ends, figure_ends, open_parts = seen.answers
+    assert 0 < answer_ends < figure_ends <= 800
+    assert open_parts == 0  # the details are folded
 
 
 @pytest.mark.slow
