@@ -54,7 +54,12 @@ FLOORS = {
         *("scripts.origin", "scripts.optimizers", "scripts.parametrization"),
     },
     "scripts.pretrain": {"runkit", "scripts.recipe", "scripts.origin", "scripts.data", "scripts.training"},
-    "scripts.bench": {"runkit", "modeling_periln"},
+    "scripts.synthetic_data": {"scripts.data", "scripts.prepare_data"},
+    "scripts.bench_results": set(),
+    "scripts.trainer_bench": {
+        *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.synthetic_data", "scripts.training"),
+    },
+    "scripts.bench": {"runkit", "modeling_periln", "scripts.bench_results", "scripts.trainer_bench"},
     "scripts.plan": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.training"),
         *("scripts.origin", "scripts.optimizers"),
@@ -64,7 +69,7 @@ FLOORS = {
         "scripts.origin",
     },
     "scripts.gpu_check": {
-        *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.data", "scripts.prepare_data"),
+        *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.synthetic_data"),
         *("scripts.training", "scripts.plan"),
     },
     "scripts.coordinate_check": {
