@@ -30,6 +30,7 @@ VERBS = (
     Verb("sweep", "scripts.sweep", "train", "Run placements x learning rates x seeds from one YAML"),
     Verb("plan", "scripts.plan", "train", "Plan a recipe's parameters, FLOPs, memory and time"),
     Verb("gpu-check", "scripts.gpu_check", "data", "Check the trainer on a GPU in one call of six minutes"),
+    Verb("coordinate-check", "scripts.coordinate_check", "train", "Check that rates hold at any width and depth"),
     Verb("benchmarks", "eval.benchmarks", "eval", "Score checkpoints on tasks of lm-evaluation-harness"),
     Verb("evaluate", "eval.evaluate", "eval", "Measure benchmarks, held-out loss and samples of checkpoints"),
     Verb("loss", "eval.loss", "eval", "Measure the loss on random documents"),

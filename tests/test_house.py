@@ -46,16 +46,22 @@ FLOORS = {
     "scripts.gpus": set(),
     "scripts.costs": {"modeling_periln"},
     "scripts.optimizers": {"runkit"},
-    "scripts.recipe": {"runkit", "modeling_periln", "scripts.optimizers"},
+    "scripts.parametrization": {"runkit"},
+    "scripts.recipe": {"runkit", "modeling_periln", "scripts.optimizers", "scripts.parametrization"},
     "scripts.origin": {"runkit", "modeling_periln", "scripts.recipe"},
     "scripts.data": {"runkit"},
     "scripts.prepare_data": {"runkit", "scripts.data"},
     "scripts.training": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.data"),
-        *("scripts.origin", "scripts.optimizers"),
+        *("scripts.origin", "scripts.optimizers", "scripts.parametrization"),
     },
     "scripts.pretrain": {"runkit", "scripts.recipe", "scripts.origin", "scripts.data", "scripts.training"},
-    "scripts.bench": {"runkit", "modeling_periln"},
+    "scripts.synthetic_data": {"scripts.data", "scripts.prepare_data"},
+    "scripts.bench_results": set(),
+    "scripts.trainer_bench": {
+        *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.synthetic_data", "scripts.training"),
+    },
+    "scripts.bench": {"runkit", "modeling_periln", "scripts.bench_results", "scripts.trainer_bench"},
     "scripts.plan": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.training"),
         *("scripts.origin", "scripts.optimizers"),
@@ -65,8 +71,11 @@ FLOORS = {
         "scripts.origin",
     },
     "scripts.gpu_check": {
-        *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.data", "scripts.prepare_data"),
+        *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.synthetic_data"),
         *("scripts.training", "scripts.plan"),
+    },
+    "scripts.coordinate_check": {
+        *("runkit", "modeling_periln", "scripts.recipe", "scripts.parametrization", "scripts.training"),
     },
     "scripts.demo": {"runkit", "modeling_periln", "scripts.recipe", "scripts.data"},
     "scripts.push": {"runkit", "model_cards"},
