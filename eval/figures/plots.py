@@ -25,7 +25,7 @@ Plot = dict[str, Any]
 
 def keys_of(view: View, run: pd.Series) -> dict[str, Any]:
     """What a reader can switch a run on and off by."""
-    keys = {"series": view.label(run.series), "seed": None if pd.isna(run.seed) else str(run.seed)}
+    keys: dict[str, Any] = {"series": view.label(run.series), "seed": None if pd.isna(run.seed) else str(run.seed)}
     if run.learning_rate != NO_RATE:
         keys["rate"] = float(run.learning_rate)
     if len(sizes(view)) > 1:

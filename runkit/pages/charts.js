@@ -26,7 +26,7 @@
     if (value === null || value === undefined || Number.isNaN(value)) return "not recorded";
     if (!Number.isFinite(value)) return value > 0 ? "infinite" : "overflow";
     const size = Math.abs(value);
-    if (size >= 1e6 || (size > 0 && size < 1e-3)) return value.toExponential(2).replace("e+", "e");
+    if (size >= 1e6 || (size > 0 && size < 1e-3)) return value.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e");
     return String(parseFloat(value.toPrecision(5)));
   }
 
@@ -36,7 +36,7 @@
     if (log) {
       const found = [];
       const decades = Math.log10(high / low);
-      const parts = decades < 1.5 ? [1, 2, 5] : [1];
+      const parts = decades < 2.3 ? [1, 2, 5] : [1];
       const every = Math.max(1, Math.ceil(decades / count));
       for (let e = Math.floor(Math.log10(low)); e <= Math.ceil(Math.log10(high)); e += 1) {
         if (parts.length === 1 && e % every) continue;
@@ -72,7 +72,7 @@
       group.append(svg("line", { x1: box.x, x2: box.x + box.w, y1: y(v), y2: y(v), stroke: "#dddddd" }));
       group.append(svg("text", { ...text, x: box.x - 6, y: y(v) + 4, "text-anchor": "end" }, shown(v)));
     }
-    const at = plot.ticks && plot.ticks.length < 9 ? plot.ticks : ticksOf(x.low, x.high, x.log, Math.max(2, (box.w / 90) | 0));
+    const at = plot.ticks && plot.ticks.length < 9 ? plot.ticks : ticksOf(x.low, x.high, x.log, Math.max(4, (box.w / 90) | 0));
     for (const v of at) {
       group.append(svg("line", { x1: x(v), x2: x(v), y1: box.y, y2: box.y + box.h, stroke: "#eeeeee" }));
       group.append(svg("text", { ...text, x: x(v), y: box.y + box.h + 16, "text-anchor": "middle" }, shown(v)));

@@ -57,6 +57,24 @@
     });
   }
 
+  // On a phone a row is a card without heads (page.css): a list of the columns sorts it there.
+  function choosable(table) {
+    const heads = [...table.querySelectorAll("thead th")];
+    const list = document.createElement("select");
+    list.className = "sort-by";
+    list.setAttribute("aria-label", "sort by");
+    list.append(new Option("as listed", "-1"));
+    heads.forEach((head, i) => list.append(new Option(`by ${cellText(head)}, rising`, i), new Option(`by ${cellText(head)}, falling`, -2 - i)));
+    list.addEventListener("change", () => {
+      const at = +list.value, column = at >= 0 ? at : -2 - at;
+      const wanted = at === -1 ? "none" : at >= 0 ? "ascending" : "descending";
+      const head = heads[at === -1 ? 0 : column];
+      do head.querySelector("button").click();
+      while ((head.getAttribute("aria-sort") || "none") !== wanted);
+    });
+    (table.closest(".scroll") || table).before(list);
+  }
+
   function downloadable(table) {
     const title = table.caption ? cellText(table.caption) : document.title;
     const button = document.createElement("button");
@@ -84,6 +102,7 @@
 
   for (const table of document.querySelectorAll("table")) {
     if (table.tHead) sortable(table);
+    if (table.tHead) choosable(table);
     if (table.tHead) downloadable(table);
   }
 
