@@ -146,12 +146,16 @@ def table(plan: dict[str, Any]) -> list[str]:
     return lines
 
 
+def pairs_of(plan: dict[str, Any], group: str) -> int:
+    """The seeds that every comparison of a group has."""
+    return min(Counter((c["variant"], c["block"]) for c in plan["cells"] if c["group"] == group).values())
+
+
 def powers(plan: dict[str, Any]) -> list[str]:
     """What the comparisons of each group can find."""
     lines = []
     for group in sorted({cell["group"] for cell in plan["cells"]}):
-        seeds = Counter((c["variant"], c["block"]) for c in plan["cells"] if c["group"] == group)
-        pairs = min(seeds.values())
+        pairs = pairs_of(plan, group)
         least = detectable(pairs)
         found = f"{least:.1f} standard deviations of a difference" if math.isfinite(least) else "nothing: no interval"
         lines.append(f"{group}: {pairs} pair{'s' if pairs > 1 else ''} a comparison find {found} at 80 % power")
