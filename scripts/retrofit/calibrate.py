@@ -40,9 +40,9 @@ def calibrate(
 
     Args:
         folded: the model of `plan.folded`, in FP32; it stays as it is.
-        soften: new output norms get the epsilon soften times the mean square of their branch. At 0 it is the source's,
-            or `LEAST_SHARE` of the mean square where that is less. The larger, the nearer the norm is to a constant
-            factor: it gives back the loss, and its bound.
+        soften: new output norms get the epsilon soften times the largest mean square that a token's branch has. At 0 it
+            is the source's, or `LEAST_SHARE` of the mean square over all tokens where that is less. The larger, the
+            nearer the norm is to a constant factor: it gives back the loss, and its bound.
     """
     state = {name: t for name, t in folded.state_dict().items() if not _is_gone(name, plan)}
     if plan.target.tie_word_embeddings:
@@ -79,7 +79,7 @@ def _is_gone(name: str, plan: RetrofitPlan) -> bool:
     return parts[1] == "layers" and (int(parts[2]), parts[3]) in gone
 
 
-Epsilon = Callable[[float, float], float]  # of the configuration's epsilon and the mean square
+Epsilon = Callable[[float, float, float], float]  # of the configuration's epsilon, the mean square, a token's largest
 
 
 def _epsilon_rule(plan: RetrofitPlan, slot: str, layer: int | None, soften: float) -> Epsilon:
@@ -88,10 +88,10 @@ def _epsilon_rule(plan: RetrofitPlan, slot: str, layer: int | None, soften: floa
     sublayer, _, place = slot.partition("_")
     norm = stream.embedding_norm if layer is None else getattr(getattr(stream.layers[layer], sublayer), place)
     if norm.eps is not None:
-        return lambda eps, square: eps
+        return lambda eps, square, largest: eps
     if soften and place == "output_norm":
-        return lambda eps, square: soften * square or eps
-    return lambda eps, square: min(eps, LEAST_SHARE * square) if square else eps
+        return lambda eps, square, largest: soften * largest or eps
+    return lambda eps, square, largest: min(eps, LEAST_SHARE * square) if square else eps
 
 
 def _new_norm(note: dict[str, Any], rule: str, epsilon: Epsilon) -> Hook:
@@ -99,12 +99,13 @@ def _new_norm(note: dict[str, Any], rule: str, epsilon: Epsilon) -> Hook:
 
     def hook(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0]
-        square = x.double().square().mean().item()
-        norm.variance_epsilon = epsilon(norm.variance_epsilon, square)
+        squares = x.double().square().mean(-1)
+        square, largest = squares.mean().item(), squares.max().item()
+        norm.variance_epsilon = epsilon(norm.variance_epsilon, square, largest)
         have = rms_norm(x, torch.ones(x.shape[-1]), norm.variance_epsilon)
         found = fit(x, have, rule)
         norm.weight.copy_(found.gain - float(is_centered(norm)))
-        note.update(found.summary() | {"eps": norm.variance_epsilon, "rms": square**0.5})
+        note.update(found.summary() | {"eps": norm.variance_epsilon, "rms": square**0.5, "largest_rms": largest**0.5})
 
     return hook
 
