@@ -20,7 +20,7 @@ from periln.scripts.retrofit.fold import FIRST, HEAD, LAST, build, is_centered
 from periln.scripts.retrofit.plan import APPEARS, EMBEDDING, GOES, RetrofitPlan
 
 LEAST_SHARE = 1e-3  # a new norm's epsilon is at most this share of the mean square that it sees
-Hook = Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor] | None]
+Hook = Callable[[Any, tuple[torch.Tensor, ...]], tuple[torch.Tensor] | None]  # of a norm, or what is in its place
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _epsilon_rule(plan: RetrofitPlan, slot: str, layer: int | None, soften: floa
     """How a new norm's epsilon follows from what it sees; one that the placement itself names stays."""
     stream = plan.target.stream_plan()
     sublayer, _, place = slot.partition("_")
-    norm = stream.embedding_norm if layer is None else getattr(getattr(stream.layers[layer], sublayer), place)
+    norm: Any = stream.embedding_norm if layer is None else getattr(getattr(stream.layers[layer], sublayer), place)
     if norm.eps is not None:
         return lambda eps, square, largest: eps
     if soften and place == "output_norm":
@@ -97,7 +97,7 @@ def _epsilon_rule(plan: RetrofitPlan, slot: str, layer: int | None, soften: floa
 def _new_norm(note: dict[str, Any], rule: str, epsilon: Epsilon) -> Hook:
     """Set gain and epsilon of the norm that is about to run."""
 
-    def hook(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def hook(norm: Any, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0]
         squares = x.double().square().mean(-1)
         square, largest = squares.mean().item(), squares.max().item()
@@ -110,7 +110,7 @@ def _new_norm(note: dict[str, Any], rule: str, epsilon: Epsilon) -> Hook:
     return hook
 
 
-def _removed_norm(note: dict[str, Any], rule: str, norm: nn.Module, layer: nn.Module) -> Hook:
+def _removed_norm(note: dict[str, Any], rule: str, norm: Any, layer: nn.Module) -> Hook:
     """Fold the norm's gain, times a factor for its scale, into the projections beside the place where it was."""
     sublayer, place = note["slot"].split("_", 1)
 
@@ -125,9 +125,10 @@ def _removed_norm(note: dict[str, Any], rule: str, norm: nn.Module, layer: nn.Mo
         factor = found.gain.to(x.dtype)
         if place == "input_norm":
             for name in FIRST[sublayer]:
-                layer.get_submodule(name).weight.mul_(factor)  # columns; a bias is added behind them
+                first: Any = layer.get_submodule(name)
+                first.weight.mul_(factor)  # columns; a bias is added behind them
             return None
-        last = layer.get_submodule(LAST[sublayer])
+        last: Any = layer.get_submodule(LAST[sublayer])
         last.weight.mul_(factor[:, None])
         if last.bias is not None:
             last.bias.mul_(factor)
