@@ -20,6 +20,7 @@ VERBS = (
     Verb("cure", "eval.fp16", "bench", "Rewrite a model so that it runs in FP16, the same function"),
     Verb("formats", "eval.formats", "bench", "Measure which number formats a causal LM survives"),
     Verb("retrofit", "scripts.retrofit", "train", "Give a trained checkpoint another norm placement"),
+    Verb("retrofit-report", "eval.retrofit", "bench", "Report what a retrofit costs and gives"),
     Verb("widen", "eval.widen", "gguf", "Widen a GGUF file to a model folder that every stage reads"),
     Verb("bounds", "eval.bounds", "bench", "Bound a model's gradients and residual steps"),
     Verb("figures", "eval.figures", "bench", "Redraw the paper's figures from run folders"),

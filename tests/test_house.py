@@ -43,6 +43,10 @@ FLOORS = {
         *("runkit", "eval.arguments", "eval.structure", "eval.texts", "eval.targets", "eval.records"),
         *("eval.text_table", "eval.figures", "eval.fp16"),
     },
+    "eval.retrofit": {
+        *("runkit", "eval.arguments", "eval.structure", "eval.texts", "eval.targets", "eval.stability"),
+        *("eval.text_table", "eval.figures", "eval.formats"),
+    },
     "scripts.gpus": set(),
     "scripts.costs": {"modeling_periln"},
     "scripts.optimizers": {"runkit"},
