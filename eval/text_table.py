@@ -149,10 +149,13 @@ def to_csv(table: Table) -> str:
 def to_html(table: Table) -> str:
     """A `<table>` with a caption and a row group a block; every text is escaped."""
 
-    def cell(i: int, text: str) -> str:
-        return f'<th scope="row">{html.escape(text)}</th>' if i < table.keys else f"<td>{html.escape(text)}</td>"
-
     heads = list(table.text.columns[1:])
+
+    def cell(i: int, text: str) -> str:
+        if i < table.keys:
+            return f'<th scope="row">{html.escape(text)}</th>'
+        return f'<td data-label="{html.escape(heads[i])}">{html.escape(text)}</td>'  # the label is for narrow windows
+
     out = [f"<table><caption>{html.escape(table.title)}</caption>", "<thead><tr>"]
     out += [f'<th scope="col">{html.escape(head).replace("_", "_<wbr>")}</th>' for head in heads]
     out.append("</tr></thead>")

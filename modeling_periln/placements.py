@@ -35,8 +35,9 @@ Five of these rows were compared with code or other papers, since their own pape
   residual before its norm. That each norm is over one head is from the paper's equation, not seen in code.
 - `keel`: Norm(alpha h + f(Norm(h))) in the comparison of residual updates of Attention Residuals (table 5 there). The
   value of alpha has not been compared yet.
-
-`learned_residual` (Admin) has not been compared yet.
+- `learned_residual`: the authors' package (github.com/microsoft/admin-torch): Norm(omega x + f(x)), omega one number a
+  channel that starts at sqrt((N + 1) / ln(N + 1) - 1) for N = 2L sublayers, the rule `admin`. The paper's own start,
+  from the variances of a profiling pass, is not here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,7 +104,7 @@ PLACEMENTS: dict[str, Placement] = {
     ),
     "hybrid": Placement(attn={"residual_norm": True}, **_QKV_BY_HEAD),
     "keel": Placement(input_norm=True, residual_norm=True, final_norm=False, alpha="2L"),
-    "learned_residual": Placement(residual_norm=True, final_norm=False, alpha={"learned": "channel"}),
+    "learned_residual": Placement(residual_norm=True, final_norm=False, alpha={"learned": "channel", "init": "admin"}),
     "none": Placement(final_norm=False),
 }
 # Rows that give each layer its own placement. Mix-LN: the first quarter Post-LN, the rest Pre-LN

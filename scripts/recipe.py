@@ -16,6 +16,7 @@ from periln.runkit.errors import UsageError, did_you_mean
 from periln.runkit.resume import BITS, NOTHING, PLACE, setting
 from periln.runkit.spikes import Spikes
 from periln.scripts.optimizers import read_options
+from periln.scripts.parametrization import Parametrization
 
 
 @dataclass
@@ -124,6 +125,7 @@ NUMBERS: dict[str, _Rule] = {
     "optimizer.eps": _above_zero(),
     "optimizer.gradient_clip": _above_zero(", or null for none"),
     "optimizer.z_loss": _at_least(0),
+    **{f"parametrization.base_{of}": _at_least(1, ", or null") for of in ("width", "depth", "head_dim")},
     "precision.initial_loss_scale": _above_zero(),
     "precision.loss_scale_growth_interval": _at_least(1),
     "divergence.nonfinite_losses": _at_least(1),
@@ -186,6 +188,7 @@ class Recipe:
     # True: algorithms that give the same bits each time, on a GPU too, where they are slower
     deterministic: bool = setting(False, decides=BITS)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    parametrization: Parametrization = field(default_factory=Parametrization)
     precision: Precision = field(default_factory=Precision)
     divergence: Divergence = field(default_factory=Divergence)
     spikes: Spikes = field(default_factory=Spikes)
@@ -237,6 +240,7 @@ class Recipe:
         if self.distill_from is not None and self.optimizer.z_loss:
             raise UsageError(f"optimizer.z_loss {self.optimizer.z_loss:g}: with distill_from the loss has no z term")
         config = self.model_config()
+        self.parametrization.check(config, self.model, self.init_from)
         self._check_trained(config)
         if self.sequence_length > config.max_position_embeddings:
             raise UsageError(
@@ -292,12 +296,15 @@ class Recipe:
             )
 
     def model_config(self, **more: Any) -> PeriLlamaConfig:
-        """The model's configuration, with the run's residual dtype.
+        """The model's configuration, with the run's residual dtype and what its parametrization sets.
 
         Raises:
             UsageError: what the configuration refuses.
         """
         try:
-            return PeriLlamaConfig(**(self.model | more), residual_dtype=self.precision.residual_dtype)
+            config = PeriLlamaConfig(**(self.model | more), residual_dtype=self.precision.residual_dtype)
+            if ruled := self.parametrization.model_fields(config):
+                config = PeriLlamaConfig(**(self.model | more | ruled), residual_dtype=self.precision.residual_dtype)
+            return config
         except Exception as error:  # the strict dataclass raises several kinds, all about one field
             raise UsageError(f"model: {' '.join(str(error).split())}") from error

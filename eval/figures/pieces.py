@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from periln.eval.figures.plots import Plot
 from periln.eval.figures.selection import View
 from periln.runkit.figure_style import STYLE
 
@@ -30,10 +31,11 @@ class NotRecorded(Exception):
 
 @dataclass(frozen=True)
 class Chart:
-    """A finished figure and its description in words."""
+    """A finished figure, its description in words, and its numbers where a page can draw it (`plots.py`)."""
 
     figure: Figure
     caption: str
+    plot: Plot | None = None
 
 
 def grid(rows: int, columns: int, row_height: float = 2.35, **kwargs) -> tuple[Figure, np.ndarray]:

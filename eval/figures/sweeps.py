@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from periln.eval.figures.pieces import Chart, NotRecorded, at_least, grid, hide_empty, legend, plain, rate_axis, wrapped
+from periln.eval.figures.plots import Plot, numbers, style_of
 from periln.eval.figures.selection import View, common_protocol, seeds_words, sizes
 from periln.eval.figures.training import metrics_of
 from periln.runkit.placements import BY_NORMS
@@ -62,7 +63,23 @@ def _draw(view: View, rows: Sequence[tuple[str, View]], same: bool = False) -> C
     open_ = (
         f" {len(unfinished)} of the runs are not finished; their losses are those so far." if len(unfinished) else ""
     )
-    return Chart(figure, f"{FINAL}{open_}{left} {seeds_words(used, used.runs.run)}{used.names}")
+    return Chart(figure, f"{FINAL}{open_}{left} {seeds_words(used, used.runs.run)}{used.names}", _plot(rows))
+
+
+def _plot(rows: Sequence[tuple[str, View]]) -> Plot:
+    """The same for a page: a line a series and seed, marks where a run diverged."""
+    lines = []
+    for i, (_, of) in enumerate(rows):
+        for (_, seed), same in of.runs.groupby(["series", "seed"], sort=False, dropna=False):
+            alive = same[(same.status != "diverged") & same.final_loss.notna()].sort_values("learning_rate")
+            lost = [[float(rate), "diverged"] for rate in same.learning_rate[same.status == "diverged"]]
+            keys = {"series": of.label(same.series.iloc[0]), "seed": str(seed)}
+            line = {"p": i, "x": numbers(alive.learning_rate), "y": numbers(alive.final_loss), "k": keys, "m": lost}
+            lines.append(line | style_of(of, same.iloc[0].replace("diverged", "")))
+    panels = [{"title": title, "y": "final training loss", "log": False} for title, _ in rows]
+    rates = sorted({float(rate) for _, of in rows for rate in of.runs.learning_rate})
+    plot = {"kind": "lines", "x": "learning rate", "x_log": True, "marks": True, "ticks": rates}
+    return plot | {"panels": panels, "lines": lines}
 
 
 def _panel(ax: Axes, view: View, runs: pd.DataFrame) -> None:
@@ -96,7 +113,7 @@ def by_size(view: View, post_only: bool = False) -> Chart:
             )
     rows = [(size, usual.where(size=size)) for size in sizes(usual)]
     drawn = _draw(usual, rows)
-    return Chart(drawn.figure, drawn.caption + words)
+    return Chart(drawn.figure, drawn.caption + words, drawn.plot)
 
 
 def post_by_size(view: View) -> Chart:

@@ -23,6 +23,7 @@ from periln.eval.figures.pieces import (
     plain,
     whole_numbers,
 )
+from periln.eval.figures.plots import Plot, every_of, step_lines
 from periln.eval.figures.selection import View, at_best_rate, common_protocol, rates_words, seeds_words, sizes
 from periln.eval.records.derived import spikes
 from periln.eval.records.words import recorded_steps
@@ -32,6 +33,7 @@ SKIP_MARKERS = {"probe": "|", "backward": "x", "forward": "D"}
 NAMES = {"loss": "training loss (nats a token)", "grad_norm": "gradient norm"}
 PRETRAIN = "python -m scripts.pretrain --config"
 PRE, PERI, OUTPUT = BY_NORMS["A"], BY_NORMS["AB"], BY_NORMS["B"]
+MOST_MARKS = 200  # of spikes and skipped steps of a run, on a page
 LAST_SHARE = 1 / 6  # the paper's Figures 20 to 22 show the last 5B of 30B tokens
 
 
@@ -75,6 +77,7 @@ def _draw(
                 cut |= _cut_explosions(ax, data, of.runs)
     for ax in axes[-1]:
         ax.set_xlabel("step")
+    shown = {run for _, of in rows for run in of.runs.run}
     used = view.where(run=set(metrics.run))
     legend(figure, used, markers=False, average="mean of the seeds", rates=rates)
     said = [f"Every step is drawn, unsmoothed ({recorded_steps(metrics)})."]
@@ -86,7 +89,20 @@ def _draw(
         said.append("Values that were not finite are left out; a cross is the last finite one of a run that diverged.")
     if cut:
         said.append("Losses above 1.5 times the largest of the runs that did not diverge are cut off.")
-    return Chart(figure, " ".join([*said, seeds_words(used, metrics.run)]) + used.names)
+    plot = _plot(view.where(run=shown), metrics, keys)
+    return Chart(figure, " ".join([*said, seeds_words(used, metrics.run)]) + used.names, plot)
+
+
+def _plot(view: View, metrics: pd.DataFrame, keys: Sequence[str]) -> Plot:
+    """The same for a page: a panel a quantity."""
+    metrics = metrics[metrics.run.isin(view.runs.run)]
+    every, panels_, lines = every_of(metrics.step), [], []
+    for i, key in enumerate(keys):
+        many = f", {'largest' if key == 'grad_norm' else 'mean'} of {every} steps" if every > 1 else ""
+        panels_.append({"title": "", "y": NAMES[key] + many, "log": key == "grad_norm"})
+        data = metrics.rename(columns={"step": "x", key: "y"})[["run", "x", "y"]]
+        lines += step_lines(view, data, i, largest=key == "grad_norm")
+    return {"kind": "lines", "x": "step", "steps": True, "panels": panels_, "lines": lines}
 
 
 def _cut_explosions(ax: Axes, data: pd.DataFrame, runs: pd.DataFrame) -> bool:
@@ -104,7 +120,7 @@ def every_rate(view: View) -> Chart:
     metrics_of(view)
     rows, words = panels(view, most=8)
     drawn = _draw(view, rows, ("loss", "grad_norm"))
-    return Chart(drawn.figure, drawn.caption + words)
+    return Chart(drawn.figure, drawn.caption + words, drawn.plot)
 
 
 def best(keys: Sequence[str]):
@@ -124,7 +140,7 @@ def _compared(used: View, keys: Sequence[str], words: str = "", share: float = 1
     note = "learning rates differ: each at its own best" if own else ""
     rows = [("\n".join(filter(None, [size if several else "", note])), used.where(size=size)) for size in sizes(used)]
     drawn = _draw(used, rows, keys, share, own)
-    return Chart(drawn.figure, f"{drawn.caption} {rates_words(used)}{words}")
+    return Chart(drawn.figure, f"{drawn.caption} {rates_words(used)}{words}", drawn.plot)
 
 
 def _own_rates(used: View) -> dict[str, str] | None:
@@ -247,7 +263,24 @@ def spikes_and_loss_scale(view: View) -> Chart:
         "their standard deviations), the skipped steps by kind, and a cross where it diverged. Below, the loss scale; "
         f"lines of several widths, so that equal scales can be told apart ({recorded_steps(metrics)}).{words} "
         f"{seeds_words(used, metrics.run)}{used.names}",
+        _events_plot(used, metrics),
     )
+
+
+def _events_plot(view: View, metrics: pd.DataFrame) -> Plot:
+    """The same for a page: the gradient norm with marks at spikes and skipped steps, and the loss scale."""
+    plot = _plot(view, metrics, ("grad_norm",))
+    for line in plot["lines"]:
+        of = metrics[metrics.run == line["run"]]
+        skipped = of[of.skip_kind.notna()]
+        marks = [[int(step), "spike of the gradient norm"] for step in spikes(of)]
+        marks += [[int(step), f"skipped: {kind}"] for step, kind in zip(skipped.step, skipped.skip_kind, strict=True)]
+        line["m"] = sorted(marks)[:MOST_MARKS]
+    scale = metrics.rename(columns={"step": "x", "loss_scale": "y"})[["run", "x", "y"]]
+    if scale.y.notna().any():
+        plot["panels"].append({"title": "", "y": "loss scale", "log": True})
+        plot["lines"] += step_lines(view, scale, 1)
+    return plot
 
 
 def _skip_mark(kind: str) -> Line2D:

@@ -21,7 +21,7 @@ from periln.eval.formats.publish import publish
 from periln.eval.formats.recipes import BLOCK, GROUPS, TARGETS, WEIGHTS, Recipe, Scaled, chosen
 from periln.eval.formats.words import AS_IT_IS, CURED, PLACES
 from periln.eval.targets import Model, find_measured
-from periln.eval.texts.samples import Samples, find_samples
+from periln.eval.texts.samples import Samples, find_samples, sample_sizes
 from periln.runkit.environment import describe_environment
 from periln.runkit.process import need_device, peak_rss, quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
@@ -41,14 +41,6 @@ def usual_folder(model: Model) -> Path:
     if model.run is None:
         return Path("formats") / model.name
     return model.run / "eval" / "formats" / f"step_{model.chosen.step:08d}"
-
-
-def sample_sizes(tokenizer: Any, samples: Samples) -> list[int]:
-    """Bytes of the text that every sample predicts; its tokens where there is no tokenizer."""
-    if tokenizer is None:
-        return [samples.ids.shape[1] - 1] * len(samples.ids)
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return [max(1, len(tokenizer.decode(row[1:].tolist(), **options).encode())) for row in samples.ids]
 
 
 def _load(args: argparse.Namespace, model: Model) -> nn.Module:

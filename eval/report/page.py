@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from periln.eval.figures.files import FigureFiles, all_figures
+from periln.eval.figures.plots import packed
 from periln.eval.records.derived import differing
 from periln.eval.records.frames import Frames
 from periln.eval.report.answer import answer
@@ -19,7 +20,7 @@ from periln.eval.tables.report_tables import MISSING, build, suites
 from periln.eval.tables.run_stability import stability
 from periln.eval.text_table import Table, to_html
 from periln.runkit.folder import write_bytes, write_text
-from periln.runkit.pages import asset
+from periln.runkit.pages import asset, policy
 from periln.runkit.public import public
 from periln.runkit.recipes import dump_yaml
 from periln.runkit.text import printable
@@ -124,11 +125,15 @@ def render(frames: Frames, figures: list[FigureFiles]) -> str:
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     jinja.filters["table"] = lambda table: Markup(to_html(table))
+    script = "\n".join(map(asset, ("tables.js", "charts.js", "maps.js")))
     steady = stability(frames)
     named = suites(frames)
     page = jinja.get_template("report.html.j2").render(
         name=frames.name,
         style=Markup(asset("page.css")),
+        script=Markup(script),
+        policy=policy(script),
+        plots=Markup(packed({d.name: d.plot for d in figures if d.plot and d.png})),
         answer=answer(frames),
         verdict=verdict(frames, steady.numbers),
         scores=[build(frames, suite) for suite in named],

@@ -52,7 +52,8 @@ def norm_facts(module: nn.Module, name: str = "") -> NormFacts:
     eps = epsilon_of(module)
     if eps is None:
         raise UserError(f"{label} states no epsilon (none of {', '.join(_EPS_NAMES)})")
-    parameter = next(module.parameters(), None)
+    # A frozen gain is a buffer.
+    parameter = next(module.parameters(), weight if isinstance(weight, torch.Tensor) else None)
     sizes = getattr(module, "normalized_shape", None)
     size = len(parameter) if parameter is not None else sizes[-1] if sizes else getattr(module, "dim", None)
     if not isinstance(size, int):

@@ -58,11 +58,10 @@ def _over_rates(results: Results, of: Callable[[Cell], float | None], label: str
             at = [cell for cell in mine if cell["rate"] == rate]
             number = sum(cell["status"] == "diverged" for cell in at)
             y, place = 1.0 - 0.06 * i, ax.get_xaxis_transform()
-            ax.plot(
-                [rate], [y], "x", color=look["color"], transform=place, markersize=8, markeredgewidth=2, clip_on=False
-            )
+            mark = {"color": look["color"], "transform": place, "clip_on": False}
+            ax.plot([rate], [y], "x", markersize=8, markeredgewidth=2, **mark)
             text = f" {number}/{len(at)}"
-            ax.text(rate, y, text, color=look["color"], transform=place, fontsize=7.5, va="center", clip_on=False)
+            ax.text(rate, y, text, fontsize=7.5, va="center", **mark)
     ax.set(xscale="log", xlabel="learning rate", ylabel=label)
     ax.legend(frameon=False, loc="lower left" if crosses else "best")
     return figure
@@ -119,9 +118,10 @@ def pairs(results: Results) -> Figure | None:
             found = []
             for cell in cells:
                 other = base.get((block, cell["seed"], cell["data"]))
-                if (cell["block"], cell["variant"]) == (block, variant) and other:
-                    if cell["heldout_loss"] is not None and other["heldout_loss"] is not None:
-                        found.append(cell["heldout_loss"] - other["heldout_loss"])
+                if (cell["block"], cell["variant"]) != (block, variant) or other is None:
+                    continue
+                if cell["heldout_loss"] is not None and other["heldout_loss"] is not None:
+                    found.append(cell["heldout_loss"] - other["heldout_loss"])
             if found:
                 rows.append((f"{group} {block}: {variant}", found, variant))
     if not rows:
@@ -139,13 +139,13 @@ def pairs(results: Results) -> Figure | None:
 FIGURES: dict[str, tuple[Callable[[Results], Figure | None], str]] = {
     "rates": (
         rates,
-        "Held-out loss against the learning rate (as the paper's Figures 3a and 8). Dots are seeds, lines their means; a "
-        "cross is a rate at which runs diverged, with how many of all.",
+        "Held-out loss against the learning rate (as the paper's Figures 3a and 8). Dots are seeds, lines their "
+        "means; a cross is a rate at which runs diverged, with how many of all.",
     ),
     "depth": (
         depth,
-        "Variance of the stream (as Figures 1 and 5) and gradient norm (as Figure 6) by layer, geometric mean over seeds, at "
-        "the first (dotted) and the last recorded step.",
+        "Variance of the stream (as Figures 1 and 5) and gradient norm (as Figure 6) by layer, geometric mean over "
+        "seeds, at the first (dotted) and the last recorded step.",
     ),
     "spikes": (spikes, "Gradient spikes in 1,000 steps (6 standard deviations above the 128 steps before)."),
     "headroom": (

@@ -16,7 +16,7 @@ from periln.runkit.recipes import flatten
 from periln.runkit.spikes import count_spikes, rules_of
 from periln.runkit.studies import ENDED, Study
 
-POINTS = 60  # of a course, after thinning
+POINTS = 40  # of a course, after thinning
 INSIDE = ("E1", "E4")  # groups whose checkpoints are opened
 TENSORS = ("stream", "residual_add", "branch")
 GOLD = "gold_bits_per_byte"
@@ -91,7 +91,7 @@ def read_cell(study: Study, cell: dict[str, Any]) -> dict[str, Any]:
         "data": recipe.get("data_fingerprint"),
         "commit": environment.get("commit"),
         "uncommitted_changes": environment.get("uncommitted_changes"),
-        "torch": environment.get("torch"),
+        "torch": (environment.get("versions") or {}).get("torch"),
         "seconds": round(sum(r["step_seconds"] for r in metrics), 1),
         "heldout_loss": heldout[-1][1] if heldout and not diverged else None,
         "heldout": heldout,

@@ -140,9 +140,9 @@ def variance_ratio(a: Sequence[float], b: Sequence[float]) -> Estimate:
 
 # --- learning rates --------------------------------------------------------------------------------------------
 def sensitivity(losses: dict[float, float | None], initial: float) -> float | None:
-    """Learning-rate sensitivity (Wortsman et al., 2309.14322, section 2.2): mean over the rates of min(l(rate), l0) - l*,
+    """Learning-rate sensitivity (Wortsman et al., 2309.14322, section 2.2): mean over rates of min(l(rate), l0) - l*.
 
-    l* the lowest loss of all, l0 the loss at initialization, which a diverged run (None) counts for.
+    l* is the lowest loss of all, l0 the loss at initialization, which is that of a diverged run (None).
     """
     values = [min(x, initial) if x is not None else initial for x in losses.values()]
     return float(np.mean(values) - min(values)) if values else None

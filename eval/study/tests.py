@@ -107,7 +107,7 @@ def _differences(results: Results, part: Part) -> tuple[list[float], list[Cell]]
 
 
 def less(results: Results, part: Part) -> Outcome:
-    """a below b: paired differences, their mean with a t interval. Over several blocks, a seed's mean over its blocks."""
+    """a below b: paired differences, their mean with a t interval. Of several blocks, a seed's mean over its blocks."""
     values, used = _differences(results, part)
     by_seed: dict[int, list[float]] = {}
     for value, cell in zip(values, used, strict=True):
@@ -288,7 +288,7 @@ def ever(results: Results, part: Part) -> Outcome:
 
 def spread(results: Results, part: Part) -> Outcome:
     """a's variance between seeds below b's: the F interval of the logarithm of their ratio."""
-    measure, unit = MEASURES[part["measure"]]
+    measure = MEASURES[part["measure"]][0]
     of = [[cell for cell in results.of(part[side]) if measure(cell) is not None] for side in ("a", "b")]
     estimate = variance_ratio(*([float(measure(cell) or 0.0) for cell in cells] for cells in of))
     return Outcome(estimate, _side(estimate, -1), "log of the ratio of variances", _seeds(of[0]))

@@ -161,6 +161,14 @@ def text_samples(
     return Samples(rows, _described(data, rows, seed, overlapping))
 
 
+def sample_sizes(tokenizer: Any, samples: Samples) -> list[int]:
+    """Bytes of the text that every sample predicts; its tokens where there is no tokenizer."""
+    if tokenizer is None:
+        return [samples.ids.shape[1] - 1] * len(samples.ids)
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return [max(1, len(tokenizer.decode(row[1:].tolist(), **options).encode())) for row in samples.ids]
+
+
 def find_samples(
     config: Any, tokenizer: Any, data: str, samples: int, tokens: int | None, seed: int, usual: int = TOKENS
 ) -> Samples:

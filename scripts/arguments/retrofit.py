@@ -37,8 +37,8 @@ def parse(argv: list[str] | None = None, prog: str = "python -m scripts.retrofit
         "to DST/heal")  # fmt: skip
     add("--heal-tokens", type=int, default=1_000_000, metavar="N", help="tokens of both healing runs together")
     add = more_options(parser).add_argument
-    add("--soften", type=float, default=0.0, metavar="X", help="epsilon of new output norms, in mean squares of their "
-        "branch: gives back loss, and their bound")  # fmt: skip
+    add("--soften", type=float, default=0.0, metavar="X", help="epsilon of new output norms, in mean squares of "
+        "the largest token: gives back loss, and their bound")  # fmt: skip
     add("--heal-name", metavar="NAME", help="what the healing runs are called; DST's name when left out")
     add("--seed", type=int, default=0, help="which windows are drawn")
     add("--revision", help="branch, tag or commit of a model of the Hub")

@@ -41,13 +41,13 @@ def check_compiled(place: Place, notes: Notes) -> None:
     torch._dynamo.reset()
     counters.clear()
     losses = {c: [step(t, witness=t.step == 0)["loss"] for _ in range(3)] for c, t in trainers.items()}
-    difference = max(abs(a - b) for a, b in zip(losses[0], losses[1], strict=True))
+    difference = max(abs(a - b) for a, b in zip(losses[False], losses[True], strict=True))
     notes.check("three compiled steps as three eager ones", difference < 5e-3, losses, "within 5e-3 nats")
     graphs, most = counters["stats"]["unique_graphs"], 2 * CLASSES
     notes.check(f"graphs for {MICRO_BATCHES} micro batches", 0 < graphs <= most, graphs, f"1 to {most}")
     breaks = sum(counters["graph_break"].values())
     notes.check("graph breaks", breaks == 0, breaks, "0")
-    seen = json.loads((trainers[1].run.path / "environment.json").read_text())
+    seen = json.loads((trainers[True].run.path / "environment.json").read_text())
     dtypes = sorted({add["output"] for add in seen["residual_adds"].values()})
     notes.check("dtypes of the residual sums", dtypes == ["float16"], dtypes, "float16 alone")
     notes.measure("attention", seen["attention"])

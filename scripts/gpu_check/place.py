@@ -6,15 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from periln.runkit.folder import RunFolder
 from periln.runkit.recipes import from_mapping, merge, read_yaml
-from periln.scripts.data.token_data import TokenData
-from periln.scripts.prepare_data import prepare
 from periln.scripts.recipe import Recipe
+from periln.scripts.synthetic_data import RandomTokens, synthetic_folder
 from periln.scripts.training.trainer import Trainer
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -27,15 +25,6 @@ TINY = {
     "max_position_embeddings": 128,
 }
 QUIET = {"trackers": [], "keep_initial": False, "heldout_every": None, "keep_every": None, "checkpoint_every": 10**6}
-
-
-class RandomTokens(TokenData):
-    """Tokens of a vocabulary of any size, drawn by their place: a folder's own touch few rows of a large one."""
-
-    size = 0
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return np.random.default_rng(start).integers(0, self.size, stop - start)
 
 
 @dataclass
@@ -59,15 +48,7 @@ class Place:
 
     @cached_property
     def data(self) -> Path:
-        """A prepared data folder with a vocabulary of 300."""
-        folder = self.out / "data"
-        if not (folder / "index.json").exists():
-            text = self.out / "text"
-            text.mkdir(exist_ok=True)
-            for i in range(200):
-                (text / f"{i}.txt").write_text(" ".join(f"the {n} of {n * i % 89}" for n in range(300)))
-            prepare(str(text), folder, vocab_size=300, heldout_share=0.05, context=128)
-        return folder
+        return synthetic_folder(self.out)
 
     def tiny(self, **fields: Any) -> Recipe:
         """A recipe of seconds on any device; `fields` are merged over it."""
@@ -93,8 +74,7 @@ class Place:
         gc.collect()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        data = RandomTokens(self.data)
-        data.size = recipe.model["vocab_size"]
+        data = RandomTokens(self.data, recipe.model["vocab_size"])
         number = 0
         while (folder := self.out / "runs" / f"{recipe.name}_{number}").exists():
             number += 1

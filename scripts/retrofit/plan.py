@@ -176,7 +176,9 @@ def _layer_mapping(old: LayerPlan, new: LayerPlan, scale: float, with_qk: bool) 
 
 
 def _factor(factor: float | Learned, scale: float) -> Any:
-    return {"learned": factor.learned, "init": factor.init / scale} if isinstance(factor, Learned) else factor
+    if not isinstance(factor, Learned):
+        return factor
+    return {"learned": factor.learned, "init": float(factor.init) / scale}  # a plan has evaluated the rule
 
 
 def _given(norm: Norm) -> dict[str, Any]:
@@ -228,8 +230,8 @@ def _refuse_the_rest(source: PeriLlamaConfig, target: PeriLlamaConfig, name: str
         refuse("final_norm", f"is there in one of {name} and the target alone, and no gain makes up for it")
     ends = (("embed_norm", before.embedding_norm, after.embedding_norm),
             ("final_norm", before.final_norm, after.final_norm))  # fmt: skip
-    for slot, old, new in ends:
-        if reason := _unlike(source, old, new):
+    for slot, end, other in ends:
+        if reason := _unlike(source, end, other):
             refuse(slot, reason)
     for i, (old, new) in enumerate(zip(before.layers, after.layers, strict=True)):
         for slot in ("q_norm", "k_norm", "v_norm"):

@@ -33,6 +33,7 @@ COMMANDS = {
     "eval.fp16": [MISSING, OUT],
     "eval.formats": [MISSING, "--out", OUT],
     "eval.bounds": [MISSING, "--out", OUT],
+    "eval.retrofit": [MISSING, MISSING, "--out", OUT],
     "eval.evaluate": [MISSING],
     "eval.stability": [MISSING],
     "eval.loss": [MISSING],

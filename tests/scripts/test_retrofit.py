@@ -187,6 +187,10 @@ def test_a_softened_norm_gives_the_function_back_and_its_epsilons_are_stored(tmp
     for soften in (0.0, 4.0, 1e4):
         _, other = retrofitted(model, "sandwich", "least-squares", ids, soften)
         apart[soften] = (logits(other, ids) - before).abs().max().item()
+        if soften:
+            for name, y in branches(other, ids).items():
+                largest = y.double().square().mean(-1).max().item()
+                assert other.get_submodule(name).variance_epsilon == pytest.approx(soften * largest, rel=1e-5)
         other.save_pretrained(tmp_path / str(soften))
         again = PeriLlamaForCausalLM.from_pretrained(tmp_path / str(soften)).eval()
         torch.testing.assert_close(logits(again, ids), logits(other, ids), rtol=0, atol=1e-5)

@@ -314,5 +314,5 @@ def test_markdown_and_html_hold_every_cell_escaped(two_seeds):
     table = build(load(two_seeds), "mini")
     table.text.loc[0, "placement"] = "<i>a|b"
     assert "| <i>a\\|b | 30.0 ± 7.1 |" in to_markdown(table)
-    assert '<th scope="row">&lt;i&gt;a|b</th><td>30.0 ± 7.1</td>' in to_html(table)
+    assert '<th scope="row">&lt;i&gt;a|b</th><td data-label="mini_arc_easy">30.0 ± 7.1</td>' in to_html(table)
     assert "<i>" not in to_html(table)
