@@ -22,7 +22,7 @@ SPLIT_PATTERN = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?
 
 @dataclass(frozen=True)
 class TiktokenEncoding:
-    """What tiktoken knows of an encoding, beside its rank file.
+    """What tiktoken knows about an encoding besides its rank file.
 
     Attributes:
         pattern: splits text into the pieces within which bytes are merged, as Oniguruma reads it.
