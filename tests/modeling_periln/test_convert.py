@@ -279,7 +279,7 @@ REFUSED = [
     ("llama", {"norm_placement": "pre", "hidden_size": 22}, "hidden_size=22 is not .*num_attention_heads=4"),
     ("hyperclovax", {"hidden_size": 22}, "hidden_size=22"),
     ("llama", {"norm_placement": "pre", "pad_token_id": 61}, "pad_token_id=61 is outside of vocab_size=61"),
-    ("gpt2", {}, "'gpt2' is not an architecture"),
+    ("gpt2", {}, "'gpt2' is not a known architecture"),
     ("olmo", {}, "did you mean 'olmo.'"),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Tests of the figures: the paper's by number, from runs of every shape, and what they say where records are missing."""
+"""Tests of the figures: the paper's by number, from runs of every shape, and what they say where records are absent."""
 
 import json
 import shutil
