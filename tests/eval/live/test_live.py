@@ -46,8 +46,8 @@ def metrics(run: Path, count: int, seconds: float = 2.0) -> None:
 
 
 @contextmanager
-def served(root: Path, every: float = 0.3) -> Iterator[str]:
-    with server_of(Watch(root), 0, every) as server:
+def served(root: Path, watch: Watch | None = None) -> Iterator[str]:
+    with server_of(watch or Watch(root), 0, 0.3) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}/"
@@ -213,19 +213,22 @@ def test_the_page_shows_runs_as_they_grow(tmp_path, width):
     running(run)
     write_run(tmp_path, "post", diverges_at=90)
 
-    def grow() -> None:
-        with open(run / "metrics.jsonl", "a") as file:
-            file.writelines(text[50:120])
+    class Growing(Watch):
+        asked = 0
 
-    timer = threading.Timer(2.0, grow)
+        def state(self) -> str:
+            self.asked += 1
+            if self.asked == 12:  # the page has shown the first steps for seconds
+                with open(run / "metrics.jsonl", "a") as file:
+                    file.writelines(text[50:120])
+            return super().state()
+
     ready, grown = UNTIL % f"{COUNT} === 2", UNTIL % f"{PRE}.includes('120 of 200')"
     off = "document.querySelector('input[data-value=post]').click()"
     still = "document.querySelector('input[data-value=post]').checked"
     maps = "document.querySelectorAll('#figure-headroom .canvas rect').length"
-    with served(tmp_path) as address:
-        timer.start()
+    with served(tmp_path, Growing(tmp_path)) as address:
         seen = look(address, width, scripts=[ready, PRE, LINE, off, grown, LINE, still, maps])
-    timer.join()
     is_ready, first, short, _, has_grown, long, chosen, cells = seen.answers
     assert is_ready and has_grown and "running" in first and "50 of 200" in first and "5 min" in first
     assert long > 1.5 * short
