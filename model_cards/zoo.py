@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from periln.model_cards.cards import TEMPLATES
 from periln.model_cards.facts import (
@@ -37,6 +38,7 @@ from periln.model_cards.facts import (
 from periln.model_cards.subject import IN_A_RUN, Subject, listed_checkpoint
 from periln.runkit.errors import UsageError
 from periln.runkit.folder import RunFolder, write_text
+from periln.runkit.pages import asset, policy
 from periln.runkit.placements import placement_name
 from periln.runkit.process import start_stage
 from periln.runkit.progress import progress_bar
@@ -160,7 +162,14 @@ def render_markdown(rows: Sequence[dict[str, str]]) -> str:
 def render_html(rows: Sequence[dict[str, str]]) -> str:
     """The index as one page that needs nothing else."""
     jinja: Any = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    return jinja.get_template("zoo.html.j2").render(head=HEAD, rows=[[row[name] for name in HEAD] for row in rows])
+    script = asset("tables.js")
+    return jinja.get_template("zoo.html.j2").render(
+        head=HEAD,
+        rows=[[row[name] for name in HEAD] for row in rows],
+        style=Markup(asset("page.css")),
+        script=Markup(script),
+        policy=policy(script),
+    )
 
 
 def main(args: argparse.Namespace) -> None:
