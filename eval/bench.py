@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.arguments.shared import task_names
 from periln.eval.options import settings_of
@@ -34,7 +33,7 @@ from periln.eval.targets import Target, find_target
 from periln.eval.text_table import Table, to_terminal
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import write_text
-from periln.runkit.process import start_stage
+from periln.runkit.process import quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 
 OURS, THEIRS = "documents/s", "HFLM's"
@@ -69,7 +68,7 @@ def compare(
     for model in (ours, theirs):  # once before the clock
         model.loglikelihood(requests[: 4 * 8], disable_tqdm=True)
     for pair in range(pairs):
-        answers = [None, None]
+        answers: list[Any] = [None, None]
         for which in (0, 1) if pair % 2 else (1, 0):
             start = time.perf_counter()
             answers[which] = (ours, theirs)[which].loglikelihood(requests, disable_tqdm=True)
@@ -79,7 +78,7 @@ def compare(
         worst = max(worst, *(abs(a - b) for (a, _), (b, _) in zip(*answers, strict=True)))
         if worst > tolerance:
             raise UserError(f"pair {pair}: a log-likelihood differs from HFLM's by {worst:.2g}")
-        if moved := ranked_otherwise(requests, *answers, gap=2 * tolerance):
+        if moved := ranked_otherwise(requests, answers[0], answers[1], 2 * tolerance):
             raise UserError(f"pair {pair}: the answers of document {moved[0]} are ranked otherwise than by HFLM")
         bar.update(1)
     return seconds, worst
@@ -152,8 +151,7 @@ def table(frame: pd.DataFrame, benchmarks: Benchmarks, pairs: int) -> Table:
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
     check(args)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     settings, names = settings_of(args), task_names(args.tasks)
     target = find_target(args.target, args.revision, args.trust_remote_code, args.out)
     if target is None:

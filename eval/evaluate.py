@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.scoring.generation import generate_samples
 from periln.eval.scoring.harness import Benchmarks, Settings
 from periln.eval.targets import Target, find_target
 from periln.eval.texts.windows import heldout_loss, read_texts
 from periln.runkit.folder import called, read_json, weights_hash, write_json
-from periln.runkit.process import start_stage
+from periln.runkit.process import quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 from periln.runkit.tasks import SUITES
 
@@ -86,8 +85,7 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     settings = Settings(args.num_fewshot, args.limit, args.batch_size, "auto", args.device)
     settings.check()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     targets = [(path, find_target(path)) for path in args.targets]
     texts = read_texts(args.heldout) if args.heldout else None
     benchmarks = Benchmarks(SUITES[args.suite], settings)

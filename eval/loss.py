@@ -25,7 +25,6 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.arguments.shared import batch_size
 from periln.eval.options import device_of
@@ -36,7 +35,7 @@ from periln.eval.texts.documents import METHOD, Sample, draw, named, read_sample
 from periln.eval.texts.windows import Sums, make_windows, sum_losses, summarized
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import called, read_json, write_json
-from periln.runkit.process import start_stage
+from periln.runkit.process import quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 
 SAVE_EVERY = 50  # batches
@@ -97,7 +96,8 @@ def measure(target: Target, sample: Sample, head: dict[str, Any], file: Path, ba
     partial, key = file.with_name(f".{file.stem}.partial"), {"batch": size, "windows": len(windows.ids)}
     sums = Sums.zeros(len(sample.texts))
     if partial.exists() and (old := read_json(partial))["key"] == key:
-        sums = Sums(*(torch.tensor(old[name], dtype=torch.float64) for name in ("nats", "tokens")), old["batches"])
+        nats, tokens = (torch.tensor(old[name], dtype=torch.float64) for name in ("nats", "tokens"))
+        sums = Sums(nats, tokens, old["batches"])
     bar.reset(total=-(-len(windows.ids) // size))
     bar.update(sums.batches)
 
@@ -154,8 +154,7 @@ def main(args: argparse.Namespace) -> None:
     start_stage(args)
     check(args)
     device_of(args.device)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     found = [(name, find_target(name, args.revision, args.trust_remote_code, args.out)) for name in args.targets]
     for _, target in found:  # before the whole split is streamed
         if target is not None:

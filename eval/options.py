@@ -7,6 +7,7 @@ import torch
 from periln.eval.arguments.shared import batch_size
 from periln.eval.scoring.harness import Settings
 from periln.runkit.errors import UsageError
+from periln.runkit.process import need_device
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -29,6 +30,5 @@ def device_of(name: str) -> str:
         kind = torch.device(name).type
     except RuntimeError:
         raise UsageError(f"--device {name} is no device: use cpu, cuda or cuda:1") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name} was asked for, but torch sees no CUDA device")
+    need_device(kind, f"--device {name}")
     return name

@@ -140,7 +140,7 @@ class Checkpoint:
         with _in_one_sentence(self.path):
             return AutoConfig.from_pretrained(self.path, trust_remote_code=trust_remote_code)
 
-    def load(self, dtype: torch.dtype, device: str, trust_remote_code: bool) -> torch.nn.Module:
+    def load(self, dtype: torch.dtype, device: str, trust_remote_code: bool) -> PreTrainedModel:
         """The model, in `dtype`; see `runkit.models.load_causal_lm`."""
         return load_causal_lm(self.path, dtype, trust_remote_code).to(torch.device(device))
 

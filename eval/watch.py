@@ -30,7 +30,6 @@ from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.arguments.shared import task_names
 from periln.eval.options import settings_of
@@ -39,7 +38,7 @@ from periln.eval.targets import Target
 from periln.runkit.errors import StoppedBySignal, UsageError, UserError
 from periln.runkit.figure_style import STYLE
 from periln.runkit.folder import RunFolder, write_bytes, write_text
-from periln.runkit.process import StopRequest, start_stage
+from periln.runkit.process import StopRequest, quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 
 POLL_SECONDS = 0.1
@@ -139,9 +138,11 @@ def why_over(run: RunFolder) -> str | None:
 
 
 def _alive(pid: int | None) -> bool:
+    if not isinstance(pid, int):
+        return False
     try:
         os.kill(pid, 0)
-    except (OSError, TypeError):
+    except OSError:
         return False
     return True
 
@@ -150,7 +151,8 @@ class Ending:
     """When to stop waiting: at once after a run that is done, after `patience` seconds for one that may go on."""
 
     def __init__(self, run: RunFolder, patience: float):
-        self.run, self.patience, self._since = run, patience, None
+        self.run, self.patience = run, patience
+        self._since: float | None = None
 
     def reached(self) -> str | None:
         """The reason, once it is time."""
@@ -273,8 +275,7 @@ def watch(run: RunFolder, benchmarks: Benchmarks, args: argparse.Namespace, bar:
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
     check(args)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     run, deadline = RunFolder(args.run), time.monotonic() + args.wait
     benchmarks = Benchmarks(task_names(args.tasks), settings_of(args), args.include_path)
     if not (run.path / "recipe.yaml").exists():

@@ -25,6 +25,7 @@ from periln.model_cards.facts import (
 )
 from periln.model_cards.placement import EQUATION, diagram, norms_in_words, plan_of
 from periln.model_cards.subject import Subject
+from periln.runkit.number_format import FP16
 from periln.runkit.placements import placement_name
 from periln.runkit.public import public
 from periln.runkit.tasks import SUITES, TASKS
@@ -142,6 +143,7 @@ def render_card(subject: Subject, options: CardOptions = CardOptions()) -> str:
         architecture=(config.get("architectures") or [str(config.get("model_type"))])[0],
         placement=placement_name(config, "not recorded"),
         equation=EQUATION,
+        fp16_limit=FP16.limit,
         norms=norms_in_words(plan) if plan else None,
         drawing=diagram(plan) if plan else None,
         parameters=number(subject.parameters),

@@ -38,6 +38,7 @@ from periln.model_cards.facts import (
 from periln.model_cards.subject import IN_A_RUN, Subject, listed_checkpoint
 from periln.runkit.errors import UsageError
 from periln.runkit.folder import RunFolder, write_text
+from periln.runkit.number_format import FP16
 from periln.runkit.pages import asset, policy
 from periln.runkit.placements import placement_name
 from periln.runkit.process import start_stage
@@ -164,6 +165,7 @@ def render_html(rows: Sequence[dict[str, str]]) -> str:
     jinja: Any = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     script = asset("tables.js")
     return jinja.get_template("zoo.html.j2").render(
+        fp16_limit=FP16.limit,
         head=HEAD,
         rows=[[row[name] for name in HEAD] for row in rows],
         style=Markup(asset("page.css")),

@@ -56,7 +56,7 @@ _TELLING_NAMES = (
 )
 
 
-def one_cache(cache: Any, past_key_values: Any, kwargs: dict) -> Any:
+def one_cache(cache: Any, past_key_values: Any, kwargs: dict[str, Any]) -> Any:
     """The cache of a forward pass, under whichever of its two names it came.
 
     A paged cache of continuous batching is put back into `kwargs` where this version's attention interface reads it.
@@ -82,18 +82,18 @@ def one_cache(cache: Any, past_key_values: Any, kwargs: dict) -> Any:
 
 
 def update_cache(
-    cache: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, kwargs: dict
+    cache: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds a layer's keys and values (B, K, S, E) and returns all that the cache holds (B, K, S + past, E).
 
     A paged cache also writes what the attention interface needs into `kwargs`.
     """
-    if _RENAMED:
-        return cache.update(key, value, layer_idx, kwargs=kwargs)
-    return cache.update(key, value, layer_idx)
+    updated: tuple[torch.Tensor, torch.Tensor]
+    updated = cache.update(key, value, layer_idx, kwargs=kwargs) if _RENAMED else cache.update(key, value, layer_idx)
+    return updated
 
 
-def refuse_unknown(kwargs: dict) -> None:
+def refuse_unknown(kwargs: dict[str, Any]) -> None:
     """Refuses an argument that is not known and whose name or type says that dropping it would change the result.
 
     Others pass: an attention interface of the user's own may read them.

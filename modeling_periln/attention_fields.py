@@ -76,8 +76,9 @@ def validate_layers(config: Any) -> None:
         ValueError: names the field and the value.
     """
     given, window, layers = getattr(config, "layer_types", None), config.sliding_window, config.num_hidden_layers
-    if window is not None and window < 1:
-        raise ValueError(f"sliding_window={window} must be at least 1, or None where every layer sees all tokens")
+    if window is not None and window < 2:
+        said = "must be at least 2 (of a window of 1 Transformers' caches keep every token), or None for all tokens"
+        raise ValueError(f"sliding_window={window} {said}")
     for kind in given or ():
         if kind not in LAYER_TYPES:
             close = get_close_matches(str(kind), LAYER_TYPES, n=1, cutoff=0.5)

@@ -70,19 +70,19 @@ _PASSED_THROUGH = {
 _REFUSED = ("attention_chunk_size", "is_causal")
 
 
-def _raising_value_errors(config_class: type) -> type:
+def _raising_value_errors(config_class: Any) -> Any:
     """A mistake in a field is a ValueError: what `@strict` raises is none, nor is a missing rotary key's KeyError."""
     set_field, validate = config_class.__setattr__, config_class.validate
 
     @wraps(set_field)
-    def set_or_refuse(self, name, value):
+    def set_or_refuse(self: Any, name: str, value: Any) -> None:
         try:
             set_field(self, name, value)
         except StrictDataclassFieldValidationError as error:
             raise ValueError(f"{name}={value!r}: {error.__cause__}") from error
 
     @wraps(validate)
-    def validate_or_refuse(self):
+    def validate_or_refuse(self: Any) -> None:
         try:
             validate(self)
         except (StrictDataclassClassValidationError, KeyError) as error:
@@ -171,7 +171,7 @@ class PeriLlamaConfig(PreTrainedConfig):
     residual_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     depth_scaled_init: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         unknown = self._unknown(kwargs)
         if "rms_norm_eps" in kwargs:  # the alias, before the checks below
             alias = kwargs.pop("rms_norm_eps")
@@ -267,7 +267,7 @@ class PeriLlamaConfig(PreTrainedConfig):
             raise AttributeError(f"base_model_tp_plan={plan!r}: the plan follows from the other fields")
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As Transformers', which drops an override that is misspelt, and checks none that it sets."""
         cls._unknown(kwargs)
         whole = {key: kwargs.pop(key) for key in ("layer_types", "rope_parameters") if key in kwargs}
@@ -350,10 +350,10 @@ class PeriLlamaConfig(PreTrainedConfig):
             if slot is not None and slot not in slots:
                 close = get_close_matches(str(slot), slots, n=1, cutoff=0.5)
                 raise ValueError(f"{name} is no norm: use one of {close or list(slots)}")
-            per_layer = isinstance(value, list) and slot in LAYER_NORM_SLOTS
-            if per_layer and len(value) != self.num_hidden_layers:
-                raise ValueError(f"{name} has {len(value)} entries for num_hidden_layers={self.num_hidden_layers}")
-            for number in value if per_layer else [value]:
+            by_layer = value if isinstance(value, list) and slot in LAYER_NORM_SLOTS else None
+            if by_layer is not None and len(by_layer) != self.num_hidden_layers:
+                raise ValueError(f"{name} has {len(by_layer)} entries for num_hidden_layers={self.num_hidden_layers}")
+            for number in [value] if by_layer is None else by_layer:
                 if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
                     raise ValueError(f"{name}={value!r} must be a number of at least 0 (a list of them per layer)")
 

@@ -237,7 +237,7 @@ def _read_config(src: Path, to: str) -> PreTrainedConfig:
         raise ConversionRefused(f"{src} is {kind!r}: only {PERI_LLAMA} converts to {to}, so convert it to that first")
     if to == PERI_LLAMA and kind not in ARCHITECTURES:
         raise ConversionRefused(f"{src} is {kind!r}: only {list(ARCHITECTURES)} convert to {PERI_LLAMA}")
-    config_class = PeriLlamaConfig if kind == PERI_LLAMA else ARCHITECTURES[kind].config_class
+    config_class: Any = PeriLlamaConfig if kind == PERI_LLAMA else ARCHITECTURES[str(kind)].config_class
     return config_class.from_pretrained(src)
 
 
@@ -254,7 +254,7 @@ def _open_weights(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_o
     if not index.is_file() and not single.is_file():
         raise ConversionRefused(f"{folder} has no model.safetensors and no {index.name}")
     names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {single.name}
-    opened = {}
+    opened: dict[str, safe_open] = {}
     for path in (folder / name for name in sorted(names)):
         if not path.is_file():
             raise ConversionFailed(f"{path} is missing, though the index names it")
@@ -269,8 +269,8 @@ def _open_weights(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_o
 @torch.no_grad()
 def _write_weights(files: Mapping[str, safe_open], recipe: Mapping[str, Recipe], folder: Path, limit: int) -> None:
     """Write the tensors that `recipe` makes as safetensors of at most `limit` bytes each, with an index if several."""
-    shards: list[dict[str, int]] = []
-    parameters, shard = 0, {}
+    parameters, shards = 0, list[dict[str, int]]()
+    shard: dict[str, torch.Tensor] = {}
 
     def flush() -> None:
         save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
@@ -286,7 +286,7 @@ def _write_weights(files: Mapping[str, safe_open], recipe: Mapping[str, Recipe],
         parameters += tensor.numel()
         del inputs, tensor
     flush()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         (folder / f"shard-{i}").rename(folder / file)

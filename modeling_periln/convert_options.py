@@ -11,6 +11,8 @@ TARGETS = (
     "peri_llama",
 )
 WIKITEXT, NO_TEXT = "wikitext", "none"
+# What `wikitext` names everywhere: data set, configuration, split. Its lines, joined, are the text.
+WIKITEXT_2 = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 
 
 class _Parser(argparse.ArgumentParser):

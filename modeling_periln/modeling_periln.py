@@ -20,6 +20,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -95,16 +96,16 @@ class PeriLlamaAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.head_dim = cast(int, config.head_dim)
+        kv_heads = cast(int, config.num_key_value_heads)
+        self.num_key_value_groups = config.num_attention_heads // kv_heads
         self.scaling = float(config.query_pre_attn_scalar or self.head_dim) ** -0.5
         self.sliding_window = config.sliding_window if layer_types_of(config)[layer_idx] == SLIDING else None
         self.rotate = rotation_of(config, layer_idx)
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
 
-        q_size = config.num_attention_heads * self.head_dim
-        kv_size = config.num_key_value_heads * self.head_dim
+        q_size, kv_size = config.num_attention_heads * self.head_dim, kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
@@ -141,7 +142,7 @@ class PeriLlamaAttention(nn.Module):
         if cache is not None:
             key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention_interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         attn_output, attn_weights = attention_interface(
@@ -200,7 +201,7 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -261,7 +262,7 @@ class PeriLlamaPreTrainedModel(PreTrainedModel):
     }
 
     @classmethod
-    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
         """As Transformers', whose pipeline knows a final norm by the name `norm` only, and no embedding norm: a stage
         that does not hold an end of the stream has no norm there.
         """
@@ -313,7 +314,7 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -411,8 +412,8 @@ def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | tor
 class PeriLlamaCausalLMOutput(CausalLMOutputWithPast):
     """As every causal LM's; where a z term was asked for, `loss` is the sum of `cross_entropy` and `z_loss`."""
 
-    z_loss: torch.FloatTensor | None = None
-    cross_entropy: torch.FloatTensor | None = None
+    z_loss: torch.Tensor | None = None
+    cross_entropy: torch.Tensor | None = None
 
 
 class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
@@ -434,7 +435,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -480,7 +481,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
             ignored = kwargs.get("ignore_index", IGNORE_INDEX)
             targets = shift_labels(labels, ignored) if targets is None else targets
             items = kwargs.get("num_items_in_batch")
-            more = {"z_loss": z_loss, "loss_scale": loss_scale, "softmax": self.loss_softmax}
+            more: dict[str, Any] = {"z_loss": z_loss, "loss_scale": loss_scale, "softmax": self.loss_softmax}
             loss, z_term = chunked_losses(hidden_states, self.lm_head, targets, items, ignore_index=ignored, **more)
             if z_term is not None:
                 cross_entropy, loss = loss, loss + z_term
@@ -503,7 +504,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
     inspect.unwrap(forward).__signature__ = inspect.signature(forward)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         # The cache under its old name too: PEFT 0.21's prompt learning looks for it there, and where it finds none it
         # puts the prompt before every token that is generated.
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)

@@ -7,6 +7,8 @@ RMSNorm and LayerNorm with one gain a channel are classes of their own, fast and
 names. Every other combination of a kind and a gain is a `PeriLlamaNorm`, in plain operations.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,14 +44,14 @@ class FusedBackwardRMSNorm(torch.autograd.Function):
         return (wide * rstd).mul_(weight).to(x.dtype), rstd
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         x, weight, ctx.eps = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, weight, output[1])
         ctx.save_for_forward(x, weight, output[1])
 
     @staticmethod
-    def jvp(ctx, dx: torch.Tensor | None, dweight: torch.Tensor | None, _) -> tuple[torch.Tensor, None]:
+    def jvp(ctx: Any, dx: torch.Tensor | None, dweight: torch.Tensor | None, _: Any) -> tuple[torch.Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         normed = x.to(rstd.dtype) * rstd
         dy = torch.zeros_like(normed) if dweight is None else dweight * normed
@@ -59,7 +61,7 @@ class FusedBackwardRMSNorm(torch.autograd.Function):
         return dy.to(x.dtype), None
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():  # this pass is differentiated too: every tensor as a function of x and weight
             wide, grad = x.to(rstd.dtype), grad.to(rstd.dtype)
@@ -87,6 +89,7 @@ class PeriLlamaRMSNorm(nn.Module):
     """
 
     fused_backward = True
+    weight: torch.Tensor
 
     def __init__(self, hidden_size: int, eps: float = 1e-6, learnable: bool = True):
         super().__init__()
@@ -105,7 +108,8 @@ class PeriLlamaRMSNorm(nn.Module):
                 if x.dtype == weight.dtype:
                     return torch.rms_norm(x, weight.shape, weight, self.variance_epsilon)
             elif x.requires_grad and self.fused_backward:
-                return FusedBackwardRMSNorm.apply(x, weight, self.variance_epsilon)[0]
+                normed: torch.Tensor = FusedBackwardRMSNorm.apply(x, weight, self.variance_epsilon)[0]
+                return normed
         return rms_norm(x, weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
@@ -137,6 +141,7 @@ class PeriLlamaCenteredRMSNorm(nn.Module):
     """
 
     centered = True
+    weight: torch.Tensor
 
     def __init__(self, hidden_size: int, eps: float = 1e-6, learnable: bool = True):
         super().__init__()
@@ -180,6 +185,8 @@ class PeriLlamaNorm(nn.Module):
         heads: for the gain `head`: how many heads the channels are.
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor
     BIASED = ("layernorm", "dyt", "derf")
 
     def __init__(

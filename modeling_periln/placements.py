@@ -35,8 +35,9 @@ What five of these rows were compared with, the papers' texts not being at hand:
   residual before its norm. That the norms are over one head each is the paper's equation, not seen in code.
 - `keel`: Norm(alpha h + f(Norm(h))) in the comparison of residual updates of Attention Residuals (table 5 there). The
   value of alpha has still to be compared.
-
-`learned_residual` (Admin) has still to be compared.
+- `learned_residual`: the authors' package (github.com/microsoft/admin-torch): Norm(omega x + f(x)), omega one number a
+  channel that starts at sqrt((N + 1) / ln(N + 1) - 1) for N = 2L sublayers, the rule `admin`. The paper's own start,
+  from the variances of a profiling pass, is not here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,7 +85,7 @@ class Placement:
     init_gain: float | str = 1.0
 
 
-_QKV_BY_HEAD = {"q_norm": "head", "k_norm": "head", "v_norm": "head"}
+_QKV_BY_HEAD: dict[str, Any] = {"q_norm": "head", "k_norm": "head", "v_norm": "head"}
 PLACEMENTS: dict[str, Placement] = {
     "post": Placement(residual_norm=True, final_norm=False),
     "pre": Placement(input_norm=True),
@@ -103,7 +104,7 @@ PLACEMENTS: dict[str, Placement] = {
     ),
     "hybrid": Placement(attn={"residual_norm": True}, **_QKV_BY_HEAD),
     "keel": Placement(input_norm=True, residual_norm=True, final_norm=False, alpha="2L"),
-    "learned_residual": Placement(residual_norm=True, final_norm=False, alpha={"learned": "channel"}),
+    "learned_residual": Placement(residual_norm=True, final_norm=False, alpha={"learned": "channel", "init": "admin"}),
     "none": Placement(final_norm=False),
 }
 # Rows that give each layer a placement of its own. Mix-LN: the first quarter Post-LN, the rest Pre-LN
@@ -303,7 +304,7 @@ def plan_stream(
     names, mixture = layer_placements, isinstance(norm_placement, str) and norm_placement in MIXTURES
     row = PLACEMENTS["pre"] if mixture else get_placement(norm_placement)  # checked even where a list overrides it
     if names is None and mixture:
-        names = MIXTURES[norm_placement](num_layers)
+        names = MIXTURES[str(norm_placement)](num_layers)
     if names is None:
         rows, ends = [row] * num_layers, row
     else:

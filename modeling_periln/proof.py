@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from .configuration_periln import PeriLlamaConfig
 from .conversions import ARCHITECTURES, ConversionRefused
-from .convert_options import NO_TEXT, WIKITEXT
+from .convert_options import NO_TEXT, WIKITEXT, WIKITEXT_2
 from .modeling_periln import PeriLlamaForCausalLM
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -24,7 +24,7 @@ WINDOWS, LONGEST = 3, 1024  # a model with a sliding window is compared over thr
 SEED = 20250202
 TEXT_WINDOWS, TEXT_LENGTH = 2, 256
 
-WIKITEXT_FILE = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
+WIKITEXT_FILE = (WIKITEXT_2[0], f"{WIKITEXT_2[1]}/{WIKITEXT_2[2]}-00000-of-00001.parquet")
 
 
 class ConversionFailed(RuntimeError):
@@ -122,7 +122,8 @@ def compare(
         ConversionRefused: the text that was asked for cannot be had.
         ConversionFailed: a difference is above `TOLERANCE` of the largest logit, or not a number.
     """
-    random, written, about = random_batches(src_config), [], {"skipped": "not asked for"}
+    random, about = random_batches(src_config), {"skipped": "not asked for"}
+    written: list[Batch] = []
     if text != NO_TEXT:
         try:
             written, about = text_batches(src, src_config, text or WIKITEXT)
@@ -163,7 +164,7 @@ def _logits(folder: Path, config: PreTrainedConfig, batches: Sequence[Batch]) ->
     return [model(**b, use_cache=False).logits[b["attention_mask"].bool()] for b in batches]
 
 
-def model_class(config: PreTrainedConfig) -> type:
+def model_class(config: PreTrainedConfig) -> Any:
     """The causal model of a configuration of ours, or of one of the architectures."""
     ours = config.model_type == PeriLlamaConfig.model_type
     return PeriLlamaForCausalLM if ours else ARCHITECTURES[config.model_type].model_class

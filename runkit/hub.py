@@ -31,7 +31,7 @@ def hub_reason(error: BaseException) -> str:
     if "RevisionNotFound" in text:
         return f"the Hub has no such revision of it {short}"
     if "DatasetNotFound" in text or "RepositoryNotFound" in text:
-        return f"the Hub has it not, or not without a login {short}"
+        return f"the Hub does not have it, or not without a login {short}"
     if re.search(r"connect|timed out|timeout|resolve host|name resolution|unreachable", low):
         return f"the Hub ({os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}) does not answer"
     return f"the Hub did not give it {short}"
@@ -40,5 +40,5 @@ def hub_reason(error: BaseException) -> str:
 def hub_error(said: str, error: BaseException) -> UserError:
     """The sentence `said` with the Hub's reason: of usage where the Hub has no such thing, else a failure."""
     reason = hub_reason(error)
-    kind = UsageError if reason.startswith("the Hub has ") else UserError
+    kind = UsageError if reason.startswith(("the Hub has ", "the Hub does not have ")) else UserError
     return kind(f"{said} {reason}")

@@ -5,6 +5,7 @@ Colours: Okabe and Ito's palette, safe for colour-blind eyes.
 
 import importlib.util
 import sys
+from dataclasses import fields
 from itertools import groupby
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,24 @@ _SHAPES = ("o", "s", "^", "D", "v", "P", "*", "<", ">", "p", "X", "H", "8", "1",
 OTHER_COLOUR, OTHER_MARKER = "#6E6E6E", "d"
 COLOURS = dict(zip(PLACEMENTS, _PALETTE, strict=False))
 MARKERS = dict(zip(PLACEMENTS, _SHAPES, strict=False))
+
+
+# The norms of a sublayer, by their letters in x <- C(alpha x + s B(f(c A(x)))).
+_LETTERS = {"A": "input_norm", "B": "output_norm", "C": "residual_norm"}
+_ENDS = ("embedding_norm", "final_norm")
+
+
+def _plain(row: Any) -> bool:
+    """Whether a row says nothing but where the norms A, B and C and those of the two ends are."""
+    said = (f for f in fields(row) if f.name not in (*_LETTERS.values(), *_ENDS))
+    return all(getattr(row, f.name) == getattr(type(row)(), f.name) for f in said)
+
+
+# The first row with these norms alone: {"C": "post", "A": "pre", "AB": "peri", "B": "output", "AC": "pre_post", ...}.
+BY_NORMS: dict[str, str] = {}
+for _name, _row in _ROWS.items():
+    if _plain(_row):
+        BY_NORMS.setdefault("".join(letter for letter, norm in _LETTERS.items() if getattr(_row, norm)), _name)
 
 
 def has_embedding_norm(model: dict[str, Any], placement: str | None = None) -> bool:

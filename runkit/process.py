@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 import periln
-from periln.runkit.errors import INTERRUPTED, TERMINATED
+from periln.runkit.errors import INTERRUPTED, TERMINATED, UsageError
 
 
 class StopRequest:
@@ -57,6 +57,26 @@ def start_stage(args: argparse.Namespace) -> None:
 
         torch.set_num_threads(args.threads)
     stop_with_parent(args.stop_with_parent)
+
+
+def need_device(name: str, asked: str) -> None:
+    """Refuse a GPU where torch sees none; `asked` is the option or field that names it.
+
+    Raises:
+        UsageError: `name` is `cuda` or `cuda:N`, and there is no CUDA device.
+    """
+    import torch
+
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"{asked} was asked for, but torch sees no CUDA device")
+
+
+def quiet_transformers() -> None:
+    """Keep Transformers' progress bars and warnings out of a command's output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def stop_with_parent(parent: int | None, poll_seconds: float = 0.5) -> None:

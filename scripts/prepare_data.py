@@ -38,14 +38,15 @@ from periln.runkit.folder import read_json, room_for, sha256_of, write_folder, w
 from periln.runkit.process import start_stage
 from periln.runkit.progress import progress_bar
 from periln.runkit.texts import without_long_runs
-from periln.scripts.data.corpus import Batch, Corpus, Mark, Records
+from periln.scripts.data.corpus import Batch, Corpus, Mark, SideFiles
 from periln.scripts.data.documents import Source
 from periln.scripts.data.encoders import Encoded, Encoders
 from periln.scripts.data.local_files import InstalledPython
+from periln.scripts.data.machine_text import InstalledText
 from periln.scripts.data.options import Options
 from periln.scripts.data.same_data import content_of, without_places
 from periln.scripts.data.shards import ShardWriter, token_dtype
-from periln.scripts.data.sources import BPE, HUB, INSTALLED
+from periln.scripts.data.sources import BPE, HUB, INSTALLED, OF_THIS_MACHINE
 from periln.scripts.data.token_data import TokenData
 from periln.scripts.data.tokenization import SPECIAL_TOKENS as SPECIAL_TOKENS
 from periln.scripts.data.tokenization import load_tokenizer, vocabulary_size
@@ -90,7 +91,7 @@ def prepare(
         raise UsageError(f"workers must be at least 1, not {workers}")
     if Path(more.get("tokenizer", BPE)).is_dir():
         more["tokenizer"] = str(Path(more["tokenizer"]).resolve())
-    local = source != INSTALLED and not source.startswith(HUB)
+    local = source not in OF_THIS_MACHINE and not source.startswith(HUB)
     options = Options(
         str(Path(source).resolve()) if local else source, vocab_size, max_bytes, heldout_share, context, **more
     )
@@ -112,7 +113,7 @@ def _pinned(work: Path, source: Source) -> dict[str, Any]:
         try:
             return source.pin(read_json(work / "source.json"))
         except UserError as error:
-            if not isinstance(source, InstalledPython):
+            if not isinstance(source, (InstalledPython, InstalledText)):
                 raise UserError(f"{error}: remove {work} to start over") from error
             tqdm.write("the installed packages have changed since this began: starting over")
             for path in work.iterdir():
@@ -176,7 +177,7 @@ def _fill(
     tokenizer, document = _tokenizer(work, source, options, tiktoken_file)
     state = read_json(work / "state.json") if (work / "state.json").exists() else None
     mark = Mark(**state["mark"]) if state else Mark()
-    records = Records(work, mark.lengths)
+    records = SideFiles(work, mark.lengths)
     vocabulary = vocabulary_size(tokenizer)
     dtype, cut = token_dtype(vocabulary), state.get("cut", 0) if state else 0
     shards = ShardWriter(work, dtype, options.shard_tokens, state and state["shards"])

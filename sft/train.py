@@ -28,7 +28,6 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
 from periln.runkit.checkpoints import chosen_checkpoint, damage_of
@@ -36,7 +35,7 @@ from periln.runkit.errors import StoppedBySignal, UsageError, UserError
 from periln.runkit.folder import RunFolder, called, read_json, room_for, weights_hash, write_json
 from periln.runkit.fp16 import make_fp16_real
 from periln.runkit.models import check_loadable, find_model, load_causal_lm
-from periln.runkit.process import StopRequest, start_stage
+from periln.runkit.process import StopRequest, need_device, quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
 from periln.runkit.steps import final_loss
@@ -172,8 +171,7 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
     if args.peft and recipe.peft is None:
         recipe.peft = Lora()
     recipe.check()
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device: cuda was asked for, but torch sees no CUDA device")
+    need_device(recipe.device, "device: cuda")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("sft.train runs in one process: start it without torchrun or accelerate launch")
     return recipe
@@ -275,8 +273,7 @@ def main(args: argparse.Namespace) -> None:
     start_stage(args)
     check(args)
     recipe = load_recipe(args)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     disable_progress_bars()
     if args.merge and recipe.peft is None:
         raise UsageError("--merge: only adapters are merged; give --peft too")

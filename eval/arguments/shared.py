@@ -73,7 +73,7 @@ def check_settings(args: argparse.Namespace) -> None:
         raise UsageError(f"limit must be at least 1 item a task, or a share of them below 1, not {args.limit:g}")
     if args.num_fewshot < 0:
         raise UsageError(f"num_fewshot must be at least 0, not {args.num_fewshot}")
-    if (size := batch_size(str(args.batch_size))) != "auto" and size < 1:
+    if isinstance(size := batch_size(str(args.batch_size)), int) and size < 1:
         raise UsageError(f"batch size must be at least 1, or auto, not {size}")
 
 

@@ -39,7 +39,8 @@ class _Rows:
     """The certificate's rows as they are found."""
 
     def __init__(self, measured: Mapping[Key, float]):
-        self.measured, self.rows = measured, []
+        self.measured = measured
+        self.rows: list[dict[str, Any]] = []
 
     def add(self, key: Key, reach: Reach | torch.Tensor | None, why: str, roundings: float = 0) -> None:
         row = dict(zip(("layer", "sublayer", "tensor"), key, strict=True))
@@ -94,10 +95,10 @@ def certify(
         branch = None if branch is None else branch.scaled(sublayer.multiplier)
         tell()
         if sublayer.residual_add is None:
-            waiting, missing = branch, branch is None
+            waiting = branch
             continue
         if sublayer.parallel:
-            branch = None if missing or branch is None else branch.plus(waiting)
+            branch = None if waiting is None or branch is None else branch.plus(waiting)
         stream = _add(sublayer, anatomy.hidden_size, stream, branch, rows)
     _ends(anatomy, stream, rows)
     tell()
@@ -131,8 +132,10 @@ def _branch(s: Sublayer, size: int, inside: Inside | Unknown, stream: Reach | No
         rows.add((s.layer, s.kind, "branch"), None, str(inside))
     else:
         matrices = inside()
-        act = _attention if isinstance(matrices, Attention) else _mlp
-        reach = act(s, matrices, given, reads, rows)
+        if isinstance(matrices, Attention):
+            reach = _attention(s, matrices, given, reads, rows)
+        else:
+            reach = _mlp(s, matrices, given, reads, rows)
     if s.output_norm is None:
         return reach
     reach = norm_reach(s.output_norm.facts, size, reach)

@@ -113,7 +113,7 @@ class _Watch:
         self.adds = [s for s in anatomy.sublayers if s.residual_add is not None]
         self.seen: dict[tuple[int, str], torch.Tensor] = {}
         points = [(("x", i), s.reads) for i, s in enumerate(self.adds)]
-        points += [(("sum", i), s.residual_add) for i, s in enumerate(self.adds)]
+        points += [(("sum", i), s.residual_add) for i, s in enumerate(self.adds) if s.residual_add is not None]
         self.handles = [
             point.watch(lambda x, key=(i, name): self.seen.__setitem__(key, x.detach().double().cpu()))
             for (name, i), point in points

@@ -16,6 +16,7 @@ beside, and nothing makes it hold on a real model (`broken_assumptions`).
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pandas as pd
 import torch
@@ -50,13 +51,15 @@ class _Watch:
     """The tensors of one sublayer in one pass, and the gradients that reach two of them."""
 
     def __init__(self, s: Sublayer):
-        self.s, self.seen, self.handles = s, {}, []
+        self.s = s
+        self.seen: dict[str, torch.Tensor] = {}
+        self.handles: list[Any] = []
         # Before any hook is there: finding out what a norm computes runs it.
         self.output, self.residual = (None if n is None else n.facts for n in (s.output_norm, s.residual_norm))
         matrix = s.output_projection.module
         self.handles.append(matrix.register_forward_pre_hook(lambda m, args: self._keep("h", args[0], False)))
         self.handles.append(matrix.register_forward_hook(lambda m, args, out: self._keep("a", out, True)))
-        if s.residual_add is not None:
+        if s.residual_add is not None and s.stream is not None:
             self.handles.append(s.residual_add.watch(lambda x: self._keep("sum", x, False)))
             self.handles.append(s.stream.watch(lambda x: self._keep("stream", x, True)))
 

@@ -43,7 +43,7 @@ def _peaks(view: View) -> pd.DataFrame:
             parts.append(layer_rows(view, tensor, "the largest |x|", ("max_abs",), both=True))
         except NotRecorded as error:
             missing = error
-    if not parts:
+    if not parts and missing is not None:
         raise missing
     rows = pd.concat(parts, ignore_index=True)
     rows = rows[rows.sublayer.isin(STREAM)]  # not what stands behind the final norm

@@ -138,7 +138,7 @@ def data_words(report: dict[str, Any]) -> str:
     """What the bench measured on, as its last checkpoint's entry in stability.json has it."""
     entries = report.get("checkpoints")
     entry = entries[-1] if isinstance(entries, list) and entries and isinstance(entries[-1], dict) else report
-    asked = entry.get("asked") if isinstance(entry.get("asked"), dict) else entry
+    asked = found if isinstance(found := entry.get("asked"), dict) else entry
     data, samples, tokens = asked.get("data"), asked.get("samples"), entry.get("predicted_tokens")
     words = PurePath(data).name if isinstance(data, str) else "the data of the stability bench"
     words = "random ids" if words == "random" else words

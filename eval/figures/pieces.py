@@ -3,7 +3,9 @@
 import io
 import textwrap
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -49,7 +51,7 @@ def image_bytes(figure: Figure, kind: str = "png") -> bytes:
     return data.getvalue()
 
 
-def settings() -> mpl.rc_context:
+def settings() -> AbstractContextManager[None]:
     """A context in which only the project's style counts, not the user's Matplotlib settings."""
     return mpl.rc_context(mpl.rcParamsDefault | STYLE | {"svg.hashsalt": "periln", "svg.fonttype": "path"})
 
@@ -86,7 +88,7 @@ def legend(
         handles.append(plain("diverged", linewidth=1, linestyle=":", marker="x"))
     handles += more
     # An entry is its handle (about 8 letters wide) and its label; a line holds about 108 letters.
-    widths = [len(handle.get_label()) + 8 for handle in handles]
+    widths = [len(str(handle.get_label())) + 8 for handle in handles]
     columns = len(handles) if sum(widths) < 108 else max(1, min(len(handles), 108 // max(widths)))
     by_row = [handle for i in range(columns) for handle in handles[i::columns]]  # a legend fills its columns first
     figure.legend(handles=by_row, loc="outside upper center", ncols=columns, frameon=False)
@@ -108,7 +110,7 @@ def curves(ax: Axes, data: pd.DataFrame, view: View, runs: pd.DataFrame, markers
         of = data[data.run.isin(alive) & np.isfinite(data.y)].groupby("x").y
         whole = of.agg(average)[of.count() == len(alive)]
         every = max(1, len(whole) // 20)
-        mark = {"marker": look.marker, "markevery": every} if markers else {}
+        mark: dict[str, Any] = {"marker": look.marker, "markevery": every} if markers else {}
         ax.plot(whole.index, whole.to_numpy(), linewidth=2.0, linestyle=look.style, **mark, **style)
 
 
@@ -144,7 +146,8 @@ def rate_axis(ax: Axes, rates: Sequence[float]) -> None:
     ticks = sorted(set(rates))
     low, high = ticks[0], ticks[-1]
     ax.set_xlim(low / 1.5, high * 1.5)
-    roomy, least = [], (high / low) ** (1 / 6) if high > low else 1.0
+    roomy: list[float] = []
+    least = (high / low) ** (1 / 6) if high > low else 1.0
     for tick in ticks:
         if not roomy or tick / roomy[-1] >= least * 0.999:
             roomy.append(tick)

@@ -153,7 +153,8 @@ def _describe(frames: Frames, run: pd.Series) -> dict[str, Any]:
 
 def looks_of(runs: pd.DataFrame) -> dict[str, Look]:
     """A colour and marker for each placement, a line style for each of its variants."""
-    looks, own = {}, []
+    looks: dict[str, Look] = {}
+    own: list[str] = []
     for placement, same in runs.groupby("placement", sort=False):
         colour, marker = colour_of(placement), marker_of(placement)
         if colour == OTHER_COLOUR:

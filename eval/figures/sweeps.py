@@ -11,6 +11,7 @@ from periln.eval.figures.pieces import Chart, NotRecorded, at_least, grid, hide_
 from periln.eval.figures.plots import Plot, numbers, style_of
 from periln.eval.figures.selection import View, common_protocol, seeds_words, sizes
 from periln.eval.figures.training import metrics_of
+from periln.runkit.placements import BY_NORMS
 from periln.runkit.sizes import count_text
 
 LEAST_RATES = 3  # of a curve over learning rates
@@ -104,7 +105,7 @@ def by_size(view: View, post_only: bool = False) -> Chart:
     metrics_of(view)
     usual, words = common_protocol(view)
     if post_only:
-        usual = usual.where(placement="post")
+        usual = usual.where(placement=BY_NORMS["C"])
         if usual.runs.empty:
             raise NotRecorded(
                 "Needs Post-LN runs at several learning rates: "

@@ -27,10 +27,12 @@ from periln.eval.figures.plots import Plot, every_of, step_lines
 from periln.eval.figures.selection import View, at_best_rate, common_protocol, rates_words, seeds_words, sizes
 from periln.eval.records.derived import spikes
 from periln.eval.records.words import recorded_steps
+from periln.runkit.placements import BY_NORMS
 
 SKIP_MARKERS = {"probe": "|", "backward": "x", "forward": "D"}
 NAMES = {"loss": "training loss (nats a token)", "grad_norm": "gradient norm"}
 PRETRAIN = "python -m scripts.pretrain --config"
+PRE, PERI, OUTPUT = BY_NORMS["A"], BY_NORMS["AB"], BY_NORMS["B"]
 MOST_MARKS = 200  # of spikes and skipped steps of a run, on a page
 LAST_SHARE = 1 / 6  # the paper's Figures 20 to 22 show the last 5B of 30B tokens
 
@@ -181,7 +183,7 @@ def frozen_gamma(view: View) -> Chart:
     same = runs.embedding_norm.isin(frozen.embedding_norm.unique()) & runs.placement.isin(frozen.placement)
     learned = runs[same & ~runs.frozen & (runs.norm_type == "rmsnorm")]
     used = _sides(usual, (frozen, learned), sentence)
-    pre = runs[(runs.series == "pre") & runs["size"].isin(used.runs["size"])]
+    pre = runs[(runs.series == PRE) & runs["size"].isin(used.runs["size"])]
     used = usual.of(runs[runs.run.isin([*used.runs.run, *pre.run])])
     has = "with" if frozen.embedding_norm.all() else "without"
     return _compared(at_best_rate(used), ("loss", "grad_norm"), f" The runs are {has} a norm on the embedding.{words}")
@@ -200,7 +202,7 @@ def switched(column: str, values: Sequence, sentence: str):
         ]
         if not kept:
             raise NotRecorded(sentence)
-        peri = [same for same in kept if same.placement.iloc[0] == "peri"]
+        peri = [same for same in kept if same.placement.iloc[0] == PERI]
         used = usual.of(runs[runs.run.isin(pd.concat(peri or kept).run)])
         return _compared(at_best_rate(used), ("loss", "grad_norm"), words)
 
@@ -211,8 +213,8 @@ def olmo2(view: View) -> Chart:
     """Figures 20 to 22: output norms with QK-norm (OLMo 2) beside Peri-LN, over the last steps."""
     usual, words = _usual(view)
     runs = usual.runs
-    output = runs[(runs.placement == "output") & (runs.qk_norm != "none")]
-    peri = runs[runs.series == "peri"]
+    output = runs[(runs.placement == OUTPUT) & (runs.qk_norm != "none")]
+    peri = runs[runs.series == PERI]
     sentence = (
         "Needs a run of the placement output with QK-norm (OLMo 2 style) and one of peri: "
         f"{PRETRAIN} scripts/recipes/400m-olmo2.yaml and 400m-peri.yaml."

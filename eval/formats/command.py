@@ -10,22 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.arguments.formats import FULL, QUICK, check, check_records
 from periln.eval.formats.cured import cure_in_place, rows_that_change
 from periln.eval.formats.emulate import Emulation, seen_in_a_pass
-from periln.eval.formats.files import Records
+from periln.eval.formats.files import FormatsFolder
 from periln.eval.formats.locate import Located, locate
 from periln.eval.formats.measure import LOGIT_BYTES, Reference, measure_recipe, measure_reference, usual_batch
 from periln.eval.formats.publish import publish
 from periln.eval.formats.recipes import BLOCK, GROUPS, TARGETS, WEIGHTS, Recipe, Scaled, chosen
 from periln.eval.formats.words import AS_IT_IS, CURED, PLACES
 from periln.eval.targets import Model, find_measured
-from periln.eval.texts.samples import Samples, find_samples
+from periln.eval.texts.samples import Samples, find_samples, sample_sizes
 from periln.runkit.environment import describe_environment
-from periln.runkit.errors import UsageError
-from periln.runkit.process import peak_rss, start_stage
+from periln.runkit.process import need_device, peak_rss, quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 
 Job = tuple[str, Recipe]  # variant and row
@@ -43,14 +41,6 @@ def usual_folder(model: Model) -> Path:
     if model.run is None:
         return Path("formats") / model.name
     return model.run / "eval" / "formats" / f"step_{model.chosen.step:08d}"
-
-
-def sample_sizes(tokenizer: Any, samples: Samples) -> list[int]:
-    """Bytes of the text that every sample predicts; its tokens where there is no tokenizer."""
-    if tokenizer is None:
-        return [samples.ids.shape[1] - 1] * len(samples.ids)
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return [max(1, len(tokenizer.decode(row[1:].tolist(), **options).encode())) for row in samples.ids]
 
 
 def _load(args: argparse.Namespace, model: Model) -> nn.Module:
@@ -114,7 +104,9 @@ def _announce(located: Located, samples: Samples, batch: int, rows: Sequence[Rec
 class _Formats:
     """One model and its records."""
 
-    def __init__(self, args: argparse.Namespace, model: Model, records: Records, samples: Samples, sizes: list[int]):
+    def __init__(
+        self, args: argparse.Namespace, model: Model, records: FormatsFolder, samples: Samples, sizes: list[int]
+    ):
         self.args, self.model, self.records, self.samples, self.sizes = args, model, records, samples, sizes
 
     def jobs(self) -> list[Job]:
@@ -168,10 +160,8 @@ class _Formats:
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
     check(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    need_device(args.device, "--device cuda")
+    quiet_transformers()
     model = find_measured(args.model, args.revision)
     out = args.out or usual_folder(model)
     check_records(out)
@@ -180,7 +170,7 @@ def main(args: argparse.Namespace) -> None:
     count = args.samples or (FULL if args.full else QUICK)
     samples = find_samples(config, tokenizer, data, count, args.tokens, args.seed)
     asked = {"step": model.chosen.step, "weights_sha256": model.chosen.weights_sha256}
-    records = Records(out, asked | samples.described)
+    records = FormatsFolder(out, asked | samples.described)
     sizes = sample_sizes(tokenizer, samples)
     unit = "token" if tokenizer is None else "byte"
     records.write_head(

@@ -14,8 +14,8 @@ from periln.runkit.errors import UserError
 from periln.runkit.folder import json_number, read_json, write_json
 
 
-class Records:
-    """One model's folder. `asked` is what decides a row: weights and samples.
+class FormatsFolder:
+    """One model's folder of measurements in number formats. `asked` is what decides a row: weights and samples.
 
     Raises:
         UserError: the folder holds rows of something else; what differs is named.

@@ -77,6 +77,16 @@ def _kl(reference: torch.Tensor, logits: torch.Tensor) -> tuple[float, int]:
     return total, same
 
 
+def divergence(reference: Reference, other: Reference) -> tuple[float, float]:
+    """KL(reference || other) in nats a position, and the share of positions at which both name the same token.
+
+    Both are of the same samples, and of vocabularies of one size.
+    """
+    pairs = [_kl(p, q) for p, q in zip(reference.logits, other.logits, strict=True)]
+    kl, same = (sum(part) for part in zip(*pairs, strict=True))
+    return max(kl, 0.0) / reference.positions, same / reference.positions
+
+
 @torch.no_grad()
 def measure_recipe(
     located: Located,

@@ -24,7 +24,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.fp16.cure import Wish, check_announced, cure, logits_of
 from periln.eval.fp16.table import as_markdown
@@ -33,9 +32,8 @@ from periln.eval.targets import Checkpoint, Model, find_measured
 from periln.eval.texts.samples import find_samples
 from periln.runkit.checkpoints import save_tokenizer
 from periln.runkit.environment import describe_environment
-from periln.runkit.errors import UsageError
 from periln.runkit.folder import check_room, write_folder, write_json, write_text
-from periln.runkit.process import start_stage
+from periln.runkit.process import need_device, quiet_transformers, start_stage
 
 
 def find_tokenizer(args: argparse.Namespace, model: Model) -> tuple[Any, str]:
@@ -99,10 +97,8 @@ def main(args: argparse.Namespace) -> None:
     start_stage(args)
     print(f"transformers {transformers.__version__}, torch {torch.__version__}", file=sys.stderr)
     check(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    need_device(args.device, "--device cuda")
+    quiet_transformers()
     source = find_measured(args.model, args.revision)
     checkpoint = source.chosen
     weights = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))

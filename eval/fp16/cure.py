@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from periln.eval.fp16.exponents import NoExactRewrite, choose
 from periln.eval.fp16.exponents import Plan as Exponents
@@ -59,7 +60,7 @@ def planned(tokens: list[int], gradients: int, half: int, tell: Callable[[Plan],
 
 
 def cure(
-    model: nn.Module,
+    model: PreTrainedModel,
     batches: list[torch.Tensor],
     wish: Wish,
     tell: Callable[[Plan], None] = lambda plan: None,

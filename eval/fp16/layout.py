@@ -87,7 +87,7 @@ class Layout:
 
     @property
     def groups(self) -> set[str]:
-        uses = [*self.matrices, *self.norms]
+        uses: list[Matrix | NormUse] = [*self.matrices, *self.norms]
         return {t.gives for t in self.tables} | {g for u in uses for g in (u.reads, u.gives)} | {FIXED}
 
     def watch(self, group: str, words: str, module: nn.Module, name: str, side: str = "output") -> None:
@@ -181,7 +181,7 @@ def _attention(layout: Layout, s: Sublayer, where: str, reads: str, gives: str) 
         normed = [_normed(parts.get(f"{x}_norm")) for x in "qk"]
         for x, group in (("q", queries), ("k", keys)):
             norm, called = parts.get(f"{x}_norm"), group.rpartition(".")[2]
-            if _normed(norm):
+            if norm is not None and _normed(norm):
                 layout.norm(Norm(f"{name}.{x}_norm", norm), group, FIXED)
                 layout.watch(FIXED, f"the normed {called} of {where}", norm, f"{name}.{x}_norm")
             elif any(normed):
@@ -265,5 +265,6 @@ def _ends(layout: Layout, anatomy: Anatomy, stream: str, table: str) -> None:
 
 def names_of(layout: Layout) -> Iterator[str]:
     """The modules with parameters that the layout accounts for."""
-    yield from (part.name for part in (*layout.tables, *layout.matrices, *layout.norms))
+    parts: list[Table | Matrix | NormUse] = [*layout.tables, *layout.matrices, *layout.norms]
+    yield from (part.name for part in parts)
     yield layout.head

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from periln.eval.texts.windows import token_loss
 from periln.runkit.errors import UserError
 
 if TYPE_CHECKING:
-    from periln.eval.fp16.layout import Layout
+    from periln.eval.fp16.layout import Layout, NormUse, Table
 
 
 @dataclass
@@ -71,10 +71,12 @@ def measure_peaks(
 def _weights(layout: "Layout", model: nn.Module) -> list[tuple[Peak, nn.Parameter, torch.Tensor | None]]:
     """What FP16 must hold of weights: gains and tables, which carry a group's factor by themselves, with their
     gradients, and the gradients of matrices."""
-    modules, found = dict(model.named_modules()), []
-    for part in (*layout.norms, *layout.tables):
-        if (weight := getattr(modules[part.name], "weight", None)) is not None:
-            peak = Peak(part.gives, f"the weight of {part.name}", weight.detach().abs().max().item())
+    modules: dict[str, Any] = dict(model.named_modules())
+    found: list[tuple[Peak, nn.Parameter, torch.Tensor | None]] = []
+    ends: list[NormUse | Table] = [*layout.norms, *layout.tables]
+    for end in ends:
+        if (weight := getattr(modules[end.name], "weight", None)) is not None:
+            peak = Peak(end.gives, f"the weight of {end.name}", weight.detach().abs().max().item())
             found.append((peak, weight, None))
     for part in layout.matrices:
         peak = Peak(part.gives, f"the weight of {part.name}", part.largest, reads=part.reads)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from modeling_periln.configuration_periln import LAYER_NORM_SLOTS, STREAM_NORM_SLOTS
 from periln.eval.fp16.exponents import Plan
@@ -77,7 +78,7 @@ def _scale_gain(norm: NormUse, module: nn.Module, factor: float) -> None:
         bias.mul_(factor)
 
 
-def _set_epsilon(model: nn.Module, layout: Layout, plan: Plan) -> Epsilon:
+def _set_epsilon(model: PreTrainedModel, layout: Layout, plan: Plan) -> Epsilon:
     config, e, modules = model.config, plan.exponents, dict(model.named_modules())
     if layout.epsilon == SLOTS:
         before = config.norm_eps

@@ -163,11 +163,12 @@ def is_probe(event: dict[str, Any]) -> bool:
 
 def event_text(event: dict[str, Any]) -> str:
     kind, reason = event.get("kind"), event.get("reason")
+    skipped = str(event.get("skip_kind"))
     if kind == "skip":
         why = {
             "forward": "the forward pass was not finite (neither was the loss)",
             "backward": "a gradient was not finite at a loss scale that had worked before, the loss was finite",
-        }.get(event.get("skip_kind"), f"kind {event.get('skip_kind')}")
+        }.get(skipped, f"kind {skipped}")
         module = event.get("module")
         named = f"; the first module whose output was not finite: {module_text(module)}" if module else ""
         return f"step {event['step']} was skipped: {why}{named}"

@@ -308,11 +308,12 @@ def _after(rest: list[dict[str, Any]]) -> list[str]:
         if event.get("kind") == "diverged":
             end = event
             continue
-        kind = event.get("kind")
+        kind = str(event.get("kind"))
         if kind == "skip":
-            name = f"skipped for {names.get(event.get('skip_kind'), event.get('skip_kind'))}"
+            reason = str(event.get("skip_kind"))
+            name = f"skipped for {names.get(reason, reason)}"
         else:
-            name = {"spike": "a gradient spike", "loss": "a loss that was not finite"}.get(kind, str(kind))
+            name = {"spike": "a gradient spike", "loss": "a loss that was not finite"}.get(kind, kind)
         counts.setdefault(name, []).append(event["step"])
     said = [f"{steps_text(steps)}: {name}" for name, steps in counts.items()]
     if end:

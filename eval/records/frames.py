@@ -107,8 +107,8 @@ def _describe(root: Path, run: str, recipes: dict[str, dict[str, Any]]) -> dict[
     cell = run
     if recipes[run]["stage"] == "sft":
         above = [str(p) for p in PurePosixPath(run).parents]
-        cell = next((p for p in above if recipes.get(p, {}).get("stage") == "pretrain"), None)
-        if cell is None:
+        cell = next((p for p in above if recipes.get(p, {}).get("stage") == "pretrain"), "")
+        if not cell:
             return None
     recipe, summary = recipes[cell], RunFolder(root / run).summary
     model = recipe.get("model") or {}
@@ -227,7 +227,11 @@ def load(root: str | Path, measurements: bool = True) -> Frames:
         raise UsageError(f"{root} holds no run folders (a recipe.yaml with stage: pretrain)")
     rows.sort(key=lambda r: (r["learning_rate"], placement_order(r["placement"]), str(r["seed"]).zfill(9), r["run"]))
 
-    metrics, layers, scores, samples, environments = [], [], [], [], {}
+    metrics: list[dict[str, Any]] = []
+    layers: list[pd.DataFrame] = []
+    scores: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+    environments: dict[str, Any] = {}
     for run in (row["run"] for row in rows):
         folder = RunFolder(root / run)
         if measurements:
@@ -257,8 +261,10 @@ def load(root: str | Path, measurements: bool = True) -> Frames:
 
 def nothing_recorded(name: str) -> Frames:
     """Frames without a run."""
-    columns = (_RUNS, _METRICS, _LAYERS, _SCORES, _SAMPLES)
-    return Frames(name, {}, *(pd.DataFrame(columns=names) for names in columns), recipes={}, environments={})
+    runs, metrics, layers, scores, samples = (
+        pd.DataFrame(columns=names) for names in (_RUNS, _METRICS, _LAYERS, _SCORES, _SAMPLES)
+    )
+    return Frames(name, {}, runs, metrics, layers, scores, samples, recipes={}, environments={})
 
 
 def load_all(roots: Sequence[str | Path], measurements: bool = True) -> Frames:

@@ -31,7 +31,7 @@ TEMPLATES = Path(__file__).resolve().parent
 
 def adds_text(adds: dict[str, dict[str, str]]) -> str:
     """`16 of 16 in float16`; adds whose terms differ are spelled out."""
-    kinds = Counter()
+    kinds: Counter[str] = Counter()
     for add in adds.values():
         stream, branch, output = (str(add.get(key, "?")) for key in ("stream", "branch", "output"))
         kinds[output if stream == branch == output else f"{stream} + {branch} giving {output}"] += 1

@@ -116,7 +116,7 @@ def verdict(frames: Frames, numbers: pd.DataFrame) -> list[tuple[str, list[str]]
     """What the records say: headings with sentences; `numbers` are those of the stability table."""
     runs = frames.pretrained
     counts = ", ".join(f"{n} {status}" for status, n in sorted(runs.status.value_counts().items()))
-    said = [(f"{plural(len(runs), 'pretraining run')}: {counts}.", [])]
+    said: list[tuple[str, list[str]]] = [(f"{plural(len(runs), 'pretraining run')}: {counts}.", [])]
     for rate in frames.learning_rates:
         fate = f"Learning rate {rate:g}: {_fate(runs[runs.learning_rate == rate])}"
         here = numbers[numbers.learning_rate == rate]

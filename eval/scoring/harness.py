@@ -28,6 +28,7 @@ from periln.runkit.encoding import before_text
 from periln.runkit.errors import UsageError, UserError, did_you_mean
 from periln.runkit.folder import read_json, weights_hash, write_json
 from periln.runkit.hub import hub_reason, quiet_hub
+from periln.runkit.process import need_device
 from periln.runkit.tasks import SUITES, TASKS
 
 MINI_FOLDER = Path(__file__).parents[1] / "tasks"
@@ -62,10 +63,9 @@ class Settings:
             raise UsageError(f"limit must be at least 1 item a task, or a share of them below 1, not {shown}")
         if self.num_fewshot < 0:
             raise UsageError(f"num_fewshot must be at least 0, not {self.num_fewshot}")
-        if self.batch_size != "auto" and self.batch_size < 1:
+        if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise UsageError(f"batch size must be at least 1, or auto, not {self.batch_size}")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise UsageError(f"--device {self.device} was asked for, but torch sees no CUDA device")
+        need_device(self.device, f"--device {self.device}")
 
     def recorded(self) -> dict[str, Any]:
         """The keys of a record that hold them; `dtype` is recorded as it turned out."""
@@ -297,7 +297,7 @@ def _results(answer: dict[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     shots = {row["task"]: row["num_fewshot"] for row in rows if "num_fewshot" in row}
-    for row in answer["gold"]:
+    for row in answer.get("gold", ()):
         rows.append(row | ({"num_fewshot": shots[row["task"]]} if row["task"] in shots else {}))
     return rows
 

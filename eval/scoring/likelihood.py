@@ -132,10 +132,10 @@ class ContinuationLM(HFLM):
                 strings.append(name)
                 sums.append(torch.gather(values, 2, answer.unsqueeze(-1)).squeeze(-1).sum())
                 greedy.append((best[:, -answer.shape[1] :] == answer).all())
-        sums = torch.stack(sums)
-        if sums.isnan().any():  # NaN loses every comparison: it would be scored as the first answer
+        summed = torch.stack(sums)
+        if summed.isnan().any():  # NaN loses every comparison: it would be scored as the first answer
             raise FloatingPointError(f"log-likelihoods are no numbers in {self.model.dtype}")
-        scored = zip(sums.tolist(), torch.stack(greedy).tolist(), strict=True)
+        scored = zip(summed.tolist(), torch.stack(greedy).tolist(), strict=True)
         return list(zip(strings, scored, strict=True))
 
 

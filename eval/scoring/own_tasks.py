@@ -116,8 +116,12 @@ def _data_files(config: dict[str, Any]) -> dict[str, Path]:
 def _messages() -> Iterator[list[tuple[int, str]]]:
     """What the harness logs of the files that it looks through; nothing of it reaches the terminal."""
     said: list[tuple[int, str]] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append((record.levelno, record.getMessage()))
+
+    class Keeping(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append((record.levelno, record.getMessage()))
+
+    handler = Keeping()
     logger = logging.getLogger("lm_eval.tasks._index")
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)

@@ -1,6 +1,7 @@
 """The backward pass at a checkpoint: gradients of every sublayer, and whether the loss knows its weights' scale."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,10 +56,11 @@ def _sums(x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[float, float,
 def _gradient_row(modules: list[nn.Module], step: int, layer: int, sublayer: str) -> list[tuple]:
     """`gradient` norm and variance (over entries) of a group of parameters, where it has a gradient."""
     parameters = {id(p): p for m in modules for p in m.parameters() if p.grad is not None}
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
     if not parameters:
         return []
     count = sum(p.numel() for p in parameters.values())
-    sums = [_sums(p.grad) for p in parameters.values()]
+    sums = [_sums(gradient) for gradient in gradients]
     mean, square = sum(s[0] for s in sums) / count, sum(s[1] for s in sums)
     values = {"norm": square**0.5, "variance": max(square / count - mean**2, 0.0)}
     return [(step, layer, sublayer, "gradient", stat, value) for stat, value in values.items()]
@@ -75,7 +77,7 @@ def scale_freedom(sublayer: Sublayer) -> float | None:
     with_gradient = [p for p in projection.module.parameters() if p.grad is not None]
     if not with_gradient:
         return None
-    grads = [_sums(p.grad, p) for p in with_gradient]
+    grads = [_sums(p.grad, p) for p in with_gradient if p.grad is not None]
     size = (sum(g[1] for g in grads) * sum(_sums(p.detach())[1] for p in with_gradient)) ** 0.5
     return sum(g[2] for g in grads) / size if size > 0 else None
 
@@ -166,7 +168,7 @@ def layer_by_layer(
     model.zero_grad(set_to_none=True)
     begins = {id(p) for p in stages.anatomy.embedding.parameters()}  # a tied table is a part of both ends
     passes: list[tuple[torch.Tensor, list[torch.Tensor], list[LayerCall]]] = []
-    grads: list[torch.Tensor] = []
+    grads: list[Any] = []
     for ids in batches:
         streams, calls = stages.streams(ids)
         leaf = streams.pop().requires_grad_()

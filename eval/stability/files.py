@@ -34,8 +34,8 @@ _WIDE = {
 }
 
 
-class Records:
-    """One model's folder of records."""
+class BenchFolder:
+    """One model's folder of the bench's records."""
 
     def __init__(self, folder: Path, model: str, single: bool):
         self.folder, self.model, self.single = folder, model, single
@@ -64,8 +64,9 @@ class Records:
         """Whether the very measurement is there: of these weights, asked for in this way."""
         entry = self.entry(step)
         whole = self.table(step).exists() and self.angles(step).exists()
-        finished = entry is not None and entry.get("stopped") is None
-        return whole and finished and entry["asked"] == asked and entry["weights_sha256"] == weights
+        if entry is None or entry.get("stopped") is not None:
+            return False
+        return whole and entry["asked"] == asked and entry["weights_sha256"] == weights
 
     def write(self, measured: Measured, entry: dict[str, Any], certificate: dict[str, Any] | None) -> None:
         """The files of one checkpoint, stability.json last."""

@@ -140,7 +140,7 @@ class _Measurement:
 
         fits = {stat: fit_growth((p := depth_profile(table, stat)).index, p) for stat in PROFILES}
         fp16 = self.fp16
-        record = {
+        record: dict[str, Any] = {
             "step": self.step,
             "placement": anatomy.placement,
             "structure": describe(anatomy),

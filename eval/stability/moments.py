@@ -18,6 +18,10 @@ class Peak:
     channel: int = -1
 
 
+def _nothing() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.float64)
+
+
 @dataclass
 class Moments:
     """Sums over all entries of tensors (B, S, D) that came by, and over each channel.
@@ -32,8 +36,8 @@ class Moments:
     third: float = 0.0
     fourth: float = 0.0
     not_finite: int = 0
-    channel_sum: torch.Tensor | None = None
-    channel_square: torch.Tensor | None = None
+    channel_sum: torch.Tensor = field(default_factory=_nothing)  # (D,), of the first batch on
+    channel_square: torch.Tensor = field(default_factory=_nothing)
     peak: Peak = field(default_factory=Peak)
 
     @torch.no_grad()
@@ -52,7 +56,7 @@ class Moments:
             self.not_finite += int((~x.isfinite()).sum())
         flat = x.double()
         square = flat * flat
-        if self.channel_sum is None:
+        if self.channel_sum.numel() == 0:
             self.channel_sum, self.channel_square = flat.new_zeros(width), flat.new_zeros(width)
         ones = flat.new_ones(len(flat))
         self.channel_sum += ones @ flat

@@ -53,7 +53,9 @@ class _Watch:
     """What both passes share: the names of points, and the first thing that was seen."""
 
     def __init__(self, anatomy: Anatomy):
-        self.anatomy, self.first, self._handles = anatomy, None, []
+        self.anatomy = anatomy
+        self.first: NonFinite | None = None
+        self._handles: list[Any] = []
         self.words: dict[tuple[str, str], tuple[str, str, int | None]] = {}
         model = anatomy.model
         for name, module in model.named_modules():
@@ -169,7 +171,7 @@ class FirstBackward(_Watch):
         for name, parameter in model.named_parameters():
             self._handles.append(parameter.register_hook(lambda grad, name=name: self._weight(name, grad)))
         start = self.anatomy.embedding_stream
-        points = [(start, "the embedding", 0)]
+        points: list[tuple[Point | None, str, int]] = [(start, "the embedding", 0)]
         points += [
             (s.stream, f"the stream after the {s.kind} of layer {s.layer}", s.layer) for s in self.anatomy.sublayers
         ]
@@ -281,7 +283,8 @@ class HalfPasses:
                 return self._backward(scales)
 
     def _backward(self, scales: tuple[float, ...]) -> list[NonFinite | None]:
-        largest, found = dict.fromkeys(scales, 0.0), {}
+        largest = dict.fromkeys(scales, 0.0)
+        found: dict[float, NonFinite] = {}
         for ids in self.batches:
             left = [scale for scale in scales if scale not in found]
             if not left:

@@ -113,7 +113,7 @@ def _massive(massive: list[dict[str, Any]], top: dict[str, Any] | None) -> list[
         after = f"stream after the {top['sublayer']} of layer {top['layer']}"
         place = "embedding" if top["sublayer"] == "embedding" else after
         return [f"{said}: the most any has is {top['ratio']:.0f} times, channel {top['channel']} of the {place}."]
-    said = []
+    sentences = []
     for m in massive[:3]:
         after = (
             "in the embedding" if m["sublayer"] == "embedding" else f"after the {m['sublayer']} of layer {m['layer']}"
@@ -123,12 +123,12 @@ def _massive(massive: list[dict[str, Any]], top: dict[str, Any] | None) -> list[
         more = (
             f", and reaches {number(grows['value'])} in layer {grows['layer']}" if grows["value"] > m["value"] else ""
         )
-        said.append(
+        sentences.append(
             f"A massive activation appears {after}: channel {m['channel']}, position {m['position']} of sample "
             f"{m['sample']}{token}, |x| = {number(m['value'])}, {m['ratio']:.0f} times the typical size{more}; it "
             f"lasts to layer {m['last_layer']}."
         )
-    return said
+    return sentences
 
 
 def _gradients(rows: pd.DataFrame) -> list[str]:

@@ -8,7 +8,7 @@ module for which it does not hold (experts, other activations, norms of values) 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -94,6 +94,10 @@ def _act(module: nn.Module) -> nn.Module:
     return acts[0]
 
 
+@overload
+def _wide(x: torch.Tensor) -> torch.Tensor: ...
+@overload
+def _wide(x: None) -> None: ...
 def _wide(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.detach().double().cpu()
 
@@ -120,6 +124,7 @@ def _attention(module: nn.Module, size: int) -> tuple[Attention, nn.Module]:
 def _mlp(module: nn.Module) -> tuple[Gated, nn.Module]:
     linears = linear_maps(module)
     names, act = set(linears), _act(module)
+    parts: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
     if names == {"gate_proj", "up_proj", "down_proj"}:
         gate, up, down = (linears[n] for n in ("gate_proj", "up_proj", "down_proj"))
         parts = (gate.weight, gate.bias, up.weight, up.bias)
@@ -134,7 +139,8 @@ def _mlp(module: nn.Module) -> tuple[Gated, nn.Module]:
         parts = (linears[first].weight, linears[first].bias, None, None)
     else:
         raise Unknown(f"the matrices of {type(module).__name__} are not known: {', '.join(sorted(names)) or 'none'}")
-    return Gated(*map(_wide, parts), _wide(down.weight), _wide(down.bias), act), down
+    w, w_bias, v, v_bias = parts
+    return Gated(_wide(w), _wide(w_bias), _wide(v), _wide(v_bias), _wide(down.weight), _wide(down.bias), act), down
 
 
 Inside = Callable[[], Attention | Gated]
@@ -149,10 +155,12 @@ def look_inside(model: nn.Module, sublayers: Iterable[Sublayer], size: int) -> d
     """
     read: dict[str, Callable[[], tuple[Attention | Gated, nn.Module]]] = {}
     found: dict[str, Inside | Unknown] = {}
-    seen: dict[str, dict[str, torch.Tensor]] = {}
+    seen: dict[str, dict[str, Any]] = {}
     handles: list[Any] = []
     for sublayer in sublayers:
-        kind = partial(_attention, sublayer.module, size) if sublayer.kind == "attn" else partial(_mlp, sublayer.module)
+        kind: Callable[[], tuple[Attention | Gated, nn.Module]] = partial(_mlp, sublayer.module)
+        if sublayer.kind == "attn":
+            kind = partial(_attention, sublayer.module, size)
         try:
             handles += _watch(sublayer.module, kind()[1], seen.setdefault(sublayer.name, {}))
             read[sublayer.name] = kind
@@ -176,7 +184,7 @@ def _first(kind: Callable[[], tuple[Attention | Gated, nn.Module]]) -> Attention
     return kind()[0]
 
 
-def _watch(module: nn.Module, last: nn.Module, seen: dict[str, torch.Tensor]) -> list[Any]:
+def _watch(module: nn.Module, last: nn.Module, seen: dict[str, Any]) -> list[Any]:
     """Hooks that keep the module's input and output, and the input of its last matrix."""
 
     def first(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -196,10 +204,11 @@ def _watch(module: nn.Module, last: nn.Module, seen: dict[str, torch.Tensor]) ->
 
 
 def _agrees(inside: Attention | Gated, seen: dict[str, torch.Tensor], dtype: torch.dtype) -> bool:
-    attention = isinstance(inside, Attention)
-    hidden = inside.gives_on_one_token(seen["given"]) if attention else inside.gives(seen["given"])
-    last = (inside.output, inside.output_bias) if attention else (inside.down, inside.down_bias)
-    result = nn.functional.linear(seen["hidden"], *last)
+    if isinstance(inside, Attention):
+        hidden, matrix, bias = inside.gives_on_one_token(seen["given"]), inside.output, inside.output_bias
+    else:
+        hidden, matrix, bias = inside.gives(seen["given"]), inside.down, inside.down_bias
+    result = nn.functional.linear(seen["hidden"], matrix, bias)
     for computed, actual in ((hidden, seen["hidden"]), (result, seen["result"])):
         limit = 1e3 * torch.finfo(dtype).eps * max(computed.abs().max().item(), 1e-30)
         if computed.shape != actual.shape or not bool((computed - actual).abs().max() <= limit):

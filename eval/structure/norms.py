@@ -52,7 +52,8 @@ def norm_facts(module: nn.Module, name: str = "") -> NormFacts:
     eps = epsilon_of(module)
     if eps is None:
         raise UserError(f"{label} states no epsilon (none of {', '.join(_EPS_NAMES)})")
-    parameter = next(module.parameters(), None)
+    # A frozen gain is a buffer.
+    parameter = next(module.parameters(), weight if isinstance(weight, torch.Tensor) else None)
     sizes = getattr(module, "normalized_shape", None)
     size = len(parameter) if parameter is not None else sizes[-1] if sizes else getattr(module, "dim", None)
     if not isinstance(size, int):
@@ -73,6 +74,6 @@ def norm_facts(module: nn.Module, name: str = "") -> NormFacts:
             gain = 1.0 if weight is None else offset + weight.double()
             expected = hat * gain + shift
             if bool((y - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()):
-                exact = None if weight is None else gain.detach()
+                exact = gain.detach() if isinstance(gain, torch.Tensor) else None
                 return NormFacts(kind, eps, exact, None if bias is None else bias.detach().double(), offset)
     raise UserError(f"{label} is neither an RMSNorm nor a LayerNorm of the last dimension")

@@ -31,8 +31,8 @@ class Point:
     module: nn.Module
     side: str
 
-    def watch(self, see: Callable[[torch.Tensor], None]) -> Any:
-        """Call `see` with the tensor on every forward pass; gives the hook's handle."""
+    def watch(self, see: Callable[[Any], None]) -> Any:
+        """Call `see` with the tensor (or None) on every forward pass; returns the hook's handle."""
         if self.side == "input":
 
             def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -54,6 +54,14 @@ class Call:
     module: nn.Module
     given: torch.Tensor | None
     result: torch.Tensor | None = None
+
+
+@dataclass
+class TensorCall(Call):
+    """A call that turned one tensor into another."""
+
+    given: torch.Tensor
+    result: torch.Tensor
 
 
 @dataclass

@@ -30,7 +30,7 @@ class LayerCall:
     kwargs: dict[str, Any]
     place: int | str  # of the stream among them
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> Any:
         args, kwargs = list(self.args), dict(self.kwargs)
         if isinstance(self.place, int):
             args[self.place] = x
@@ -41,8 +41,8 @@ class LayerCall:
 
 def _call(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> LayerCall:
     stream = input_tensor(args, kwargs)
-    named = {**dict(enumerate(args)), **kwargs}
-    place = next(key for key, value in named.items() if value is stream)
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    place = next(key for key, value in named if value is stream)
     if isinstance(place, int):
         args = (*args[:place], None, *args[place + 1 :])
     else:
@@ -60,7 +60,7 @@ class Stages:
     def begin(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
         """The stream that layer 1 reads on ids (B, S), with its graph in grad mode, and the calls of all layers."""
         calls: list[LayerCall] = []
-        start: list[torch.Tensor] = []
+        start: list[Any] = []
         last = self.anatomy.num_layers
 
         def record(number: int, layer: nn.Module) -> Callable[..., Any]:
@@ -107,7 +107,7 @@ class Stages:
                 found.append(call(found[-1].clone()))  # a layer may change its input in place
         return found, calls
 
-    def _wrap(self, number: int, x: torch.Tensor) -> Any:
+    def _wrap(self, number: int, x: torch.Tensor | None) -> Any:
         result = self._results[number - 1]
         return x if result is None else type(result)(x if item is _STREAM else item for item in result)
 

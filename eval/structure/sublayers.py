@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from periln.eval.structure.norms import NormFacts, is_norm, norm_facts
-from periln.eval.structure.points import Call, Point
+from periln.eval.structure.points import Call, Point, TensorCall
 from periln.runkit.errors import UserError
 
 ROUNDING = 8.0  # a sum may be off by this many units in the last place of the sum of its parts' sizes
@@ -58,6 +58,12 @@ class Sublayer:
     stream: Point | None
     output_projection: Projection | None
 
+    @property
+    def letters(self) -> str:
+        """The places where it has norms, such as `AB`."""
+        norms = (("A", self.input_norm), ("B", self.output_norm), ("C", self.residual_norm))
+        return "".join(letter for letter, norm in norms if norm is not None)
+
 
 def _eps(*tensors: torch.Tensor) -> float:
     return ROUNDING * max(torch.finfo(x.dtype).eps for x in tensors)
@@ -87,14 +93,14 @@ def _stated(fitted: float, layer: nn.Module) -> float:
     return next((v for v in numbers if abs(v - fitted) <= 1e-6 * abs(fitted)), fitted)
 
 
-def _closest(reader: torch.Tensor, norms: list["Call"], side: str) -> tuple["Call | None", float]:
+def _closest(reader: torch.Tensor, norms: list[TensorCall], side: str) -> tuple[TensorCall | None, float]:
     """The norm whose `side` ("given", "result") is `reader` up to a factor, and the factor; equal ones come first.
 
     A norm of a normed vector is nearly that vector, so among those that match only to rounding the last one counts.
     """
     found = [(norm, k) for norm in norms if (k := ratio(reader, getattr(norm, side))) is not None]
     equal = [item for item in found if item[1] == 1.0]
-    return (equal or found or [(None, 1.0)])[-1]
+    return found_or_none[-1] if (found_or_none := equal or found) else (None, 1.0)
 
 
 def _factors(total: torch.Tensor, parts: list[torch.Tensor]) -> list[float] | None:
@@ -130,19 +136,24 @@ def _by_channel(total: torch.Tensor, parts: list[torch.Tensor]) -> bool:
 _ATTENTION_WORDS = ("attention", "attn")
 
 
-def _shape(x: torch.Tensor | None) -> torch.Size | None:
-    return None if x is None else x.shape
+def _keeps_shape(call: Call, shape: torch.Size) -> TensorCall | None:
+    """The call, if it turned a tensor of this shape into another."""
+    given, result = call.given, call.result
+    if given is None or result is None or not shape == given.shape == result.shape:
+        return None
+    return TensorCall(call.name, call.module, given, result)
 
 
 class LayerReader:
     """Reads the sublayers of one decoder layer out of the trace of its children."""
 
-    def __init__(self, number: int, name: str, layer: nn.Module, calls: list[Call], whole: Call):
+    def __init__(self, number: int, name: str, layer: nn.Module, calls: list[Call], whole: TensorCall):
         self.number, self.name, self.layer, self.whole = number, name, layer, whole
         shape = whole.given.shape
         self.deep = calls
         depth = name.count(".") + 1
-        flat = [c for c in calls if c.name.count(".") == depth and shape == _shape(c.given) == _shape(c.result)]
+        near = (_keeps_shape(c, shape) for c in calls if c.name.count(".") == depth)
+        flat = [c for c in near if c is not None]
         self.norms = [c for c in flat if is_norm(c.module)]
         self.heavy = [c for c in flat if not is_norm(c.module) and any(p.ndim > 1 for p in c.module.parameters())]
 
@@ -152,17 +163,17 @@ class LayerReader:
     def _norm(self, call: Call | None) -> Norm | None:
         return None if call is None else Norm(call.name, call.module)
 
-    def _input_norm(self, f: Call) -> tuple[Call | None, float]:
+    def _input_norm(self, f: TensorCall) -> tuple[TensorCall | None, float]:
         """The norm that f reads, if it reads one (and not the stream), and the factor between."""
         return _closest(f.given, [n for n in self.norms if not same(n.given, f.result)], "result")
 
-    def _output_norm(self, f: Call) -> Call | None:
+    def _output_norm(self, f: TensorCall) -> TensorCall | None:
         return _closest(f.result, self.norms, "given")[0]
 
-    def _after(self, f: Call, norm: Call | None) -> torch.Tensor:
+    def _after(self, f: TensorCall, norm: TensorCall | None) -> torch.Tensor:
         return f.result if norm is None else norm.result
 
-    def _order(self) -> tuple[Call, Call]:
+    def _order(self) -> tuple[TensorCall, TensorCall]:
         if len(self.heavy) != 2:
             names = ", ".join(c.name.rsplit(".", 1)[-1] for c in self.heavy) or "none"
             raise self.refuse(f"it has not two modules that write to the stream, attention and MLP (found: {names})")
@@ -191,7 +202,9 @@ class LayerReader:
             make("mlp", mlp, m_out, self._input_norm(mlp), None, (alpha, s_mlp), start, end, end, True),
         ]
 
-    def _sequential(self, attn: Call, mlp: Call, a_out: Call | None, m_out: Call | None) -> list[Sublayer]:
+    def _sequential(
+        self, attn: TensorCall, mlp: TensorCall, a_out: TensorCall | None, m_out: TensorCall | None
+    ) -> list[Sublayer]:
         x, end = self.whole.given, self.whole.result
         a_in, m_in = self._input_norm(attn), self._input_norm(mlp)
         before = m_in[0] if m_in[0] is not None else mlp
@@ -209,7 +222,7 @@ class LayerReader:
             # The MLP reads the stream itself or a norm of it, and a norm C of attention made that stream.
             a_res = next((n for n in self.norms if same(n.result, total)), None)
             first = None if a_res is None else _factors(a_res.given, [x, self._after(attn, a_out)])
-            if first is None:
+            if a_res is None or first is None:
                 sums = [total, *(n.given for n in self.norms if same(n.result, total))]
                 self._refuse_factors(sums, [x, self._after(attn, a_out)])
                 raise self.refuse("what its MLP reads is not its input plus what attention gives")
@@ -272,5 +285,5 @@ class LayerReader:
         )
 
 
-def _reads(x: torch.Tensor, f: Call, norm: Call | None) -> bool:
+def _reads(x: torch.Tensor, f: TensorCall, norm: TensorCall | None) -> bool:
     return same(x, f.given if norm is None else norm.given)

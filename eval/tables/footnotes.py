@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -34,7 +35,7 @@ def _who(rows: pd.DataFrame, sized: bool) -> str:
     return "; ".join(parts)
 
 
-def _value(name: str, value: object) -> str:
+def _value(name: str, value: Any) -> str:
     if name == "tokens":
         return f"{value:,.0f}"
     if name.endswith("_measured_on"):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -37,7 +38,7 @@ def _means(rows: pd.DataFrame, tasks: Sequence[str]) -> list[dict]:
 
     Avg. has no deviation, is given only where every task has a mean, and its n is the smallest of the tasks'.
     """
-    found = [{"column": task} | _statistics(rows[task] * 100) for task in tasks]
+    found: list[dict[str, Any]] = [{"column": task} | _statistics(rows[task] * 100) for task in tasks]
     average = sum(row["mean"] for row in found) / len(found)
     return [*found, {"column": AVERAGE, "mean": average, "std": math.nan, "n": min(row["n"] for row in found)}]
 

@@ -10,6 +10,7 @@ any other column is left out, and that is said. Lines that begin with # are comm
 import csv
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -29,7 +30,7 @@ def _lines(path: Path) -> list[tuple[int, list[str]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror.lower()}") from error
+        raise UserError(f"cannot read {path}: {str(error.strerror).lower()}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no CSV file in UTF-8") from error
     kept = []
@@ -126,7 +127,8 @@ def read_scores(path: str | Path) -> Scores:
         raise UserError(f"{path} line {at}: no column of a task ({', '.join(SUITES['hub'])})")
     if len(lines) == 1:
         raise UserError(f"{path} has no rows below its line {at}")
-    rows, seen = [], {}
+    rows: list[dict[str, Any]] = []
+    seen: dict[Any, Any] = {}
     for number, cells in lines[1:]:
         where = f"{path} line {number}"
         if len(cells) != len(head):

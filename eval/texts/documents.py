@@ -57,7 +57,7 @@ class Source:
 
 KNOWN = {
     "c4": Source("allenai/c4", "en", "validation", "text"),
-    "wikitext": Source("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test", "page"),
+    "wikitext-pages": Source("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test", "page"),
 }
 
 
@@ -91,7 +91,8 @@ def choose(
 
     A text that does not fit (its number among these, from 1) has its draw, and is left out.
     """
-    generator, heap, number = np.random.default_rng(seed), [], 0
+    generator, number = np.random.default_rng(seed), 0
+    heap: list[Any] = []
     draws: list[float] = []
     for text in texts:
         if not text.strip():
@@ -113,7 +114,8 @@ def stream(source: Source, bar: tqdm) -> tuple[Source, Iterable[str]]:
     """The source at the Hub's commit of this moment, and its texts one by one.
 
     Raises:
-        UserError: the Hub has it not, or does not answer (now or on the way); no such configuration, split or column.
+        UserError: the Hub does not have it, or does not answer (now or on the way); no such configuration, split or
+            column.
     """
     try:
         from datasets import load_dataset

@@ -11,12 +11,12 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from modeling_periln.convert_options import WIKITEXT, WIKITEXT_2
 from periln.eval.arguments.shared import TOKENS, check_data
 from periln.runkit.encoding import added_around, text_ids
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.texts import usable
 
-WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 _ENOUGH = 16  # characters of text read for every token asked for
 
 
@@ -84,8 +84,8 @@ def read_data(data: str) -> Iterator[str]:
         UsageError: none of these.
         UserError: it cannot be read.
     """
-    if data == "wikitext":
-        return _hub_texts(*WIKITEXT)
+    if data == WIKITEXT:
+        return _hub_texts(*WIKITEXT_2)
     if data.startswith("hf:"):
         name, config, split = [*data.removeprefix("hf:").split(":"), "", ""][:3]
         return _hub_texts(name, config or None, split or "train")
@@ -159,6 +159,14 @@ def text_samples(
     if begins:
         rows = torch.cat([torch.tensor(begins).expand(samples, -1), rows], dim=1)
     return Samples(rows, _described(data, rows, seed, overlapping))
+
+
+def sample_sizes(tokenizer: Any, samples: Samples) -> list[int]:
+    """Bytes of the text that every sample predicts; its tokens where there is no tokenizer."""
+    if tokenizer is None:
+        return [samples.ids.shape[1] - 1] * len(samples.ids)
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return [max(1, len(tokenizer.decode(row[1:].tolist(), **options).encode())) for row in samples.ids]
 
 
 def find_samples(

@@ -64,7 +64,9 @@ def make_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, context: 
     prefix, encode = before_text(tokenizer), text_ids(tokenizer)
     begins = added_around(tokenizer)[0]
     ends = [tokenizer.eos_token_id] if packed and begins and tokenizer.eos_token_id is not None else []
-    windows, row, owners = Windows(), [], []
+    windows = Windows()
+    row: list[int] = []
+    owners: list[int] = []
     for number, text in enumerate(texts):
         ids = encode(text)
         if row and ends:

@@ -8,7 +8,12 @@ from periln.runkit.errors import UsageError, make_parser
 
 def parse(argv: list[str] | None = None, prog: str = "python -m scripts.bench") -> argparse.Namespace:
     """The command line."""
-    parser = make_parser(prog, "Measure speed and memory of PeriLlama beside Transformers' own models.", "--out bench/")
+    parser = make_parser(
+        prog,
+        "Measure speed and memory of PeriLlama beside Transformers' own models. The speed of evaluation is eval.bench; "
+        "`periln bench` is the stability bench, eval.stability.",
+        "--out bench/",
+    )
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of bench.json and bench.md")
     parser.add_argument("--cases", nargs="*", metavar="NAME", help="only these; all when left out (--list names them)")
     parser.add_argument("--pairs", type=int, default=30, help="interleaved pairs a case")

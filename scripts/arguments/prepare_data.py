@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from periln.runkit.errors import UsageError, did_you_mean, make_parser, more_options
-from periln.scripts.data.sources import BPE, HUB, INSTALLED
+from periln.scripts.data.sources import BPE, HUB, INSTALLED, MACHINE
 
 CL100K = "cl100k_base"
 DEFAULT_SOURCE = HUB + "mlfoundations/dclm-baseline-1.0"
@@ -30,7 +30,11 @@ def parse(argv: list[str] | None = None, prog: str = "python -m scripts.prepare_
         "--verify --out data/mine",
     )
     add = parser.add_argument
-    add("--source", default=DEFAULT_SOURCE, help=f"'{INSTALLED}', a file or folder of text, or {HUB}DATASET")
+    add(
+        "--source",
+        default=DEFAULT_SOURCE,
+        help=f"'{INSTALLED}', '{MACHINE}', a file or folder of text, or {HUB}DATASET",
+    )
     add("--out", type=Path, required=True, help="data folder to write")
     add("--tokenizer", default=BPE, help=f"'{BPE}' (trained on the text), {CL100K}, a folder or Hub id")
     add("--vocab-size", type=whole_number, help=f"entries of the {BPE} (default there: 2048)")

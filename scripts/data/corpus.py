@@ -104,8 +104,8 @@ class HashSet:
         return True
 
 
-class Records:
-    """The files written while reading, each cut back to what a mark says: held-out text, skipped names, hashes."""
+class SideFiles:
+    """Held-out text, skipped names and hashes: files written while a corpus is read, each cut back to a mark."""
 
     NAMES = ("heldout.jsonl", "skipped.jsonl", "hashes.bin")
 
@@ -153,7 +153,7 @@ class Corpus:
     """
 
     def __init__(
-        self, source: Source, limits: Limits, records: Records | None = None, mark: Mark | None = None, hashes=()
+        self, source: Source, limits: Limits, records: SideFiles | None = None, mark: Mark | None = None, hashes=()
     ):
         self.source, self.limits, self.records, self.mark = source, limits, records, mark or Mark()
         self._seen = HashSet()

@@ -15,11 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from periln.runkit.errors import StoppedBySignal, UsageError, UserError
+from periln.runkit.errors import StoppedBySignal, UserError
 from periln.runkit.folder import RunFolder, write_text
-from periln.runkit.process import StopRequest, python_m, stop_with_parent
+from periln.runkit.process import StopRequest, need_device, python_m, stop_with_parent
 from periln.runkit.recipes import dump_yaml, from_mapping, read_yaml, to_mapping
 from periln.runkit.resume import resumption
 from periln.scripts.arguments.demo import HUB_LIMIT, check
@@ -210,8 +208,7 @@ def run_stage(stage: Stage, stop: StopRequest, debug: bool) -> None:
 
 def main(args: argparse.Namespace) -> None:
     recipe = resolve_recipe(args)
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device: cuda was asked for, but torch sees no CUDA device")
+    need_device(recipe.device, "device: cuda")
     check_disk(args.out, recipe)
     run = RunFolder(args.out)
     stop = StopRequest().install()

@@ -36,6 +36,11 @@ def check(options: Options) -> None:
         raise UsageError(f"optimizer.options.rate_factor must be above 0, not {options.rate_factor}")
 
 
+def width_power(options: Options) -> float:
+    """`original` moves a matrix by sqrt(out/in) at any width, `match_rms_adamw` by the root of its larger side."""
+    return 0.0 if options.adjust_rate == "original" else -0.5
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
     """Two optimizers that look like one: their groups and their state are its own."""
 
@@ -86,5 +91,6 @@ ROW = Row(
     # The direction in FP32, then in BF16 with its product by the Gram matrix; the result in FP32.
     update_bytes=4 + 2 + 2 + 2,
     refused={"zero2": _FLAT, "zero3": _FLAT},
+    hidden_width_power=width_power,
     check=check,
 )

@@ -55,6 +55,9 @@ def check_zero(recipe: Recipe, processes: int) -> None:
         raise UsageError("DeepSpeed was asked for one process: it shards over several")
     if reason := find_row(recipe.optimizer.name).refused.get(f"zero{zero_stage()}"):
         raise UsageError(f"optimizer.name {recipe.optimizer.name}: not with DeepSpeed's ZeRO: {reason}")
+    if recipe.parametrization.rule != "standard":
+        rule = recipe.parametrization.rule
+        raise UsageError(f"parametrization.rule {rule}: not with DeepSpeed, whose groups have one rate and epsilon")
     if recipe.deterministic:
         raise UsageError("deterministic: not with DeepSpeed, whose reductions are its own")
     if recipe.compile:

@@ -191,7 +191,7 @@ def test_only_the_english_validation_split_is_called_c4():
     assert documents.named("allenai/c4", None, None, None, "abc").task == "c4"
     train = documents.named("c4", None, "train", None, None)
     assert not train.is_c4 and train.task == "allenai/c4 en train"
-    assert documents.named("wikitext", None, None, None, None).task == "wikitext"
+    assert documents.named("wikitext-pages", None, None, None, None).task == "wikitext-pages"
     assert documents.named("x/y", None, None, None, None) == Source("x/y", None, "validation", "text")
 
 
@@ -203,7 +203,7 @@ def test_what_cannot_be_measured_is_one_sentence(hub, tmp_path, capsys):
     for words, code, message in (
         (("--documents", 0), 2, "--documents must be at least 1, not 0"),
         (("--documents", 2, "--column", "txt"), 2, "has no column 'txt' (did you mean 'text'?)"),
-        (("--dataset", "no/where"), 1, "no/where validation: the Hub has it not"),
+        (("--dataset", "no/where"), 1, "no/where validation: the Hub does not have it"),
         (("--split", "tset"), 1, "allenai/c4 en tset: "),
         (("--documents", 4, "--sample", sample), 1, "holds another sample (asked 3, not 4)"),
         (("--batch-size", 0), 2, "--batch-size must be at least 1, or auto, not 0"),

@@ -12,6 +12,7 @@ import pytest
 from small_models import make_model, make_run, make_tokenizer
 
 from periln.eval import watch
+from periln.eval.scoring.gold import METRIC
 from periln.eval.scoring.harness import Settings
 from periln.runkit.checkpoints import remove_checkpoint, write_checkpoint
 from periln.runkit.errors import UserError, run_command
@@ -64,7 +65,7 @@ def test_a_training_is_watched_to_its_end_although_it_removes_its_checkpoints(tm
     assert set(table.step) | missed == {15, 30, 45, 60} and not set(table.step) & missed
     assert 60 in set(table.step)
     assert list(table.tokens) == [step * 4 * 32 for step in table.step]
-    assert set(table.metric) == {"acc", "acc_norm"}
+    assert set(table.metric) == {"acc", "acc_norm", METRIC}
     hashes = {r["evaluated"]["weights_sha256"] for r in run.evaluations() if r.get("tasks") == ["mini_piqa"]}
     assert len(hashes) == len(set(table.step))
     assert (run.path / "eval" / "watch.png").read_bytes().startswith(b"\x89PNG")
