@@ -35,6 +35,7 @@ VERBS = (
     Verb("benchmarks", "eval.benchmarks", "eval", "Score checkpoints on tasks of lm-evaluation-harness"),
     Verb("evaluate", "eval.evaluate", "eval", "Measure benchmarks, held-out loss and samples of checkpoints"),
     Verb("loss", "eval.loss", "eval", "Measure the loss on random documents"),
+    Verb("live", "eval.live", "bench", "Show running pretrainings and sweeps on a page of this machine"),
     Verb("watch", "eval.watch", "eval", "Score a run's checkpoints while it trains"),
     Verb("tables", "eval.tables", "eval", "Draw the paper's tables from your own runs"),
     Verb("sft", "sft.train", "sft", "Fine-tune on LIMA-format conversations"),

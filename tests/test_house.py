@@ -27,6 +27,7 @@ FLOORS = {
     "eval.report": {
         *("runkit", "eval.arguments", "eval.records", "eval.tables", "eval.text_table", "eval.figures"),
     },
+    "eval.live": {"runkit", "eval.arguments", "eval.records", "eval.figures"},
     "eval.bounds": {
         *("runkit", "eval.arguments", "eval.structure", "eval.texts", "eval.targets", "eval.records"),
         "eval.text_table",

@@ -84,7 +84,9 @@ def report_table(name: str) -> str:
 
 def main() -> None:
     page = (HERE / "retrofit.md.in").read_text()
-    page = page.replace("<!-- smollm2 rules -->", rules_table({f"smollm2-{n}": n for n in ("sandwich", "peri", "output")}))
+    page = page.replace(
+        "<!-- smollm2 rules -->", rules_table({f"smollm2-{n}": n for n in ("sandwich", "peri", "output")})
+    )
     page = page.replace("<!-- tiny rules -->", rules_table({f"tiny-{n}": n for n in ("peri", "output")}))
     for name in ("smollm2-report", "tiny-report"):
         page = page.replace(f"<!-- {name} -->", report_table(name))
