@@ -33,6 +33,10 @@ FLOORS = {
         *("runkit", "modeling_periln", "eval.structure", "eval.texts", "eval.targets", "eval.records"),
         *("eval.text_table", "eval.bounds", "eval.arguments"),
     },
+    "eval.study": {
+        *("runkit", "eval.arguments", "eval.records", "eval.structure", "eval.texts", "eval.targets", "eval.bounds"),
+        "eval.stability",
+    },
     "eval.fp16": {
         *("runkit", "modeling_periln", "eval.arguments", "eval.structure", "eval.texts", "eval.targets"),
         "eval.stability",
@@ -61,6 +65,9 @@ FLOORS = {
     "scripts.sweep": {
         *("runkit", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.plan", "scripts.pretrain"),
         "scripts.origin",
+    },
+    "scripts.study": {
+        *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs"),
     },
     "scripts.demo": {"runkit", "modeling_periln", "scripts.recipe", "scripts.data"},
     "scripts.push": {"runkit", "model_cards"},
