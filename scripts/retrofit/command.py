@@ -140,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     to = read_placement(args.to)
     origin = find_origin(args.src, "SRC", args.revision)
-    plan = make_plan(origin.config, to, args.src)
+    plan = make_plan(origin.config, to, args.src, args.keep)
     print(table([list(HEAD), *plan.rows()]))
     print("\n".join(plan.said()))
     if not plan.is_exact and args.data is None and not args.dry_run:
@@ -183,6 +183,7 @@ def main(args: argparse.Namespace) -> None:
         "exact": proof,
         "samples": None if samples is None else samples.described,
         "soften": args.soften,
+        "kept_layers": [layer + 1 for layer in args.keep],
         "calibration": calibration,
         "seconds": round(time.monotonic() - started, 1),
         "environment": describe_environment(torch.device("cpu")),

@@ -14,12 +14,12 @@ stream rescales everything behind it, and no gain makes up for that.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from modeling_periln import PeriLlamaConfig
-from modeling_periln.placements import MIXTURES, LayerPlan, StreamPlan, SublayerPlan
+from modeling_periln.placements import MIXTURES, LayerPlan, StreamPlan, SublayerPlan, get_placement
 from modeling_periln.slots import Learned, Norm, evaluate_rule
 from periln.runkit.errors import UsageError
 
@@ -103,13 +103,19 @@ def _spans(numbers: tuple[int, ...]) -> str:
 # --- configurations --------------------------------------------------------------------------------------------
 
 
-def make_plan(source: PeriLlamaConfig, to: str | Mapping[str, Any], name: str = "SRC") -> RetrofitPlan:
+def make_plan(
+    source: PeriLlamaConfig, to: str | Mapping[str, Any], name: str = "SRC", keep: Sequence[int] = ()
+) -> RetrofitPlan:
     """The plan from a configuration to a placement: a name, or a mapping as `norm_placement` takes it.
 
+    Args:
+        keep: layers (from 0) that keep the norms and factors of the source.
+
     Raises:
-        UsageError: no such placement; the source's own; or a change that is neither exact nor a gain's to make up for.
+        UsageError: no such placement or layer; the source's own; or a change that is neither exact nor a gain's to make
+            up for.
     """
-    target = _with_placement(source, to)
+    target = _with_placement(source, to, keep)
     before, after = source.stream_plan(), target.stream_plan()
     _refuse_the_rest(source, target, name)
     changes = tuple(_changes(source, before, after))
@@ -133,11 +139,13 @@ def spelt(to: str | Mapping[str, Any]) -> str:
     return to if isinstance(to, str) else str(dict(to))
 
 
-def _with_placement(source: PeriLlamaConfig, to: str | Mapping[str, Any]) -> PeriLlamaConfig:
+def _with_placement(source: PeriLlamaConfig, to: str | Mapping[str, Any], keep: Sequence[int]) -> PeriLlamaConfig:
     config = copy.deepcopy(source)
     try:
         config.norm_placement = dict(to) if isinstance(to, Mapping) else to
         config.layer_placements = config.embedding_norm = config.final_norm = None
+        if keep:
+            _keep_layers(config, source, to, keep)
         plan = config.stream_plan()
         if not any(sublayer.output_norm for layer in plan.layers for sublayer in layer.sublayers):
             config.output_norm_learnable = True  # there is none to freeze any more
@@ -147,14 +155,34 @@ def _with_placement(source: PeriLlamaConfig, to: str | Mapping[str, Any]) -> Per
     return config
 
 
+def _keep_layers(
+    config: PeriLlamaConfig, source: PeriLlamaConfig, to: str | Mapping[str, Any], keep: Sequence[int]
+) -> None:
+    """Give each layer a placement of its own: `to`, or what the source has there."""
+    count, ends = source.num_hidden_layers, get_placement(to)
+    if wrong := [i + 1 for i in keep if not 0 <= i < count]:
+        raise UsageError(f"--keep {wrong[0]}: the model has layers 1 to {count}")
+    for slot in ("embedding_norm", "final_norm"):
+        if not isinstance(getattr(ends, slot), bool):
+            raise UsageError(f"--to: {slot}={getattr(ends, slot)!r}: with --keep it is true or false")
+        setattr(config, slot, getattr(ends, slot))
+    row = to if isinstance(to, str) else {k: v for k, v in to.items() if k not in ("embedding_norm", "final_norm")}
+    kept = _own_layers(source, source.stream_plan(), source.stream_plan())
+    config.layer_placements = [kept[i] if i in keep else row for i in range(count)]
+
+
+def _own_layers(source: PeriLlamaConfig, norms: StreamPlan, factors: StreamPlan) -> list[dict[str, Any]]:
+    """Every layer as a mapping of `layer_placements`: the norms of one plan, the factors of another."""
+    count = source.num_hidden_layers
+    scales = [evaluate_rule(source.residual_scale, i + 1, count) for i in range(count)]
+    rows = zip(norms.layers, factors.layers, scales, strict=True)
+    return [_layer_mapping(old, new, scale, source.qk_norm is None) for old, new, scale in rows]
+
+
 def _folded_config(source: PeriLlamaConfig, before: StreamPlan, after: StreamPlan) -> PeriLlamaConfig:
     """The source after the exact changes alone: its own norms, without a norm that folds, and the target's factors."""
     config = copy.deepcopy(source)
-    scale = [
-        evaluate_rule(source.residual_scale, i + 1, source.num_hidden_layers) for i in range(source.num_hidden_layers)
-    ]
-    rows = zip(before.layers, after.layers, scale, strict=True)
-    config.layer_placements = [_layer_mapping(old, new, s, source.qk_norm is None) for old, new, s in rows]
+    config.layer_placements = _own_layers(source, before, after)
     config.embedding_norm = before.embedding_norm is not None and after.embedding_norm is not None
     config.final_norm = before.final_norm is not None
     config.validate_norms()
