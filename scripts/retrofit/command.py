@@ -140,6 +140,7 @@ def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     to = read_placement(args.to)
     origin = find_origin(args.src, "SRC", args.revision)
+    origin.config.residual_dtype = None  # a stream's dtype belongs to a run
     plan = make_plan(origin.config, to, args.src, args.keep)
     print(table([list(HEAD), *plan.rows()]))
     print("\n".join(plan.said()))
@@ -162,7 +163,7 @@ def main(args: argparse.Namespace) -> None:
         samples = find_samples(find_tokenizer(origin.checkpoint, args.src), args.data, *asked)
     check_room(args.dst, 2 * sum(file.stat().st_size for file in origin.checkpoint.glob("*.safetensors")), "the model")
     source = load_weights(origin, "SRC")
-    source.config.residual_dtype = None  # a stream's dtype belongs to a run
+    source.config.residual_dtype = None
     folded = fold(source, plan)
     proof = prove(origin, source, folded, None if samples is None else samples.check, args.dst)
     print(f"exact part: largest difference {proof['largest_difference']:.3g} of {proof['largest_logit']:.6g}")

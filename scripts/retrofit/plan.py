@@ -259,24 +259,24 @@ def _refuse_the_rest(source: PeriLlamaConfig, target: PeriLlamaConfig, name: str
     ends = (("embed_norm", before.embedding_norm, after.embedding_norm),
             ("final_norm", before.final_norm, after.final_norm))  # fmt: skip
     for slot, end, other in ends:
-        if reason := _unlike(source, end, other):
+        if reason := _unlike(source, end, other, slot):
             refuse(slot, reason)
     for i, (old, new) in enumerate(zip(before.layers, after.layers, strict=True)):
         for slot in ("q_norm", "k_norm", "v_norm"):
             if getattr(old, slot) != getattr(new, slot):
                 refuse(slot, f"is another in {name}: norms on q, k and v are neither added nor removed", i)
         for sublayer, had, has in zip(SUBLAYERS, old.sublayers, new.sublayers, strict=True):
-            _refuse_sublayer(source, sublayer, had, has, name, lambda slot, why, i=i: refuse(slot, why, i))
+            _refuse_sublayer(source, sublayer, i, had, has, name, lambda slot, why, i=i: refuse(slot, why, i))
 
 
 def _refuse_sublayer(
-    source: PeriLlamaConfig, sublayer: str, had: SublayerPlan, has: SublayerPlan, name: str, refuse: Any
+    source: PeriLlamaConfig, sublayer: str, layer: int, had: SublayerPlan, has: SublayerPlan, name: str, refuse: Any
 ) -> None:
     for slot in ("residual_norm", "inner_norm"):
         if bool(getattr(had, slot)) != bool(getattr(has, slot)):
             refuse(f"{sublayer}_{slot}", f"is there in one of {name} and the target alone, and no gain makes up for it")
     for slot in ("input_norm", "output_norm", "residual_norm", "inner_norm"):
-        if reason := _unlike(source, getattr(had, slot), getattr(has, slot)):
+        if reason := _unlike(source, getattr(had, slot), getattr(has, slot), f"{sublayer}_{slot}", layer):
             refuse(f"{sublayer}_{slot}", reason)
     if had.alpha != has.alpha:
         refuse(f"{sublayer}: alpha", f"is {_number(had.alpha)} in {name} and {_number(has.alpha)} in the target")
@@ -290,10 +290,15 @@ def _number(factor: float | Learned) -> str:
     return f"learned ({factor.learned})" if isinstance(factor, Learned) else f"{factor:g}"
 
 
-def _unlike(config: PeriLlamaConfig, old: Norm | None, new: Norm | None) -> str | None:
+def _unlike(
+    config: PeriLlamaConfig, old: Norm | None, new: Norm | None, slot: str, layer: int | None = None
+) -> str | None:
     """Why a slot cannot be changed from one to the other; None where it can, or stays."""
     kinds = [None if norm is None else _kind(config, norm) for norm in (old, new)]
-    if kinds[0] == kinds[1] or kinds == [None, None]:
+    if old is not None and new is not None and old.eps != new.eps:
+        eps = [config.eps_of(slot, layer) if norm.eps is None else norm.eps for norm in (old, new)]
+        kinds = [f"{kind} and epsilon {number:g}" for kind, number in zip(kinds, eps, strict=True)]
+    if kinds[0] == kinds[1]:
         return None
     if None not in kinds:
         return f"is {kinds[0]} in the source and {kinds[1]} in the target: a norm that stays is not changed"
