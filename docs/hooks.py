@@ -370,6 +370,12 @@ def result_pages() -> str:
     return "\n".join(f"- [{found[1] if found else path.stem}]({path.name})" for path, found in titles.items())
 
 
+def study() -> str:
+    """The study's tables, as `periln study export` wrote them beside its records."""
+    text = (DOCS / "results" / "records" / "study" / "verdicts.md").read_text()
+    return text.partition("\n")[2].strip()
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "command-line": command_line,
     "extras": extras,
@@ -378,4 +384,5 @@ GENERATED: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "results": result_pages,
     "step-record": step_record,
+    "study": study,
 }

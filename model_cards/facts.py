@@ -218,7 +218,7 @@ def siblings(subject: Subject) -> list[Subject]:
 
 
 def seed_table(subject: Subject) -> str:
-    """What became of every seed of this recipe next to it."""
+    """What became of every seed of this recipe in the same folder; empty where there is no other."""
     rows = []
     for other in siblings(subject):
         s, scores = other.summary, mean_accuracy(Subject(listed_checkpoint(other.run), other.run))
@@ -228,7 +228,7 @@ def seed_table(subject: Subject) -> str:
             (text(other.recipe.get("seed")), status, number(s.get("step")), loss_in_words(final_loss(other)), mean)
         )
     if not rows:
-        return f"Seeds: {MISSING}."
+        return ""
     head = ("seed", "status", "steps", "training loss (mean of the last tenth)", "mean acc")
     gone = sum(row[1].startswith("diverged") for row in rows)
     return f"{markdown(rows, head)}\n\nDiverged: {gone} of {len(rows)}."
@@ -325,14 +325,15 @@ def number_formats(subject: Subject) -> str:
 
 
 def stability_rows(subject: Subject) -> list[Row]:
-    """FP16 headroom in training and on the bench, the certificate, and number formats."""
+    """FP16 headroom in training and on the bench, the certificate, number formats; no row where all are missing."""
     training, bench = training_headroom(subject), bench_headroom(subject)
-    return [
+    rows = [
         ("FP16 headroom in training", str(training or MISSING)),
         ("FP16 headroom on the stability bench", str(bench or MISSING)),
         ("FP16 certificate (from the weights)", certificate(subject)),
         ("Cheapest number formats within 1% of FP32's loss (emulated)", number_formats(subject)),
     ]
+    return rows if any(value != MISSING for _, value in rows) else []
 
 
 def verdict(subject: Subject) -> list[str]:

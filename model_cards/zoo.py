@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from periln.model_cards.cards import TEMPLATES
 from periln.model_cards.facts import (
@@ -38,6 +39,7 @@ from periln.model_cards.subject import IN_A_RUN, Subject, listed_checkpoint
 from periln.runkit.errors import UsageError
 from periln.runkit.folder import RunFolder, write_text
 from periln.runkit.number_format import FP16
+from periln.runkit.pages import asset, policy
 from periln.runkit.placements import placement_name
 from periln.runkit.process import start_stage
 from periln.runkit.progress import progress_bar
@@ -161,8 +163,15 @@ def render_markdown(rows: Sequence[dict[str, str]]) -> str:
 def render_html(rows: Sequence[dict[str, str]]) -> str:
     """The index as one self-contained page."""
     jinja: Any = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    cells = [[row[name] for name in HEAD] for row in rows]
-    return jinja.get_template("zoo.html.j2").render(head=HEAD, rows=cells, fp16_limit=FP16.limit)
+    script = asset("tables.js")
+    return jinja.get_template("zoo.html.j2").render(
+        fp16_limit=FP16.limit,
+        head=HEAD,
+        rows=[[row[name] for name in HEAD] for row in rows],
+        style=Markup(asset("page.css")),
+        script=Markup(script),
+        policy=policy(script),
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -38,14 +38,20 @@ def file_hash(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
+def check_untouched(folder: Path) -> None:
+    """Raise UserError where the folder holds a study that has run, or the records of one."""
+    ran = next((path.parent.name for path in folder.glob("cells/*/*")), None)
+    if ran is not None or (folder / CELLS).exists():
+        raise UserError(f"{folder} holds a study that has run ({ran or CELLS}): give another folder with --out")
+
+
 def freeze(folder: Path, plan: dict[str, Any], claims: str) -> None:
     """Write plan and claims, and their hashes.
 
     Raises:
-        UserError: the folder holds a study that has run.
+        UserError: see `check_untouched`.
     """
-    if (found := next(folder.glob("cells/*/*"), None)) is not None:
-        raise UserError(f"{folder} holds a study that has run ({found.parent.name}): give another folder with --out")
+    check_untouched(folder)
     write_text(folder / "plan.yaml", dump_yaml(plan))
     write_text(folder / "claims.yaml", claims)
     write_json(folder / "frozen.json", {name: file_hash(folder / name) for name in FROZEN})

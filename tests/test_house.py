@@ -27,6 +27,7 @@ FLOORS = {
     "eval.report": {
         *("runkit", "eval.arguments", "eval.records", "eval.tables", "eval.text_table", "eval.figures"),
     },
+    "eval.live": {"runkit", "eval.arguments", "eval.records", "eval.figures"},
     "eval.bounds": {
         *("runkit", "eval.arguments", "eval.structure", "eval.texts", "eval.targets", "eval.records"),
         "eval.text_table",
@@ -34,6 +35,10 @@ FLOORS = {
     "eval.stability": {
         *("runkit", "modeling_periln", "eval.structure", "eval.texts", "eval.targets", "eval.records"),
         *("eval.text_table", "eval.bounds", "eval.arguments"),
+    },
+    "eval.study": {
+        *("runkit", "eval.arguments", "eval.records", "eval.structure", "eval.texts", "eval.targets", "eval.bounds"),
+        "eval.stability",
     },
     "eval.fp16": {
         *("runkit", "modeling_periln", "eval.arguments", "eval.structure", "eval.texts", "eval.targets"),
@@ -80,6 +85,9 @@ FLOORS = {
     },
     "scripts.coordinate_check": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.parametrization", "scripts.training"),
+    },
+    "scripts.study": {
+        *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs"),
     },
     "scripts.demo": {"runkit", "modeling_periln", "scripts.recipe", "scripts.data"},
     "scripts.push": {"runkit", "model_cards"},

@@ -95,18 +95,39 @@
     }
 
     start() {
-      this.build();
-      this.controls.append(
-        html("button", { type: "button", class: "csv", title: "download what is shown as CSV", on: { click: () => this.download() } }, "CSV"),
-        html("button", { type: "button", class: "swap", on: { click: (e) => this.swap(e.target) } }, "Picture"),
-      );
-      this.picture.before(this.holder);
-      this.picture.hidden = true;
+      this.take();
+      this.control();
+      if (this.picture) {
+        this.picture.before(this.holder);
+        this.picture.hidden = true;
+      } else this.figure.prepend(this.holder);
       this.draw();
       let width = this.canvas.clientWidth;
       new ResizeObserver(() => {
         if (this.canvas.clientWidth && this.canvas.clientWidth !== width) { width = this.canvas.clientWidth; this.draw(); }
       }).observe(this.canvas);
+    }
+
+    // The controls, and what every chart offers.
+    control() {
+      this.controls.replaceChildren();
+      this.build();
+      this.controls.append(html("button", { type: "button", class: "csv", title: "download what is shown as CSV", on: { click: () => this.download() } }, "CSV"));
+      if (this.picture) this.controls.append(html("button", { type: "button", class: "swap", on: { click: (e) => this.swap(e.target) } }, "Picture"));
+      this.known = this.choices();
+    }
+
+    // What can be switched on and off; the controls are made anew where it changes.
+    choices() {
+      return JSON.stringify([...new Set(this.items.flatMap((item) => Object.entries(item.k).map(String)))].sort());
+    }
+
+    // New numbers of a page that is alive: what was chosen stays.
+    renew(plot, pool) {
+      Object.assign(this, { plot, pool });
+      this.take();
+      if (this.choices() !== this.known) this.control();
+      this.draw();
     }
 
     swap(button) {
@@ -121,7 +142,7 @@
       const values = [...new Map(items.map((item) => [String(item.k[key]), item])).entries()].filter(([v]) => v !== "undefined");
       if (values.length < 2) return;
       const boxes = values.map(([value, item]) => {
-        const box = html("input", { type: "checkbox", checked: true, "data-key": key, "data-value": value });
+        const box = html("input", { type: "checkbox", checked: !this.off.has(`${key}:${value}`), "data-key": key, "data-value": value });
         box.addEventListener("change", () => {
           this.off[box.checked ? "delete" : "add"](`${key}:${value}`);
           this.draw();
@@ -160,14 +181,18 @@
   // --- lines -----------------------------------------------------------------------------------------------
 
   class Lines extends Chart {
+    take() {
+      const { plot } = this;
+      this.items = this.lines = plot.lines.map((line) => ({ ...line, x: this.pool[line.x], y: this.pool[line.y] }));
+      this.rates = [...new Set(this.lines.map((line) => String(line.k.rate)))];
+      this.steps = [...new Set(this.lines.map((line) => line.t).filter((t) => t !== undefined))].sort((a, b) => a - b);
+      this.step ??= this.steps.at(-1);
+      this.log ??= plot.panels.map((panel) => panel.log);
+      this.smooth ??= 0;
+    }
+
     build() {
       const { plot } = this;
-      this.lines = plot.lines.map((line) => ({ ...line, x: this.pool[line.x], y: this.pool[line.y] }));
-      this.rates = [...new Set(this.lines.map((line) => String(line.k.rate)))];
-      this.smooth = 0;
-      this.log = plot.panels.map((panel) => panel.log);
-      this.steps = [...new Set(this.lines.map((line) => line.t).filter((t) => t !== undefined))].sort((a, b) => a - b);
-      this.step = this.steps.at(-1);
       this.toggles("series", "placement", this.lines, (l) => lineSwatch(l.c, ""));
       this.toggles("rate", "learning rate", this.lines, (l) => (plot.marks ? "" : lineSwatch("#444444", this.dash(l), 2)));
       this.toggles("size", "size", this.lines);
@@ -196,11 +221,11 @@
 
     ranges() {
       const last = Math.max(...this.lines.map((line) => line.x.at(-1) ?? 0));
-      const smooth = html("input", { type: "range", min: 0, max: 98, value: 0, "aria-label": "smoothing" });
+      const smooth = html("input", { type: "range", min: 0, max: 98, value: 100 * this.smooth, "aria-label": "smoothing" });
       smooth.addEventListener("input", () => { this.smooth = smooth.value / 100; this.draw(); });
-      const ends = [0, last].map((value, i) => html("input", { type: "number", min: 0, max: last, value, "aria-label": i ? "last step" : "first step" }));
+      const ends = [this.from ?? 0, this.to ?? (this.picture ? last : "")].map((value, i) => html("input", { type: "number", min: 0, value, placeholder: "last", "aria-label": i ? "last step" : "first step" }));
       ends.forEach((box) => box.addEventListener("change", () => {
-        const [from, to] = ends.map((end) => +end.value);
+        const [from, to] = ends.map((end, i) => (end.value === "" ? [0, Infinity][i] : +end.value));
         this.from = Math.min(from, to);
         this.to = Math.max(from, to);
         this.draw();

@@ -12,8 +12,11 @@
   }
 
   class Heat extends Chart {
+    take() {
+      this.items = this.maps = this.plot.maps.map((map) => ({ ...map, x: this.pool[map.x], y: this.pool[map.y] }));
+    }
+
     build() {
-      this.maps = this.plot.maps.map((map) => ({ ...map, x: this.pool[map.x], y: this.pool[map.y] }));
       this.toggles("series", "placement", this.maps, (m) => lineSwatch(m.c, ""));
       this.toggles("rate", "learning rate", this.maps);
       this.toggles("size", "size", this.maps);
@@ -103,12 +106,16 @@
 
   // A row a placement: dots of loss and headroom, and how many runs finished at each rate.
   class Dots extends Chart {
+    take() {
+      this.items = this.plot.runs;
+      if (this.rate === undefined) this.rate = this.plot.rate;
+    }
+
     build() {
       const { plot } = this;
-      this.rate = plot.rate;
       if (plot.rates.length > 1) {
         const choices = plot.rates.map((rate) => {
-          const box = html("input", { type: "radio", name: `rate-${this.name}`, value: rate, checked: rate === plot.rate });
+          const box = html("input", { type: "radio", name: `rate-${this.name}`, value: rate, checked: rate === this.rate });
           box.addEventListener("change", () => { this.rate = rate; this.draw(); });
           return html("label", {}, box, String(rate));
         });
@@ -219,13 +226,15 @@
   }
 
   // --- the start of a page's charts: each is built when it is first seen --------------------------------------
+  const kinds = { lines: Lines, map: Heat, dots: Dots };
+  const made = (figure, name, plot, pool) => new kinds[plot.kind](figure, name, plot, pool);
+  window.periln.charts.made = made;
   const carried = document.getElementById("plots");
   if (!carried) return;
   const { pool, plots } = JSON.parse(carried.textContent);
-  const kinds = { lines: Lines, map: Heat, dots: Dots };
   function start(figure) {
     const name = figure.id.replace("figure-", "");
-    const chart = new kinds[plots[name].kind](figure, name, plots[name], pool);
+    const chart = made(figure, name, plots[name], pool);
     try {
       chart.start();
     } catch (error) {

@@ -101,9 +101,12 @@
   }
 
   for (const table of document.querySelectorAll("table")) {
-    if (table.tHead) sortable(table);
-    if (table.tHead) choosable(table);
-    if (table.tHead) downloadable(table);
+    if (!table.tHead) continue;
+    if (!table.hasAttribute("data-live")) {
+      sortable(table);
+      choosable(table);
+    }
+    downloadable(table);
   }
 
   // A link into a folded part opens it; all parts are printed.

@@ -199,9 +199,7 @@ def test_a_mistake_is_said_before_anything_is_measured(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["trainer-1m-fp16-eager-hf", "trainer-10m-fp16-eager-bare", "trainer-1m-fp32-eager-hf"]
-)
+@pytest.mark.parametrize("case", ["1m-fp16-eager-hf", "10m-fp16-eager-bare", "1m-fp32-eager-hf"])
 def test_the_trainers_step_has_the_dtypes_of_its_rival_and_both_train_the_same_weights(case):
     name = f"trainer-{case}"
     ours, theirs = bench.trainer_pair(tiny(name), CPU)
