@@ -74,7 +74,7 @@ def test_a_training_is_watched_to_its_end_although_it_removes_its_checkpoints(tm
 
 @pytest.fixture
 def trained(tmp_path):
-    """A completed run of which checkpoints 3 (from `make_run`), 6 and 9 are there."""
+    """A completed run with checkpoints 3 (from `make_run`), 6 and 9."""
     run = make_run(tmp_path / "run")
     tokenizer = make_tokenizer()
     for step in (6, 9):

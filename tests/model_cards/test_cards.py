@@ -23,7 +23,7 @@ FIVE = {"ARC-Easy": 0.30, "HellaSwag": 0.35, "PIQA": 0.40, "SIQA": 0.45, "Winogr
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Three seeds of one recipe, of which the last diverged; and another placement beside them."""
+    """Three seeds of one recipe, the last of which diverged; and another placement."""
     root = tmp_path_factory.mktemp("runs")
     for seed, status in ((1, "completed"), (2, "completed"), (3, "diverged")):
         hub_run.write_run(root, seed=seed, status=status)
