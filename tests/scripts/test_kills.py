@@ -1,4 +1,4 @@
-"""A run that is killed again and again: `make test-slow`. A few kills are in test_pretrain.py."""
+"""A run that is killed again and again: `make test-slow KILLS=1000 COMPILE=1`; sixty times when left out. A few kills are in test_pretrain.py."""
 
 import json
 import os
@@ -11,13 +11,20 @@ from tiny import ROOT, make_data, run, timeless, write_recipe
 
 from periln.runkit.folder import RunFolder, weights_hash
 
-KILLS = 60
+KILLS = int(os.environ.get("KILLS") or 60)
+COMPILED = os.environ.get("COMPILE", "") not in ("", "0")
 
 
 @pytest.mark.slow
 @pytest.mark.kills
 def test_killed_often_it_ends_as_if_untouched_in_fp16(tmp_path):
-    shared = {"steps": 40 * KILLS, "checkpoint_every": 2, "layer_stats_every": 7, "heldout_every": 10}
+    shared = {
+        "compile": COMPILED,
+        "steps": 40 * KILLS,
+        "checkpoint_every": 2,
+        "layer_stats_every": 7,
+        "heldout_every": 10,
+    }
     file = write_recipe(tmp_path, make_data(tmp_path), **shared)
     words = [sys.executable, Path(__file__).with_name("killing.py"), file, tmp_path / "killed", str(KILLS), "3"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
