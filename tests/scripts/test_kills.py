@@ -1,4 +1,7 @@
-"""A run that is killed again and again: `make test-slow KILLS=1000 COMPILE=1`; sixty times when left out. A few kills are in test_pretrain.py."""
+"""A run that is killed again and again: `make test-slow KILLS=1000 COMPILE=1`; sixty times, eager, when left out.
+
+A few kills are in test_pretrain.py.
+"""
 
 import json
 import os
@@ -33,8 +36,8 @@ def test_killed_often_it_ends_as_if_untouched_in_fp16(tmp_path):
     report = json.loads(done.stdout.splitlines()[-1])
     print(report)
     assert (report["kills"], report["exit"]) == (KILLS, 0)
-    assert report["left"][".tmp"] > 0  # some fell into the writing of a checkpoint
-    assert report["left"]["between"] > 0
+    if KILLS >= 60:  # then some fell into the writing of a checkpoint
+        assert report["left"][".tmp"] > 0 and report["left"]["between"] > 0
     untouched = run("scripts.pretrain", "--config", file, "--runs", tmp_path / "untouched")
     assert untouched.returncode == 0, untouched.stderr
     one, other = RunFolder(tmp_path / "killed" / "run"), RunFolder(tmp_path / "untouched" / "run")
