@@ -36,8 +36,9 @@ $(STAMP):
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
+demo: STARTED := $(shell date +%s)
 demo: $(STAMP) ## the Peri-LN study in miniature: ends with report.html
-	@exec $(BIN)/python -m scripts.demo $(DEMO_FLAGS) --stop-with-parent $$PPID
+	@exec $(BIN)/python -m scripts.demo $(DEMO_FLAGS) --started $(STARTED) --stop-with-parent $$PPID
 
 test: $(STAMP) ## the whole test suite, the fast tests first
 	$(BIN)/python -m pytest -m 'not kills and not notebooks and not published' $(PARALLEL) $(PYTEST_ARGS)
