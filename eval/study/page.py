@@ -148,7 +148,7 @@ def findings(results: Results, verdicts: list[Verdict]) -> list[str]:
             f"{TITLES[name]} has the lowest mean held-out loss of the placements whose runs all completed, over the "
             f"seeds that all three have, at learning rate{'s' if len(rates) > 1 else ''} {', '.join(rates)}."
         )
-    lost = {title: [c for c in results.of({"group": "E2", "variant": name})] for name, title in TITLES.items()}
+    lost = {title: results.of({"group": "E2", "variant": name}) for name, title in TITLES.items()}
     parts = [
         f"{title} {sum(c['status'] == 'diverged' for c in cells)} of {len(cells)}"
         for title, cells in lost.items()
