@@ -1,4 +1,4 @@
-"""What the clients of the Hugging Face Hub raise, as one sentence."""
+"""Errors of the Hugging Face Hub's clients, as one sentence."""
 
 import os
 import re
@@ -31,14 +31,14 @@ def hub_reason(error: BaseException) -> str:
     if "RevisionNotFound" in text:
         return f"the Hub has no such revision of it {short}"
     if "DatasetNotFound" in text or "RepositoryNotFound" in text:
-        return f"the Hub has it not, or not without a login {short}"
+        return f"the Hub does not have it, or not without a login {short}"
     if re.search(r"connect|timed out|timeout|resolve host|name resolution|unreachable", low):
         return f"the Hub ({os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}) does not answer"
     return f"the Hub did not give it {short}"
 
 
 def hub_error(said: str, error: BaseException) -> UserError:
-    """The sentence `said` with the Hub's reason: of usage where the Hub has no such thing, else a failure."""
+    """The sentence `said` with the Hub's reason: a usage error where the Hub has no such thing, else a failure."""
     reason = hub_reason(error)
-    kind = UsageError if reason.startswith("the Hub has ") else UserError
+    kind = UsageError if reason.startswith(("the Hub has ", "the Hub does not have ")) else UserError
     return kind(f"{said} {reason}")

@@ -14,7 +14,7 @@ def _of(unit: str, **more: Any) -> Any:
 class StepRecord:
     """One line of metrics.jsonl. A number that is not finite is None, since JSON has no NaN.
 
-    From `tokens_per_second` on, a clock or an allocator decides: these are not the same in two runs.
+    From `tokens_per_second` on, a clock or an allocator decides: two runs differ in these.
     """
 
     step: int = _of("from 0")
@@ -37,10 +37,11 @@ class StepRecord:
         "whether the gradient norm is a spike by the recipe's rule; left out if None", default=None
     )
     heldout_loss: float | None = _of("nats a token; left out if None", default=None)
+    distillation: float | None = _of("KL(distill_from || model), nats a token; left out if None", default=None)
 
     def as_json(self) -> dict[str, Any]:
         """The mapping that is written."""
-        left_out = {name for name in ("spike", "heldout_loss") if getattr(self, name) is None}
+        left_out = {name for name in ("spike", "heldout_loss", "distillation") if getattr(self, name) is None}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
 

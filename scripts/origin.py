@@ -2,7 +2,7 @@
 
 A Llama, OLMo 2, HyperCLOVA X or GLM-4 is converted in memory. The model's configuration becomes the recipe's `model`,
 and the hash of its weights the recipe's `init_sha256`, so that the run folder alone says what the run began with: once
-it has a checkpoint of its own, the source may be gone.
+it has its own checkpoint, the source may be gone.
 """
 
 import json
@@ -51,22 +51,23 @@ class Origin:
         }
 
 
-def find_origin(asked: str) -> Origin:
-    """The checkpoint that `init_from` names: a folder, a run folder (as `runkit.models` chooses), or a Hub id.
+def find_origin(asked: str, field: str = "init_from", revision: str | None = None) -> Origin:
+    """The checkpoint that `init_from`, or another field, names: a folder, a run folder (as `runkit.models` chooses), or
+    a Hub id, at `revision`.
 
     Raises:
         UsageError, UserError: there is none, it is damaged, or this family cannot hold it; the message says which.
     """
     try:
-        found: FoundModel = find_model(asked)
+        found: FoundModel = find_model(asked, revision)
         checkpoint = found.checkpoint()
         check_loadable(checkpoint)
         kind = read_json(checkpoint / "config.json").get("model_type")
     except UserError as error:
-        raise type(error)(f"init_from: {error}") from error
+        raise type(error)(f"{field}: {error}") from error
     if kind != FAMILY and kind not in ARCHITECTURES:
         known = ", ".join((FAMILY, *ARCHITECTURES))
-        raise UsageError(f"init_from: {asked} is {kind!r}, which this family cannot hold: it holds {known}")
+        raise UsageError(f"{field}: {asked} is {kind!r}, which this family cannot hold: it holds {known}")
     try:
         config_class: Any = PeriLlamaConfig if kind == FAMILY else ARCHITECTURES[kind].config_class
         native = config_class.from_pretrained(checkpoint)
@@ -74,19 +75,21 @@ def find_origin(asked: str) -> Origin:
             raise ConversionRefused("quantization_config: quantized weights cannot be trained")
         config = native if kind == FAMILY else periln_config(native)
     except (ConversionRefused, ValueError, TypeError) as error:
-        raise UsageError(f"init_from: {asked}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{field}: {asked}: {' '.join(str(error).split())}") from error
     return Origin(str(asked), checkpoint, found.revision, native, config)
 
 
 def adopt_origin(recipe: Recipe, run: RunFolder | None = None) -> Origin | None:
-    """Fill in `model` and `init_sha256` of a recipe that has `init_from`.
+    """Fill in `model` and `init_sha256` of a recipe that has `init_from`, `distill_sha256` of one with `distill_from`.
 
     Returns:
         the source; None without `init_from`, or where `run` has a checkpoint to resume from: its recipe says it all.
 
     Raises:
-        UsageError, UserError: see `find_origin`; or the recipe's `model` or `init_sha256` is not the source's.
+        UsageError, UserError: see `find_origin`; or the recipe's `model`, `init_sha256` or `distill_sha256` is not the
+            source's.
     """
+    _adopt_teacher(recipe)
     if recipe.init_from is None:
         if recipe.init_sha256 is not None:
             raise UsageError("init_sha256 is the hash of what init_from names, and the recipe has no init_from")
@@ -103,6 +106,18 @@ def adopt_origin(recipe: Recipe, run: RunFolder | None = None) -> Origin | None:
         raise UserError(f"init_from: the weights of {origin.checkpoint} are not those of init_sha256: {found}")
     recipe.init_sha256 = found
     return origin
+
+
+def _adopt_teacher(recipe: Recipe) -> None:
+    """Fill in `distill_sha256`; the model that `distill_from` names is needed until the run's last step."""
+    if recipe.distill_from is None:
+        if recipe.distill_sha256 is not None:
+            raise UsageError("distill_sha256 is the hash of what distill_from names, and there is no distill_from")
+        return
+    found = hash_of(find_origin(recipe.distill_from, "distill_from").checkpoint)
+    if recipe.distill_sha256 not in (None, found):
+        raise UserError(f"distill_from: the weights of {recipe.distill_from} are not those of distill_sha256: {found}")
+    recipe.distill_sha256 = found
 
 
 def hash_of(checkpoint: Path) -> str:
@@ -139,7 +154,7 @@ def _as_model(config: PeriLlamaConfig) -> dict[str, Any]:
     for field in fields(PeriLlamaConfig):
         if field.name not in PeriLlamaConfig.__annotations__ or field.name in NOT_THE_MODELS:
             continue
-        value = getattr(config, field.name)
+        value = getattr(config, field.name, None)
         if field.name in always or value != field.default:
             found[field.name] = value
     return json.loads(json.dumps(found))
@@ -148,7 +163,7 @@ def _as_model(config: PeriLlamaConfig) -> dict[str, Any]:
 # --- the tokenizer ---------------------------------------------------------------------------------------------
 
 
-def check_tokenizer(origin: Origin, data_tokenizer: Path) -> None:
+def check_tokenizer(origin: Origin, data_tokenizer: Path, field: str = "init_from") -> None:
     """Refuse data that were encoded with another tokenizer than the source's own.
 
     Raises:
@@ -157,16 +172,16 @@ def check_tokenizer(origin: Origin, data_tokenizer: Path) -> None:
     remedy = f"prepare the data with --tokenizer {origin.asked}"
     theirs, ours = (_tokenizer(folder) for folder in (origin.checkpoint, data_tokenizer))
     if theirs is None:
-        raise UserError(f"init_from: {origin.asked} has no tokenizer: nothing says which token each of its ids is")
+        raise UserError(f"{field}: {origin.asked} has no tokenizer: nothing says which token each of its ids is")
     if ours is None:
-        raise UserError(f"init_from: {data_tokenizer} holds no tokenizer that can be loaded: {remedy}")
+        raise UserError(f"{field}: {data_tokenizer} holds no tokenizer that can be loaded: {remedy}")
     for token, i, j in _moved(theirs.get_vocab(), ours.get_vocab()):
-        raise UserError(f"init_from: token {token!r} is {i} in {origin.asked} and {j} in the data: {remedy}")
+        raise UserError(f"{field}: token {token!r} is {i} in {origin.asked} and {j} in the data: {remedy}")
     parts = (json.loads(t.backend_tokenizer.to_str()) for t in (theirs, ours))
     theirs_by_part, ours_by_part = ({part: one.get(part) for part in _TOKENIZER_PARTS} for one in parts)
     for part in _TOKENIZER_PARTS:
         if theirs_by_part[part] != ours_by_part[part]:
-            raise UserError(f"init_from: the data's tokenizer has another {part} than {origin.asked}'s: {remedy}")
+            raise UserError(f"{field}: the data's tokenizer has another {part} than {origin.asked}'s: {remedy}")
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -201,11 +216,18 @@ def load_origin(recipe: Recipe, model: PeriLlamaForCausalLM) -> dict[str, Any]:
     origin = find_origin(recipe.init_from)
     if hash_of(origin.checkpoint) != recipe.init_sha256:
         raise UserError(f"init_from: the weights of {origin.checkpoint} have changed since the recipe was read")
+    model.load_state_dict(load_weights(origin).state_dict())
+    return origin.record(recipe.init_sha256)
+
+
+def load_weights(origin: Origin, field: str = "init_from") -> PeriLlamaForCausalLM:
+    """The source as a model of this family, in FP32 and in evaluation mode.
+
+    Raises:
+        UserError: weights are missing or damaged.
+    """
     try:
         source: Any = load_causal_lm(origin.checkpoint, dtype=torch.float32, name=origin.asked)
     except UserError as error:
-        raise type(error)(f"init_from: {error}") from error
-    if origin.native.model_type != FAMILY:
-        source = from_native(source)
-    model.load_state_dict(source.state_dict())
-    return origin.record(recipe.init_sha256)
+        raise type(error)(f"{field}: {error}") from error
+    return source if origin.native.model_type == FAMILY else from_native(source)

@@ -25,7 +25,7 @@ from periln.runkit.process import StopRequest, start_stage
 from periln.runkit.progress import progress_bar
 from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
 from periln.scripts.data.token_data import FixedOrder, TokenData
-from periln.scripts.origin import Origin, adopt_origin, check_tokenizer
+from periln.scripts.origin import Origin, adopt_origin, check_tokenizer, find_origin
 from periln.scripts.recipe import Recipe, check_run_name
 from periln.scripts.training.branch import check_branch
 from periln.scripts.training.engine import LAUNCHED, Engine, pick_device, process_count, process_rank
@@ -67,6 +67,8 @@ def open_data(recipe: Recipe, path: Path, origin: Origin | None = None) -> Token
     if recipe.data_fingerprint not in (None, data.fingerprint):
         raise UserError(f"data: {recipe.data} has another fingerprint than the recipe {path}")
     recipe.data_fingerprint = data.fingerprint
+    if recipe.distill_from is not None:
+        check_tokenizer(find_origin(recipe.distill_from, "distill_from"), data.tokenizer_path, "distill_from")
     asked, have = recipe.model.get("vocab_size", data.vocab_size), data.vocab_size
     if origin is not None:
         check_tokenizer(origin, data.tokenizer_path)
@@ -114,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def as_begun(recipe: Recipe, args: argparse.Namespace, is_main: bool) -> Recipe:
-    """The recipe with which its run folder goes on: fields younger than the run are as before they existed.
+    """The recipe with which its run folder continues: fields younger than the run are as before they existed.
 
     Raises:
         UserError: the folder belongs to another run, or is not what `--resume` expects (on the main rank).
@@ -137,7 +139,7 @@ def check_resume(run: RunFolder, mode: str) -> None:
     if mode == "never" and run.began:
         raise UserError(f"--resume never: {run.path} holds a run already ({run.status or 'no status'}): name another")
     if mode == "must" and not run.checkpoints():
-        raise UserError(f"--resume must: {run.path} has no checkpoint to go on from")
+        raise UserError(f"--resume must: {run.path} has no checkpoint to resume from")
 
 
 def _train_one(trainer: Trainer, stop: StopRequest, bar: tqdm) -> None:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from periln.eval.study.measures import Cell, stream_variance
 from periln.eval.study.tests import Results
 from periln.runkit.figure_style import STYLE
+from periln.runkit.number_format import FP16
 from periln.runkit.placements import COLOURS, MARKERS, OTHER_COLOUR, OTHER_MARKER
 
 TITLES = {"post": "Post-LN", "pre": "Pre-LN", "peri": "Peri-LN"}
@@ -80,7 +81,7 @@ def headroom(results: Results) -> Figure | None:
         values = [0.0 if v is None else v for v in cell["headroom"].values()]
         return min(values) if values else None
 
-    return _over_rates(results, bits, "least FP16 headroom\n(bits below 65504)", False)
+    return _over_rates(results, bits, f"least FP16 headroom\n(bits below {FP16.limit})", False)
 
 
 def depth(results: Results) -> Figure | None:
@@ -149,7 +150,7 @@ FIGURES: dict[str, tuple[Callable[[Results], Figure | None], str]] = {
     "spikes": (spikes, "Gradient spikes in 1,000 steps (6 standard deviations above the 128 steps before)."),
     "headroom": (
         headroom,
-        "Bits between the largest entry of stream, sum and module output and 65504, at the recorded steps.",
+        f"Bits between the largest entry of stream, sum and module output and {FP16.limit}, at the recorded steps.",
     ),
     "pairs": (pairs, "Paired differences of held-out loss: a dot a seed, a bar their mean."),
 }

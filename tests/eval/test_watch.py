@@ -12,6 +12,7 @@ import pytest
 from small_models import make_model, make_run, make_tokenizer
 
 from periln.eval import watch
+from periln.eval.scoring.gold import METRIC
 from periln.eval.scoring.harness import Settings
 from periln.runkit.checkpoints import remove_checkpoint, write_checkpoint
 from periln.runkit.errors import UserError, run_command
@@ -64,7 +65,7 @@ def test_a_training_is_watched_to_its_end_although_it_removes_its_checkpoints(tm
     assert set(table.step) | missed == {15, 30, 45, 60} and not set(table.step) & missed
     assert 60 in set(table.step)
     assert list(table.tokens) == [step * 4 * 32 for step in table.step]
-    assert set(table.metric) == {"acc", "acc_norm"}
+    assert set(table.metric) == {"acc", "acc_norm", METRIC}
     hashes = {r["evaluated"]["weights_sha256"] for r in run.evaluations() if r.get("tasks") == ["mini_piqa"]}
     assert len(hashes) == len(set(table.step))
     assert (run.path / "eval" / "watch.png").read_bytes().startswith(b"\x89PNG")
@@ -149,7 +150,7 @@ def test_a_trainer_that_is_gone_ends_the_watch_after_a_while(tmp_path):
 
 def test_what_cannot_be_watched_is_said(tmp_path, capsys):
     assert call(tmp_path / "none", "--wait", 0, *TASKS) == 2
-    assert "is no run folder (recipe.yaml), and none came within 0 seconds" in capsys.readouterr().err
+    assert "is not a run folder (recipe.yaml), and none came within 0 seconds" in capsys.readouterr().err
     run = make_run(tmp_path / "run")
     assert call(run.path, "--every", 0, *TASKS) == 2
     assert "--every must be at least 1, not 0" in capsys.readouterr().err

@@ -149,7 +149,7 @@ def test_a_misspelt_field_in_a_saved_config_is_refused_too(tmp_path):
     ("override", "says"),
     [
         ({"norm_placment": "pre"}, "'norm_placment' .value 'pre'.: did you mean 'norm_placement'"),
-        ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
+        ({"sliding_window": 0}, "sliding_window=0 must be at least 2"),
         ({"norm_placement": "periln"}, "norm_placement='periln'.*'peri'"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 .*num_key_value_heads=3"),
         ({"layer_placements": ["pre"]}, "1 entries for num_hidden_layers=3"),

@@ -1,0 +1,77 @@
+"""Training on another model's predictions (Hinton et al., 1503.02531, at temperature 1), and of some modules alone.
+
+The loss of `distill_from` is the mean over tokens of KL(teacher || model), over the whole vocabulary. The teacher is in
+every process, in FP32, and computes what the model does on the same tokens: nothing of it is in a checkpoint.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modeling_periln import PeriLlamaConfig
+from periln.runkit.errors import UsageError, UserError
+from periln.scripts.origin import find_origin, hash_of, load_weights
+from periln.scripts.recipe import Recipe
+from periln.scripts.training.engine import Engine
+
+_OF_THE_LOSS = ("shift_labels", "num_items_in_batch", "z_loss", "skip_logits")  # no arguments of a model that is asked
+
+
+def train_only(model: nn.Module, names: Sequence[str] | None) -> None:
+    """Leave every parameter as it is but those of modules with these last names; None: train all."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(names is None or name.split(".")[-2] in names)
+
+
+class Teacher:
+    """The model of `distill_from`, and the loss against it.
+
+    Raises:
+        UsageError: it has another vocabulary than the model, or the engine shards the model.
+        UserError: its weights are damaged, or others than when the recipe was read.
+    """
+
+    def __init__(self, recipe: Recipe, config: PeriLlamaConfig, engine: Engine):
+        assert recipe.distill_from is not None
+        if engine.name not in ("single", "ddp"):
+            raise UsageError(f"distill_from: {engine.name} shards the model; use one process, or several with DDP")
+        origin = find_origin(recipe.distill_from, "distill_from")
+        if origin.config.vocab_size != config.vocab_size:
+            sizes = f"{origin.config.vocab_size} tokens, and the model {config.vocab_size}"
+            raise UsageError(f"distill_from: {recipe.distill_from} has {sizes}")
+        if hash_of(origin.checkpoint) != recipe.distill_sha256:
+            raise UserError(f"distill_from: the weights of {origin.checkpoint} have changed since the recipe was read")
+        model = load_weights(origin, "distill_from")
+        model.config.residual_dtype = None
+        self.model = model.requires_grad_(False).to(engine.device)
+        self._sum = torch.zeros((), device=engine.device)
+
+    def losses(self, prepared: Callable[..., Any], arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The divergence of a micro batch, differentiable, and its cross entropy: this micro batch's share of the mean.
+
+        Args:
+            prepared: the model that is trained, as the engine wraps it.
+            arguments: as for its own loss: input_ids and shift_labels (B, S), num_items_in_batch, ...
+        """
+        inputs = {name: value for name, value in arguments.items() if name not in _OF_THE_LOSS}
+        targets, items = arguments["shift_labels"], arguments["num_items_in_batch"]
+        logits = prepared(**inputs).logits
+        with torch.no_grad():
+            taught = self.model(**inputs).logits
+        divergence = entropy = torch.zeros((), device=logits.device)
+        for row, wanted, target in zip(logits, taught, targets, strict=True):  # a row at a time: FP32 copies are large
+            row = row.float().log_softmax(-1)
+            wanted = wanted.float().log_softmax(-1)
+            divergence = divergence + F.kl_div(row, wanted, reduction="sum", log_target=True)
+            entropy = entropy + F.nll_loss(row.detach(), target, reduction="sum")
+        divergence = divergence / items
+        self._sum += divergence.detach()
+        return divergence, entropy / items
+
+    def take(self) -> torch.Tensor:
+        """The divergence summed since it was last taken."""
+        found, self._sum = self._sum, torch.zeros_like(self._sum)
+        return found
