@@ -50,7 +50,7 @@ def test_the_right_answers_bits_a_byte_stand_beside_the_scores(tmp_path):
         write_scores(write_run(tmp_path, "pre", seed=seed), [0.25] * 5, loss=4.0, gold=bits)
     assert row(load(tmp_path), "pre")["gold bits per byte"] == "3.500 ± 0.707"
     write_scores(tmp_path / "pre_lr0.002_seed2", [0.25] * 5, gold=[2.0])  # of one task alone: no mean
-    assert row(load(tmp_path), "pre")["gold bits per byte"] == "3.000"
+    assert row(load(tmp_path), "pre")["gold bits per byte"] == "3.000 (n=1)"
 
 
 def test_average_is_the_plain_mean_of_the_five_task_means(two_seeds):
