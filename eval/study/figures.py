@@ -63,6 +63,7 @@ def _over_rates(results: Results, of: Callable[[Cell], float | None], label: str
             text = f" {number}/{len(at)}"
             ax.text(rate, y, text, fontsize=7.5, va="center", **mark)
     ax.set(xscale="log", xlabel="learning rate", ylabel=label)
+    ax.margins(y=0.22 if crosses else 0.05)  # room for the crosses
     ax.legend(frameon=False, loc="lower left" if crosses else "best")
     return figure
 

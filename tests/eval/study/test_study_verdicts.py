@@ -97,6 +97,8 @@ def test_the_report_is_one_page_with_its_figures(study):
     page = (study.path / "report.html").read_text()
     assert "data:image/png;base64" in page and 'class="supported"' in page and "45 of 45 cells" in page
     markdown = (study.path / "verdicts.md").read_text()
+    assert "Peri-LN has the lowest mean held-out loss" in markdown and "0.001, 0.01, 0.1." in markdown
+    assert "Diverged in E2: Post-LN 0 of 15, Pre-LN 5 of 15, Peri-LN 0 of 15." in markdown
     assert "| 0.1 |" in markdown and "5 of 5 diverged" in markdown
     before = page, markdown
     command.main(parse(["report", str(study.path)]))
