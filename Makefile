@@ -47,7 +47,7 @@ docs: $(STAMP) ## the documentation, into site/; a broken link or reference fail
 notebooks: $(STAMP) ## the notebooks of examples/ from top to bottom, at their full size
 	$(BIN)/python -m pytest -m notebooks $(PYTEST_ARGS)
 
-test-slow: $(STAMP) ## what takes minutes by itself: a run killed sixty times
+test-slow: $(STAMP) ## what takes minutes by itself: a run killed sixty times, a study of 20 minutes
 	$(BIN)/python -m pytest -m kills $(PYTEST_ARGS)
 
 # PUBLISHED_TOKENS, PUBLISHED_LIMIT and PUBLISHED_LENGTH raise what is measured: see tests/README.md.
@@ -70,7 +70,7 @@ define test-end
 	@$(PYTHON) -m venv $(VENV)-$(1)
 	$(VENV)-$(1)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
 	@echo "$(TORCH)" > $(VENV)-$(1)/torch.txt
-	$(VENV)-$(1)/bin/python -m pip install --quiet --constraint $(VENV)-$(1)/torch.txt $(2) --editable '.[dev]'
+	$(VENV)-$(1)/bin/python -m pip install --quiet --constraint $(VENV)-$(1)/torch.txt $(2) --editable '.[test]'
 	$(VENV)-$(1)/bin/python -m pip list --format freeze > $(VENV)-$(1)/versions.txt
 	@grep -iE '^(torch|transformers|tokenizers|huggingface_hub|safetensors|accelerate|peft|trl|numpy)==' $(VENV)-$(1)/versions.txt
 	$(VENV)-$(1)/bin/python -m pytest -m 'not slow' $(PARALLEL) tests/modeling_periln tests/test_versions.py $(PYTEST_ARGS)

@@ -9,6 +9,7 @@ The logits of one chunk of tokens are computed, turned into a loss and thrown aw
 """
 
 from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,18 @@ class _OnePass(torch.autograd.Function):
     """The loss and the z term; the gradient of both is the loss's."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, targets, items, scale, chunk_tokens, ignore_index, z_loss, softmax):
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        items: Any,
+        scale: torch.Tensor,
+        chunk_tokens: int,
+        ignore_index: int,
+        z_loss: float,
+        softmax: Callable[..., Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         device = hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
         want_hidden, want_weight = ctx.needs_input_grad[:2]
@@ -61,17 +73,18 @@ class _OnePass(torch.autograd.Function):
             # Summed in FP32 at least: in FP16 the sum over a long batch would be rounded, and could overflow.
             wide = torch.promote_types(weight.dtype, torch.float32)
             weight_grad = torch.zeros_like(weight, dtype=wide) if want_weight else None
-            total, factor = None, scale / items
+            factor = scale / items
+            total: Any = None
             for start in range(0, len(hidden_states), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 hidden = hidden_states[rows].to(dtype)
                 sums, gradient = softmax(F.linear(hidden, matrix), targets[rows], factor, ignore_index, z_loss)
                 total = sums if total is None else total + sums
-                if want_hidden:
+                if hidden_grad is not None:
                     torch.mm(gradient, matrix, out=hidden_grad[rows])
-                if want_weight and dtype == wide:
+                if weight_grad is not None and dtype == wide:
                     weight_grad.addmm_(gradient.T, hidden)
-                elif want_weight:
+                elif weight_grad is not None:
                     weight_grad += gradient.T @ hidden
         ctx.gradients, ctx.scale = (hidden_grad, weight_grad), scale
         ctx.dtypes = hidden_states.dtype, weight.dtype
@@ -81,10 +94,10 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, _):
+    def backward(ctx: Any, upstream: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradient of the loss was made in its forward pass, and has been used already")
-        rest = upstream / ctx.scale  # 1 where the loss was multiplied with the scale that it was told
+        rest = upstream / ctx.scale  # 1 if the loss was multiplied by the announced scale
         gradients = (
             None if grad is None else grad.mul_(rest).to(dtype)
             for grad, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
@@ -93,7 +106,7 @@ class _OnePass(torch.autograd.Function):
         return *gradients, *[None] * 7
 
 
-def _is_plain(lm_head: Callable) -> bool:
+def _is_plain(lm_head: Callable[..., Any]) -> TypeGuard[nn.Linear]:
     """Whether the head is nothing but its weight: a layer around it, or a hook that gathers it, wants to be called."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return type(lm_head) is nn.Linear and lm_head.bias is None and not any(getattr(lm_head, name) for name in hooks)
@@ -108,7 +121,7 @@ def chunked_losses(
     ignore_index: int = IGNORE_INDEX,
     z_loss: float = 0.0,
     loss_scale: torch.Tensor | float | None = None,
-    softmax: Callable = softmax_part,
+    softmax: Callable[..., Any] = softmax_part,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Cross entropy of `lm_head(hidden_states)` against `targets`, `chunk_tokens` tokens at a time.
 
@@ -119,9 +132,9 @@ def chunked_losses(
         num_items_in_batch: divisor of the summed loss; by default the number of targets that count.
         chunk_tokens: tokens a chunk; peak memory is about `chunk_tokens` x V logits in FP32.
         z_loss: coefficient of the mean of log(sum(exp(logits)))^2 over the same tokens (PaLM, 2204.02311, section 5).
-        loss_scale: what the caller multiplies the loss with before backward (1 without a scaler). The gradient is then
-            made in this pass. It can be used once, and that of the z term is part of the loss's: add the two, or leave
-            the z term out of sight. A head that is more than its weight is called as without `loss_scale`.
+        loss_scale: what the caller multiplies the loss by before backward (1 without a scaler). The gradient is then
+            made in this pass. It can be used once, and that of the z term is part of the loss's: add the two, or ignore
+            the z term. A head that is more than its weight is called as without `loss_scale`.
         softmax: `softmax_part`, or a compiled form of it.
 
     Returns:
@@ -149,7 +162,7 @@ def chunked_losses(
         squares = logits.logsumexp(-1).square()
         return torch.stack([loss, torch.where(target != ignore_index, squares, 0.0).sum()])
 
-    total = None
+    total: Any = None
     for hidden, target in zip(hidden_states.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
         if torch.is_grad_enabled():
             sums = checkpoint(chunk_sums, hidden, target, use_reentrant=False, preserve_rng_state=False)
@@ -157,4 +170,4 @@ def chunked_losses(
             sums = chunk_sums(hidden, target)
         total = sums if total is None else total + sums
     total = total / num_items_in_batch
-    return total[0].clone(), z_loss * total[1] if z_loss else None  # no view: FSDP2 warns of outputs that are views
+    return total[0].clone(), z_loss * total[1] if z_loss else None  # not views, of which FSDP2 warns

@@ -1,4 +1,4 @@
-"""PeriLlama: Llama 3, except that the norms stand where `norm_placement` puts them.
+"""PeriLlama: Llama 3, except that the norms are where `norm_placement` puts them.
 
 Every sublayer `f` (attention, then MLP) does
 
@@ -10,7 +10,7 @@ with norms or nothing in the places A (`*_input_norm`), B (`*_output_norm`) and 
     output  x <- x + B(f(x))        peri    x <- x + B(f(A(x)))
 
 All rows and their factors are in `placements.py`. An empty place is an `nn.Identity`: it has no parameters, and no
-layer branches on its placement. Beside the layers a placement says only whether the stream is normed at its two ends,
+layer branches on its placement. Outside the layers a placement says only whether the stream is normed at its two ends,
 after the embedding (`embed_norm`) and before the head (`final_norm`).
 
 Shapes: B batch, S sequence, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
@@ -20,6 +20,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -95,16 +96,16 @@ class PeriLlamaAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.head_dim = cast(int, config.head_dim)
+        kv_heads = cast(int, config.num_key_value_heads)
+        self.num_key_value_groups = config.num_attention_heads // kv_heads
         self.scaling = float(config.query_pre_attn_scalar or self.head_dim) ** -0.5
         self.sliding_window = config.sliding_window if layer_types_of(config)[layer_idx] == SLIDING else None
         self.rotate = rotation_of(config, layer_idx)
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
 
-        q_size = config.num_attention_heads * self.head_dim
-        kv_size = config.num_key_value_heads * self.head_dim
+        q_size, kv_size = config.num_attention_heads * self.head_dim, kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
@@ -141,7 +142,7 @@ class PeriLlamaAttention(nn.Module):
         if cache is not None:
             key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention_interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         attn_output, attn_weights = attention_interface(
@@ -200,7 +201,7 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -236,13 +237,13 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
 
 
 def _sublayer_input(c: float, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """c * x, in `dtype` if the stream's is not the module's."""
+    """c * x, in `dtype` if the stream's dtype differs from the module's."""
     x = times(c, x)
     return x if dtype is None else x.to(dtype)
 
 
 class PeriLlamaPreTrainedModel(PreTrainedModel):
-    """What Transformers asks of every class of a family: its abilities, and how weights begin."""
+    """What Transformers asks of every class of a family: its abilities, and how its weights are initialized."""
 
     config: PeriLlamaConfig
     config_class = PeriLlamaConfig
@@ -261,9 +262,9 @@ class PeriLlamaPreTrainedModel(PreTrainedModel):
     }
 
     @classmethod
-    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
-        """As Transformers', whose pipeline knows a final norm by the name `norm` only, and no embedding norm: a stage
-        that does not hold an end of the stream has no norm there.
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """As Transformers', whose pipeline knows only a final norm called `norm`, and no embedding norm: a stage that
+        does not hold an end of the stream has no norm there.
         """
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
         stage = getattr(model, "_pp_stage", None)
@@ -313,7 +314,7 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -351,14 +352,14 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
                     "attention_mask, or position_ids of your own"
                 )
         if mask_positions is None:
-            mask_positions = position_ids  # given: they may restart, and say so to the mask
+            mask_positions = position_ids  # given: they may restart, which the mask must know
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             offset = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + offset
 
-        # The one cast of the stream. Where it differs from the weights' dtype and no autocast mends that, each
+        # The one cast of the stream. Where it differs from the weights' dtype and no autocast corrects that, each
         # sublayer's input is cast back (`module_dtype`).
         hidden_states, module_dtype = self.embed_norm(inputs_embeds), None
         if self.config.residual_dtype is not None:
@@ -409,10 +410,10 @@ def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | tor
 
 @dataclass
 class PeriLlamaCausalLMOutput(CausalLMOutputWithPast):
-    """As every causal LM's; where a z term was asked for, `loss` is the sum of `cross_entropy` and `z_loss`."""
+    """As for every causal LM; with a z term, `loss` is the sum of `cross_entropy` and `z_loss`."""
 
-    z_loss: torch.FloatTensor | None = None
-    cross_entropy: torch.FloatTensor | None = None
+    z_loss: torch.Tensor | None = None
+    cross_entropy: torch.Tensor | None = None
 
 
 class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
@@ -420,7 +421,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    loss_softmax = staticmethod(softmax_part)  # a trainer may put a compiled one in its place
+    loss_softmax = staticmethod(softmax_part)  # a trainer may replace it by a compiled one
 
     def __init__(self, config: PeriLlamaConfig):
         super().__init__(config)
@@ -434,7 +435,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -451,7 +452,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         `skip_logits=True` computes the loss chunk by chunk and returns `logits=None`: no logits of the whole
         batch ever exist. `shift_labels` (already shifted) and `num_items_in_batch` travel in `kwargs`, as in
         every Transformers model. `z_loss` is the coefficient of a term that is added to the loss, and `loss_scale`
-        what the caller multiplies the loss with before backward, so that its gradient can be made at once (`loss.py`).
+        what the caller multiplies the loss by before backward, so that its gradient can be made at once (`loss.py`).
 
         Raises:
             ValueError: `skip_logits=True` without labels, or `z_loss` or `loss_scale` without `skip_logits`.
@@ -480,7 +481,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
             ignored = kwargs.get("ignore_index", IGNORE_INDEX)
             targets = shift_labels(labels, ignored) if targets is None else targets
             items = kwargs.get("num_items_in_batch")
-            more = {"z_loss": z_loss, "loss_scale": loss_scale, "softmax": self.loss_softmax}
+            more: dict[str, Any] = {"z_loss": z_loss, "loss_scale": loss_scale, "softmax": self.loss_softmax}
             loss, z_term = chunked_losses(hidden_states, self.lm_head, targets, items, ignore_index=ignored, **more)
             if z_term is not None:
                 cross_entropy, loss = loss, loss + z_term
@@ -498,12 +499,12 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    # Of remote code generate() asks for the signature at every token: it is worked out here, once. On the function
-    # below the decorators, from where no wrapper copies it (a hook's copy would count `self` among the arguments).
+    # For remote code generate() asks for the signature at every token: it is computed here, once, and set on the
+    # function below the decorators, where no wrapper copies it (a hook's copy would count `self` among the arguments).
     inspect.unwrap(forward).__signature__ = inspect.signature(forward)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         # The cache under its old name too: PEFT 0.21's prompt learning looks for it there, and where it finds none it
         # puts the prompt before every token that is generated.
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
@@ -517,7 +518,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
 
 
 class PeriLlamaForSequenceClassification(GenericForSequenceClassification, PeriLlamaPreTrainedModel):
-    """One label a sequence, read at its last token that is no padding; logits (B, num_labels)."""
+    """One label a sequence, read at its last token that is not padding; logits (B, num_labels)."""
 
     def __init__(self, config: PeriLlamaConfig):
         PeriLlamaPreTrainedModel.__init__(self, config)

@@ -24,14 +24,20 @@ class PeriLlamaResidual(nn.Module):
     factor is a parameter, of one number or of one a channel.
     """
 
+    alpha: float | torch.Tensor
+    s: float | torch.Tensor
+
     def __init__(self, alpha: float | Learned, s: float | Learned, hidden_size: int):
         super().__init__()
-        self.initial = {}
+        self.initial: dict[str, float] = {}
+        value: float | torch.Tensor
         for name, factor in (("alpha", alpha), ("s", s)):
-            if not isinstance(factor, float):  # of remote code there are two copies of the class: no isinstance of it
+            if isinstance(factor, float):
+                value = factor
+            else:  # not isinstance of Learned: remote code has a copy of the class of its own
                 self.initial[name] = float(factor.init)
-                factor = nn.Parameter(torch.full((FACTORS[factor.learned](hidden_size),), float(factor.init)))
-            setattr(self, name, factor)
+                value = nn.Parameter(torch.full((FACTORS[factor.learned](hidden_size),), float(factor.init)))
+            setattr(self, name, value)
 
     def reset(self) -> None:
         for name, value in self.initial.items():

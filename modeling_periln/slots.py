@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 RULES: dict[str, Callable[[int, int], float]] = {
     # L counts decoder layers, so there are 2L sublayers.
@@ -20,6 +20,7 @@ RULES: dict[str, Callable[[int, int], float]] = {
     "(2L)^(1/4)": lambda l, L: (2 * L) ** 0.25,  # noqa: E741
     "(8L)^(-1/4)": lambda l, L: (8 * L) ** -0.25,  # noqa: E741
     "sqrt(log(2L))": lambda l, L: math.log(2 * L) ** 0.5,  # noqa: E741
+    "admin": lambda l, L: ((2 * L + 1) / math.log(2 * L + 1) - 1) ** 0.5,  # noqa: E741
 }
 # The functions that normalize, and what multiplies the result. `none` as a kind is a gain without a norm.
 KINDS = ("rmsnorm", "layernorm", "dyt", "derf", "l2", "none")
@@ -37,7 +38,7 @@ def nearest(name: Any, known: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm in a slot. What is None is the configuration's: `norm_type`, `norm_gain`, `norm_eps`.
+    """A norm in a slot. None means the configuration's: `norm_type`, `norm_gain`, `norm_eps`.
 
     kind: `rmsnorm`, `layernorm`, `dyt` (2503.10622), `derf` (2512.10938), `l2`, or `none` (a gain alone).
     gain: one number a `channel`, the same stored as its difference from 1 (`centered`, Gemma), one `scalar`, one a
@@ -65,6 +66,7 @@ class Learned:
 
 
 Factor = float | str | Learned
+_Kind = TypeVar("_Kind", bound=Norm)
 
 
 def evaluate_rule(rule: float | str, layer: int, num_layers: int, field: str = "rule") -> float:
@@ -94,7 +96,8 @@ def read_factor(value: Any, field: str) -> Factor:
         return value
     if not isinstance(value, Mapping):
         evaluate_rule(value, 1, 1, field)
-        return value
+        factor: Factor = value
+        return factor
     _known_keys(value, ("learned", "init"), field)
     if value.get("learned") not in LEARNED:
         raise ValueError(f"{field}['learned']={value.get('learned')!r} must be one of {list(LEARNED)}")
@@ -139,7 +142,7 @@ def _known_keys(value: Mapping[str, Any], known: Sequence[str], field: str) -> N
             raise ValueError(f"{field} has an unknown key {key!r}: {nearest(key, known)}use {list(known)}")
 
 
-def _read_norm(cls: type, value: Any, field: str, wanted: str) -> Any:
+def _read_norm(cls: type[_Kind], value: Any, field: str, wanted: str) -> _Kind:
     if not isinstance(value, Mapping):
         raise ValueError(f"{field}={value!r} must be {wanted}")
     _known_keys(value, [f.name for f in fields(cls)], field)

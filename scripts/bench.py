@@ -1,12 +1,12 @@
-"""How fast is PeriLlama beside Transformers' own models? `python -m scripts.bench --out bench/`
+"""How fast is PeriLlama compared with Transformers' own models? `python -m scripts.bench --out bench/`
 
 Every pair of models has the same weights (by `modeling_periln.convert`; the same tensors, since a product's time
 depends on where in memory they lie) and does the same work. A and B are measured in turn, in one process, in an order
 that alternates, so that a machine's slow minutes fall on both, and both are built anew every few pairs; what is
 reported is the ratio of the medians with a bootstrap interval over the pairs. Two cases compare a model with itself:
-what they are off 1 is the machine's noise, and no other ratio is known better. `bench.json` is written after each case.
-What is in it, of this machine and with as many pairs at least, is not measured again unless `--again` or other
-`--tokens` are given.
+their distance from 1 is the machine's noise, and no other ratio is more certain than that. `bench.json` is written
+after each case. What is in it, of this machine and with as many pairs at least, is not measured again unless `--again`
+or other `--tokens` are given.
 
 The training step is forward, loss, backward and AdamW; labels are the ids, no padding.
 """
@@ -40,11 +40,15 @@ from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from modeling_periln.conversions import export_recipe
 from modeling_periln.convert import to_native
 from modeling_periln.norms import PeriLlamaRMSNorm
+from modeling_periln.placements import PLACEMENTS
 from periln.runkit.environment import describe_environment
 from periln.runkit.errors import UsageError, UserError, did_you_mean
 from periln.runkit.folder import read_json, write_json, write_text
 from periln.runkit.process import python_m, start_stage
 from periln.runkit.progress import progress_bar
+from periln.scripts.bench_results import interval_of_ratio, table
+from periln.scripts.bench_results import verdict as verdict
+from periln.scripts.trainer_bench import BARE, HF, SIZES, trainer_pair
 
 WARM_UP = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -82,7 +86,7 @@ class Case:
 def build_model(case: Case, placement: str, device: torch.device) -> PeriLlamaForCausalLM:
     """A PeriLlama of the case's size in its dtype, from seed 0."""
     torch.manual_seed(0)
-    embedding_norm = False if placement == "peri" and case.native else None  # as HyperCLOVA X
+    embedding_norm = False if case.native and PLACEMENTS[placement].embedding_norm else None  # as HyperCLOVA X
     config = PeriLlamaConfig(**(case.sizes or SMALL), norm_placement=placement, embedding_norm=embedding_norm)
     return PeriLlamaForCausalLM(config).to(device, DTYPES[case.dtype])
 
@@ -183,6 +187,14 @@ def _cases() -> Iterator[Case]:
     yield Case("same-decode", "decoding, batch 1, FP32", "itself", 0.0, (1, 32), decoding_pair, **same)
     for other, target in (("plain", 1.0), ("F.rms_norm", 1.0), ("F.layer_norm", 0.0)):
         yield Case(f"norm-{other}", "RMSNorm, forward and backward", other, target, (8, 512), norm_pair)
+    for size, sizes in SIZES.items():
+        for dtype in ("fp32", "fp16"):
+            for how in ("eager", "compiled"):
+                shared = {"dtype": dtype, "compiled": how == "compiled", "sizes": sizes}
+                name, tokens = f"trainer-{size}-{dtype}-{how}", (4 if size == "1m" else 2, 256)
+                what = f"the trainer's step, {size.upper()}, {dtype.upper()}, {how}"
+                yield Case(f"{name}-hf", what, HF, 1.0, tokens, trainer_pair, **shared)
+                yield Case(f"{name}-bare", what, BARE, 0.0, tokens, trainer_pair, **shared)
 
 
 MEMORY_CASE = "memory"
@@ -190,13 +202,15 @@ CASES = {case.name: case for case in _cases()}
 
 
 def seconds_of(step: Callable[[], Any], device: torch.device) -> float:
-    """Wall-clock seconds of one call, with the device's queue empty before and after."""
+    """Wall-clock seconds of one call, with the device's queue empty before and after; those it gives itself, if any."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    step()
+    own = step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    if isinstance(own, float):
+        return own
     return time.perf_counter() - start
 
 
@@ -214,16 +228,6 @@ def keep_freed_memory() -> None:
         mallopt(parameter, value)
 
 
-def interval_of_ratio(ours: np.ndarray, theirs: np.ndarray, resamples: int = 4000) -> tuple[float, float, float]:
-    """Speed of ours in units of theirs, median(theirs) / median(ours), with its 95 % bootstrap interval over pairs."""
-    pairs = np.array([ours, theirs])
-    picks = np.random.default_rng(0).integers(0, pairs.shape[1], (resamples, pairs.shape[1]))
-    drawn = np.median(pairs[:, picks], axis=-1)
-    low, high = np.quantile(drawn[1] / drawn[0], [0.025, 0.975])
-    ours, theirs = np.median(pairs, axis=1)
-    return float(theirs / ours), float(low), float(high)
-
-
 def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     """Time the two sides of a case in turn, with models that are built anew every `pairs_a_build` pairs."""
     times = np.zeros((2, args.pairs))
@@ -238,6 +242,8 @@ def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[
                     if i >= start:
                         times[side, i] = seconds
                 bar.update(int(i >= start))
+            facts = getattr(sides[0], "facts", None)
+            more = facts(np.median(times, axis=1).tolist()) if facts and i + 1 == args.pairs else {}
             del sides
     ratio, low, high = interval_of_ratio(*times)
     return {
@@ -253,7 +259,7 @@ def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[
         "sequence": case.tokens[1],
         "new_tokens": case.new_tokens,
         "sizes": None if case.build is norm_pair else case.sizes or SMALL,
-    }
+    } | more
 
 
 def peak_memory(side: str, device: torch.device) -> int:
@@ -319,39 +325,6 @@ def is_enough(result: dict[str, Any], case: Case | None, args: argparse.Namespac
     return "pairs_a_build" in result and result["pairs"] >= args.pairs and same_tokens
 
 
-def verdict(result: dict[str, Any]) -> str:
-    """Whether the target is met or missed by the whole interval, or (with `?`) by the ratio alone."""
-    low, high = result["interval"]
-    bound = result.get("at_most") or result.get("at_least")
-    if bound is None:
-        return ""
-    better = (lambda ratio: ratio <= bound) if result.get("at_most") else (lambda ratio: ratio >= bound)
-    sure = better(low) == better(high)
-    return ("met" if better(result["ratio"]) else "missed") + ("" if sure else "?")
-
-
-def table(record: dict[str, Any]) -> str:
-    """The results as a Markdown table, with what they were measured on."""
-    machine = record["environment"]
-    name = machine["device_name"] or f"{machine['processor']}, {machine['threads']} threads"
-    versions = ", ".join(f"{p} {machine['versions'][p]}" for p in ("torch", "transformers"))
-    lines = [
-        "| what | against | tokens | pairs | ratio | 95 % interval | asked for | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for result in record["cases"].values():
-        asked = f"≥ {result['at_least']}" if result.get("at_least") else ""
-        asked = f"≤ {result['at_most']}" if result.get("at_most") else asked
-        low, high = result["interval"]
-        tokens, pairs = f"{result['batch']} × {result['sequence']}", str(result["pairs"])
-        tokens += f" + {result['new_tokens']}" if result.get("new_tokens") else ""
-        ratio, interval = f"{result['ratio']:.3f}", f"{low:.3f} to {high:.3f}"
-        cells = (result["what"], result["against"], tokens, pairs, ratio, interval, asked)
-        lines.append("| " + " | ".join((*cells, verdict(result))) + " |")
-    note = "Ratio: speed of ours over theirs (for memory: bytes). `?`: by the median; the interval holds both."
-    return "\n".join([*lines, "", f"{name}; {versions}. {note}"])
-
-
 def main(args: argparse.Namespace) -> None:
     if args.list:
         print(json.dumps({n: f"{c.what} against {c.against}" for n, c in CASES.items()}, indent=2))
@@ -369,7 +342,7 @@ def main(args: argparse.Namespace) -> None:
     wanted = args.cases or known
     for name in wanted:
         if name not in known:
-            raise UsageError(f"--cases {name!r} is no case{did_you_mean(name, known)}: use some of {known}")
+            raise UsageError(f"--cases {name!r} is not a case{did_you_mean(name, known)}: use some of {known}")
     environment = describe_environment(device)
     file = args.out / "bench.json"
     record: dict[str, Any] = {"environment": environment, "cases": {}}
@@ -382,7 +355,7 @@ def main(args: argparse.Namespace) -> None:
             raise UsageError(f"{file} was measured on another machine or version: give another --out, or --again")
     for name in wanted:
         case = CASES.get(name)
-        if case and args.tokens and case.build is training_pair:
+        if case and args.tokens and case.build in (training_pair, trainer_pair):
             case = replace(case, tokens=tuple(args.tokens))
         old = record["cases"].get(name)
         if old and not args.again and is_enough(old, case, args):

@@ -1,6 +1,6 @@
 """Text to token shards: `python -m scripts.prepare_data --source installed-python --out data/`.
 
-The work goes on in a hidden folder beside the result (`.data.<hash of the options>.work`) and is committed every few
+The work happens in a hidden folder next to the result (`.data.<hash of the options>.work`) and is committed every few
 seconds; a process killed at any moment is gone on from there by the same command. The result appears by a rename and
 is the same to the byte, whatever happened on the way and however many workers there were.
 
@@ -38,14 +38,15 @@ from periln.runkit.folder import read_json, room_for, sha256_of, write_folder, w
 from periln.runkit.process import start_stage
 from periln.runkit.progress import progress_bar
 from periln.runkit.texts import without_long_runs
-from periln.scripts.data.corpus import Batch, Corpus, Mark, Records
+from periln.scripts.data.corpus import Batch, Corpus, Mark, SideFiles
 from periln.scripts.data.documents import Source
 from periln.scripts.data.encoders import Encoded, Encoders
 from periln.scripts.data.local_files import InstalledPython
+from periln.scripts.data.machine_text import InstalledText
 from periln.scripts.data.options import Options
 from periln.scripts.data.same_data import content_of, without_places
 from periln.scripts.data.shards import ShardWriter, token_dtype
-from periln.scripts.data.sources import BPE, HUB, INSTALLED
+from periln.scripts.data.sources import BPE, HUB, INSTALLED, OF_THIS_MACHINE
 from periln.scripts.data.token_data import TokenData
 from periln.scripts.data.tokenization import SPECIAL_TOKENS as SPECIAL_TOKENS
 from periln.scripts.data.tokenization import load_tokenizer, vocabulary_size
@@ -69,11 +70,11 @@ def prepare(
     bar: int | None = None,
     **more: Any,
 ) -> dict:
-    """Prepare `out`, whole or not at all; data that stands there with the same options is kept.
+    """Prepare `out`, whole or not at all; data already there with the same options is kept.
 
     Args:
         workers: tokenizing processes.
-        save_seconds: a kill costs at most so much work.
+        save_seconds: a kill costs at most this much work.
         tiktoken_file: a rank file, where tiktoken shall not fetch it.
         bar: line of the progress bar; None: no bar.
         more: other fields of `Options`.
@@ -90,7 +91,7 @@ def prepare(
         raise UsageError(f"workers must be at least 1, not {workers}")
     if Path(more.get("tokenizer", BPE)).is_dir():
         more["tokenizer"] = str(Path(more["tokenizer"]).resolve())
-    local = source != INSTALLED and not source.startswith(HUB)
+    local = source not in OF_THIS_MACHINE and not source.startswith(HUB)
     options = Options(
         str(Path(source).resolve()) if local else source, vocab_size, max_bytes, heldout_share, context, **more
     )
@@ -112,7 +113,7 @@ def _pinned(work: Path, source: Source) -> dict[str, Any]:
         try:
             return source.pin(read_json(work / "source.json"))
         except UserError as error:
-            if not isinstance(source, InstalledPython):
+            if not isinstance(source, (InstalledPython, InstalledText)):
                 raise UserError(f"{error}: remove {work} to start over") from error
             tqdm.write("the installed packages have changed since this began: starting over")
             for path in work.iterdir():
@@ -124,7 +125,7 @@ def _pinned(work: Path, source: Source) -> dict[str, Any]:
 def _tokenizer(
     work: Path, source: Source, options: Options, tiktoken_file: str | None
 ) -> tuple[PreTrainedTokenizerFast, dict[str, list[int]]]:
-    """The tokenizer of this work, made once, and what stands around each document: its own special tokens.
+    """The tokenizer of this work, made once, and what surrounds each document: its own special tokens.
 
     The kept tokenizer does the first half of that, so that a prompt begins like a document and does not end like one.
     """
@@ -176,7 +177,7 @@ def _fill(
     tokenizer, document = _tokenizer(work, source, options, tiktoken_file)
     state = read_json(work / "state.json") if (work / "state.json").exists() else None
     mark = Mark(**state["mark"]) if state else Mark()
-    records = Records(work, mark.lengths)
+    records = SideFiles(work, mark.lengths)
     vocabulary = vocabulary_size(tokenizer)
     dtype, cut = token_dtype(vocabulary), state.get("cut", 0) if state else 0
     shards = ShardWriter(work, dtype, options.shard_tokens, state and state["shards"])

@@ -16,6 +16,7 @@ from periln.runkit.errors import UsageError, did_you_mean
 from periln.runkit.resume import BITS, NOTHING, PLACE, setting
 from periln.runkit.spikes import Spikes
 from periln.scripts.optimizers import read_options
+from periln.scripts.parametrization import Parametrization
 
 
 @dataclass
@@ -124,6 +125,7 @@ NUMBERS: dict[str, _Rule] = {
     "optimizer.eps": _above_zero(),
     "optimizer.gradient_clip": _above_zero(", or null for none"),
     "optimizer.z_loss": _at_least(0),
+    **{f"parametrization.base_{of}": _at_least(1, ", or null") for of in ("width", "depth", "head_dim")},
     "precision.initial_loss_scale": _above_zero(),
     "precision.loss_scale_growth_interval": _at_least(1),
     "divergence.nonfinite_losses": _at_least(1),
@@ -136,7 +138,7 @@ NUMBERS: dict[str, _Rule] = {
     "flight.files": _at_least(1),
 }
 _TOKENIZERS = "is the data's tokenizer's to say"
-NOT_THE_MODELS = {  # what a recipe's `model` cannot say, and why: it would be overruled without a word
+NOT_THE_MODELS = {  # what a recipe's `model` cannot say, and why: it would be overruled silently
     "residual_dtype": "belongs to the run: set precision.residual_dtype",
     "dtype": "belongs to the run, whose weights are FP32: set precision.mode",
     "torch_dtype": "belongs to the run, whose weights are FP32: set precision.mode",
@@ -170,14 +172,14 @@ class Recipe:
     # a checkpoint or a Hub id that the weights are from at the start (scripts/origin.py); null: drawn by the seed
     init_from: str | None = setting(None, decides=PLACE)  # init_sha256 says what lies there
     init_sha256: str | None = None  # of its weights; filled in
-    # a checkpoint or a Hub id whose predictions are learned in place of the text's tokens: the loss is KL(it || model)
+    # a checkpoint or a Hub id whose predictions are learned instead of the text's tokens: the loss is KL(it || model)
     distill_from: str | None = setting(None, decides=PLACE)  # distill_sha256 says what lies there
     distill_sha256: str | None = None  # of its weights; filled in
     # modules whose parameters are trained, by their last names (attn_output_norm, embed_tokens); null: all
     train_only: list[str] | None = None
     stage: Literal["pretrain"] = "pretrain"
     seed: int = 1
-    # sequences a forward pass and process; null: as many as there are
+    # sequences a forward pass and process; null: all of them
     micro_batch_size: int | None = setting(None, decides=BITS)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", decides=BITS)
     document_masking: bool = False  # True: no token attends to another document's
@@ -186,6 +188,7 @@ class Recipe:
     # True: algorithms that give the same bits each time, on a GPU too, where they are slower
     deterministic: bool = setting(False, decides=BITS)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    parametrization: Parametrization = field(default_factory=Parametrization)
     precision: Precision = field(default_factory=Precision)
     divergence: Divergence = field(default_factory=Divergence)
     spikes: Spikes = field(default_factory=Spikes)
@@ -237,6 +240,7 @@ class Recipe:
         if self.distill_from is not None and self.optimizer.z_loss:
             raise UsageError(f"optimizer.z_loss {self.optimizer.z_loss:g}: with distill_from the loss has no z term")
         config = self.model_config()
+        self.parametrization.check(config, self.model, self.init_from)
         self._check_trained(config)
         if self.sequence_length > config.max_position_embeddings:
             raise UsageError(
@@ -280,7 +284,7 @@ class Recipe:
             )
         for name in self.heldout_sets:
             if not re.fullmatch(r"[\w.-]+", str(name)):
-                raise UsageError(f"heldout_sets: {name!r} is no name: use letters, digits, '.', '_' and '-'")
+                raise UsageError(f"heldout_sets: {name!r} is not a name: use letters, digits, '.', '_' and '-'")
             if not isinstance(self.heldout_sets[name], str):
                 raise UsageError(f"heldout_sets.{name} must be the path of a file, not {self.heldout_sets[name]!r}")
         if self.heldout_sets and self.heldout_every is None:
@@ -292,12 +296,15 @@ class Recipe:
             )
 
     def model_config(self, **more: Any) -> PeriLlamaConfig:
-        """The model's configuration, with the run's residual dtype.
+        """The model's configuration, with the run's residual dtype and what its parametrization sets.
 
         Raises:
             UsageError: what the configuration refuses.
         """
         try:
-            return PeriLlamaConfig(**(self.model | more), residual_dtype=self.precision.residual_dtype)
+            config = PeriLlamaConfig(**(self.model | more), residual_dtype=self.precision.residual_dtype)
+            if ruled := self.parametrization.model_fields(config):
+                config = PeriLlamaConfig(**(self.model | more | ruled), residual_dtype=self.precision.residual_dtype)
+            return config
         except Exception as error:  # the strict dataclass raises several kinds, all about one field
             raise UsageError(f"model: {' '.join(str(error).split())}") from error

@@ -29,7 +29,7 @@ def required(extras: tuple[str, ...]) -> dict[str, Requirement]:
     return {name: requirement for name, requirement in found.items() if name not in ELSEWHERE}
 
 
-DEV = required(("bench", "train", "eval", "data", "sft", "dev"))
+DEV = required(("bench", "train", "eval", "data", "sft", "test"))
 DOCS = required(("docs",))  # the oldest environment builds no documentation
 
 

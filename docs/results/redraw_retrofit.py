@@ -1,4 +1,4 @@
-"""Redraw docs/results/retrofit.md from the records beside it: `python docs/results/redraw_retrofit.py`.
+"""Redraw docs/results/retrofit.md from the records next to it: `python docs/results/redraw_retrofit.py`.
 
 `python docs/results/redraw_retrofit.py --keep NAME=FILE...` first stores the numbers of files `retrofit.json` and
 `report.json` as records/retrofit/NAME.json: losses and shares, no weights, no texts, no paths.

@@ -1,9 +1,11 @@
-"""What every figure is made of: axes, lines with their marks, legends, and the bytes of a finished figure."""
+"""The parts of every figure: axes, lines with their marks, legends, and the bytes of a finished figure."""
 
 import io
 import textwrap
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -13,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from periln.eval.figures.plots import Plot
 from periln.eval.figures.selection import View
 from periln.runkit.figure_style import STYLE
 
@@ -23,15 +26,16 @@ DEPTH_CROSS = "Dotted: a run that diverged, with a cross at its last finite valu
 
 
 class NotRecorded(Exception):
-    """A figure cannot be drawn from these runs; the message says what it needs and what makes that."""
+    """A figure cannot be drawn from these runs; the message says what it needs and which command makes that."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A finished figure and, in words, what stands in it."""
+    """A finished figure, its description in words, and its numbers where a page can draw it (`plots.py`)."""
 
     figure: Figure
     caption: str
+    plot: Plot | None = None
 
 
 def grid(rows: int, columns: int, row_height: float = 2.35, **kwargs) -> tuple[Figure, np.ndarray]:
@@ -47,13 +51,13 @@ def image_bytes(figure: Figure, kind: str = "png") -> bytes:
     return data.getvalue()
 
 
-def settings() -> mpl.rc_context:
+def settings() -> AbstractContextManager[None]:
     """A context in which only the project's style counts, not the user's Matplotlib settings."""
     return mpl.rc_context(mpl.rcParamsDefault | STYLE | {"svg.hashsalt": "periln", "svg.fonttype": "path"})
 
 
 def plain(label: str, **style) -> Line2D:
-    """A legend entry that stands for no data of its own."""
+    """A legend entry without data."""
     return Line2D([], [], label=label, **({"color": DARK} | style))
 
 
@@ -64,14 +68,19 @@ def legend(
     markers: bool = True,
     more: Sequence[Line2D] = (),
     average: str = "",
+    rates: dict[str, str] | None = None,
 ) -> None:
-    """One legend above the figure: the placements, then what lines and marks mean."""
+    """One legend above the figure: the placements, then what lines and marks mean.
+
+    `rates` are the learning rates of series with only one: they are shown next to its name.
+    """
     runs = view.runs[view.runs.series.isin(series)] if series is not None else view.runs
     handles = []
     for name in runs.series.unique():
         look = view.looks[name]
         mark = look.marker if markers else ""
-        handles.append(Line2D([], [], **look.line, marker=mark, linewidth=2.2, label=view.label(name)))
+        label = view.label(name) + (f" at {rates[name]}" if rates else "")
+        handles.append(Line2D([], [], **look.line, marker=mark, linewidth=2.2, label=label))
     if average and runs.groupby(["series", "learning_rate", "size"]).seed.nunique().max() > 1:
         handles.append(plain(average, linewidth=2.2))
         handles.append(plain("one seed", linewidth=0.9, alpha=0.6))
@@ -79,7 +88,7 @@ def legend(
         handles.append(plain("diverged", linewidth=1, linestyle=":", marker="x"))
     handles += more
     # An entry is its handle (about 8 letters wide) and its label; a line holds about 108 letters.
-    widths = [len(handle.get_label()) + 8 for handle in handles]
+    widths = [len(str(handle.get_label())) + 8 for handle in handles]
     columns = len(handles) if sum(widths) < 108 else max(1, min(len(handles), 108 // max(widths)))
     by_row = [handle for i in range(columns) for handle in handles[i::columns]]  # a legend fills its columns first
     figure.legend(handles=by_row, loc="outside upper center", ncols=columns, frameon=False)
@@ -101,7 +110,7 @@ def curves(ax: Axes, data: pd.DataFrame, view: View, runs: pd.DataFrame, markers
         of = data[data.run.isin(alive) & np.isfinite(data.y)].groupby("x").y
         whole = of.agg(average)[of.count() == len(alive)]
         every = max(1, len(whole) // 20)
-        mark = {"marker": look.marker, "markevery": every} if markers else {}
+        mark: dict[str, Any] = {"marker": look.marker, "markevery": every} if markers else {}
         ax.plot(whole.index, whole.to_numpy(), linewidth=2.0, linestyle=look.style, **mark, **style)
 
 
@@ -112,7 +121,7 @@ def wrapped(title: str, columns: int) -> str:
 
 
 def hide_empty(axes: np.ndarray, used: int) -> None:
-    """Hide what a grid has beyond its panels, and label the axes above."""
+    """Hide the cells of a grid beyond its panels, and label the axes above."""
     for i, ax in enumerate(axes.flat):
         if i >= used:
             ax.set_visible(False)
@@ -132,12 +141,13 @@ def log_axis(ax: Axes) -> None:
 
 
 def rate_axis(ax: Axes, rates: Sequence[float]) -> None:
-    """A log axis of learning rates, labelled at the rates that were run while they have room."""
+    """A log axis of learning rates, labelled at the rates that were run as far as there is room."""
     ax.set_xscale("log")
     ticks = sorted(set(rates))
     low, high = ticks[0], ticks[-1]
     ax.set_xlim(low / 1.5, high * 1.5)
-    roomy, least = [], (high / low) ** (1 / 6) if high > low else 1.0
+    roomy: list[float] = []
+    least = (high / low) ** (1 / 6) if high > low else 1.0
     for tick in ticks:
         if not roomy or tick / roomy[-1] >= least * 0.999:
             roomy.append(tick)
@@ -152,8 +162,16 @@ def whole_numbers(ax: Axes, label: str = "", bins: int = 7) -> None:
         ax.set_xlabel(label)
 
 
+def at_least(ax: Axes, span: float) -> None:
+    """Widen a y axis around its middle to a span, so that equal values do not look far apart."""
+    low, high = ax.get_ylim()
+    if high - low < span:
+        middle = (low + high) / 2
+        ax.set_ylim(middle - span / 2, middle + span / 2)
+
+
 def step_colours(steps: Sequence[float]) -> tuple[mpl.colors.Colormap, mpl.colors.Normalize]:
-    """A colour scale over what is ordered (steps, layers): light is early; the palest yellow is left out."""
+    """A colour scale for ordered things (steps, layers): light is early; the palest yellow is left out."""
     low, high = min(steps), max(steps)
     span = (high - low) or 1
     return mpl.colormaps["viridis_r"], mpl.colors.Normalize(low - 0.25 * span, high if high > low else low + span)

@@ -1,6 +1,7 @@
-"""The figures there are, by name, in their order. No imports, so that the command line can list them at once."""
+"""The figures by name, in order. No imports, so that the command line can list them at once."""
 
 TITLES = {
+    "overview": "Loss, headroom and survival at a glance",
     "1": "Variance of the hidden state over depth and training",
     "3a": "Final loss by learning rate",
     "3b": "Training loss at each placement's best learning rate",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,14 +12,14 @@ from periln.eval.texts.windows import token_loss
 from periln.runkit.errors import UserError
 
 if TYPE_CHECKING:
-    from periln.eval.fp16.layout import Layout
+    from periln.eval.fp16.layout import Layout, NormUse, Table
 
 
 @dataclass
 class Peak:
     """The largest |value|, and the largest |gradient| of the mean token loss of a batch, of one tensor of a group.
 
-    Either is infinite where it is not finite; a gradient may be, in any precision. With `reads` it is a matrix
+    Either is infinite where not finite; a gradient may be so in any precision. With `reads` it is a matrix
     between two groups, which the rewrite scales by 2^(group - reads). `batch` and `row` hold the largest |value|.
     """
 
@@ -51,7 +51,7 @@ def measure_peaks(
             with torch.set_grad_enabled(number < backward):
                 logits = model(input_ids=ids, use_cache=False).logits
                 if number < backward:
-                    # Of a leaf that needs none, gradients pass through the embedding's output all the same.
+                    # Gradients pass through the embedding's output even if its table needs none.
                     (token_loss(logits, ids) / ids[:, 1:].numel()).backward()
                     for peak, weight, rows in weights:
                         peak.gradient = _largest(peak.gradient, weight.grad if rows is None else weight.grad[rows])
@@ -59,7 +59,7 @@ def measure_peaks(
             tick()
             for peak in peaks:
                 if not peak.forward < float("inf"):
-                    raise UserError(f"{peak.words} is not finite in {model.dtype} either: this is no FP16 overflow")
+                    raise UserError(f"{peak.words} is not finite in {model.dtype} either: this is not an FP16 overflow")
     finally:
         for handle in handles:
             handle.remove()
@@ -69,12 +69,14 @@ def measure_peaks(
 
 
 def _weights(layout: "Layout", model: nn.Module) -> list[tuple[Peak, nn.Parameter, torch.Tensor | None]]:
-    """What FP16 must hold of weights: gains and tables, which carry a group's factor by themselves, with their
+    """The weights that FP16 must hold: gains and tables, which carry a group's factor alone, with their
     gradients, and the gradients of matrices."""
-    modules, found = dict(model.named_modules()), []
-    for part in (*layout.norms, *layout.tables):
-        if (weight := getattr(modules[part.name], "weight", None)) is not None:
-            peak = Peak(part.gives, f"the weight of {part.name}", weight.detach().abs().max().item())
+    modules: dict[str, Any] = dict(model.named_modules())
+    found: list[tuple[Peak, nn.Parameter, torch.Tensor | None]] = []
+    ends: list[NormUse | Table] = [*layout.norms, *layout.tables]
+    for end in ends:
+        if (weight := getattr(modules[end.name], "weight", None)) is not None:
+            peak = Peak(end.gives, f"the weight of {end.name}", weight.detach().abs().max().item())
             found.append((peak, weight, None))
     for part in layout.matrices:
         peak = Peak(part.gives, f"the weight of {part.name}", part.largest, reads=part.reads)

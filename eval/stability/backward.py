@@ -1,6 +1,7 @@
 """The backward pass at a checkpoint: gradients of every sublayer, and whether the loss knows its weights' scale."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,13 +10,13 @@ from periln.eval.structure.anatomy import Anatomy, Sublayer
 from periln.eval.structure.stages import LayerCall, Stages
 from periln.eval.texts.windows import token_loss
 
-PIECE = 2**22  # entries that are wide at once
+PIECE = 2**22  # entries in float64 at once
 
 
 def accumulate_gradients(model: nn.Module, batches: Iterable[torch.Tensor], tokens: int) -> float:
     """The gradient of the mean next-token loss over `tokens` predictions, into `.grad`; returns the loss.
 
-    Every parameter gets one, whatever its `requires_grad` said; the model keeps the mode it was in.
+    Every parameter gets one, whatever its `requires_grad` was; the model keeps its mode.
     """
     model.zero_grad(set_to_none=True)
     for parameter in model.parameters():
@@ -55,10 +56,11 @@ def _sums(x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[float, float,
 def _gradient_row(modules: list[nn.Module], step: int, layer: int, sublayer: str) -> list[tuple]:
     """`gradient` norm and variance (over entries) of a group of parameters, where it has a gradient."""
     parameters = {id(p): p for m in modules for p in m.parameters() if p.grad is not None}
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
     if not parameters:
         return []
     count = sum(p.numel() for p in parameters.values())
-    sums = [_sums(p.grad) for p in parameters.values()]
+    sums = [_sums(gradient) for gradient in gradients]
     mean, square = sum(s[0] for s in sums) / count, sum(s[1] for s in sums)
     values = {"norm": square**0.5, "variance": max(square / count - mean**2, 0.0)}
     return [(step, layer, sublayer, "gradient", stat, value) for stat, value in values.items()]
@@ -75,7 +77,7 @@ def scale_freedom(sublayer: Sublayer) -> float | None:
     with_gradient = [p for p in projection.module.parameters() if p.grad is not None]
     if not with_gradient:
         return None
-    grads = [_sums(p.grad, p) for p in with_gradient]
+    grads = [_sums(p.grad, p) for p in with_gradient if p.grad is not None]
     size = (sum(g[1] for g in grads) * sum(_sums(p.detach())[1] for p in with_gradient)) ** 0.5
     return sum(g[2] for g in grads) / size if size > 0 else None
 
@@ -94,7 +96,7 @@ def _weight_rows(anatomy: Anatomy, s: Sublayer, step: int) -> list[tuple]:
 
 
 def _rows(anatomy: Anatomy, step: int, chosen: Callable[[int, str], bool]) -> list[tuple]:
-    """All rows of the groups that are chosen by layer and sublayer."""
+    """All rows of the groups, by layer and sublayer."""
     found: list[tuple] = []
     for layer, sublayer, modules in _groups(anatomy):
         if chosen(layer, sublayer):
@@ -112,10 +114,10 @@ def backward_rows(
     stages: Stages | None = None,
     tell: Callable[[], None] = lambda: None,
 ) -> list[tuple]:
-    """All of it, from one gradient of the mean loss over `batches` (ids (B, S)); no gradient is left behind.
+    """All rows, from one gradient of the mean loss over `batches` (ids (B, S)); no gradient is left behind.
 
-    With stages the gradients come a layer at a time, and are gone once they are measured; `tell` is called after
-    each layer of each batch. Else all of them are there at once.
+    With stages the gradients come a layer at a time, and are freed once measured; `tell` is called after each layer
+    of each batch. Otherwise all of them exist at once.
     """
     tokens = sum(ids[:, 1:].numel() for ids in batches)
     found: list[tuple] = []
@@ -157,16 +159,16 @@ def layer_by_layer(
 ) -> None:
     """The gradient of the mean loss over `tokens` predictions, one layer's at a time, the last first.
 
-    `visit` is called when the gradients of the model's end (None), of a layer (its number) and of its begin (0) are
-    whole; what no later piece adds to is then set free. What is kept of a batch (ids (B, S)) are its streams.
+    `visit` is called when the gradients of the model's end (None), of a layer (its number) and of its start (0) are
+    complete; those that no later piece adds to are then freed. Of a batch (ids (B, S)) its streams are kept.
     """
     model, layers = stages.anatomy.model, stages.anatomy.layers
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     model.zero_grad(set_to_none=True)
-    begins = {id(p) for p in stages.anatomy.embedding.parameters()}  # a tied table is a part of both ends
+    begins = {id(p) for p in stages.anatomy.embedding.parameters()}  # a tied table belongs to both ends
     passes: list[tuple[torch.Tensor, list[torch.Tensor], list[LayerCall]]] = []
-    grads: list[torch.Tensor] = []
+    grads: list[Any] = []
     for ids in batches:
         streams, calls = stages.streams(ids)
         leaf = streams.pop().requires_grad_()

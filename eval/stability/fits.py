@@ -1,4 +1,4 @@
-"""How a statistic goes with depth or with training: constant, linear or exponential, and how well each fits."""
+"""How a statistic depends on depth or training: constant, linear or exponential, and how well each fits."""
 
 import math
 import warnings
@@ -39,19 +39,19 @@ def fit_growth(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
     positive values.
     """
     points = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
-    x, y = np.array([p[0] for p in points], dtype=float), np.array([p[1] for p in points], dtype=float)
-    if len(y) < 3 or not (y > 0).all():
+    at, values = (np.array([p[i] for p in points], dtype=float) for i in (0, 1))
+    if len(values) < 3 or not (values > 0).all():
         return {"constant": None, "linear": None, "exponential": None, "spread": None, "best": None}
-    slope, intercept = np.polyfit(x, y, 1)
-    a, b = _exponential(x, y)
+    slope, intercept = np.polyfit(at, values, 1)
+    a, b = _exponential(at, values)
     with np.errstate(over="ignore"):
-        exponential = a * np.exp(np.clip(b * x, -300, 300))
-    linear = {"intercept": float(intercept), "slope": float(slope), "r2": _r2(y, intercept + slope * x)}
-    curved = {"factor": a, "rate": b, "r2": _r2(y, exponential)}
-    spread = float(y.max() / y.min())
+        exponential = a * np.exp(np.clip(b * at, -300, 300))
+    linear = {"intercept": float(intercept), "slope": float(slope), "r2": _r2(values, intercept + slope * at)}
+    curved = {"factor": a, "rate": b, "r2": _r2(values, exponential)}
+    spread = float(values.max() / values.min())
     best = "constant" if spread < EVEN else "linear" if linear["r2"] >= curved["r2"] else "exponential"
     return {
-        "constant": {"value": float(y.mean()), "r2": _r2(y, np.full_like(y, y.mean()))},
+        "constant": {"value": float(values.mean()), "r2": _r2(values, np.full_like(values, values.mean()))},
         "linear": linear,
         "exponential": curved,
         "spread": spread,

@@ -1,4 +1,4 @@
-"""What the numbers of one checkpoint, and of a run's checkpoints, say in words."""
+"""The numbers of one checkpoint, and of a run's checkpoints, in words."""
 
 import math
 from typing import Any
@@ -8,9 +8,9 @@ import pandas as pd
 from periln.eval.records.words import number
 from periln.runkit.number_format import FP16
 
-CLOSE = 3.0  # bits of headroom below which the next doublings are near
+CLOSE = 3.0  # bits of headroom below which the limit is a few doublings away
 POOR = 0.7  # R² below which a fit is not called a description
-ONE_SIDED = 0.1  # |scale freedom| of this and more: the loss depends on the scale of the weights
+ONE_SIDED = 0.1  # |scale freedom| from which the loss depends on the scale of the weights
 
 
 def place_of(row: dict[str, Any]) -> str:
@@ -113,7 +113,7 @@ def _massive(massive: list[dict[str, Any]], top: dict[str, Any] | None) -> list[
         after = f"stream after the {top['sublayer']} of layer {top['layer']}"
         place = "embedding" if top["sublayer"] == "embedding" else after
         return [f"{said}: the most any has is {top['ratio']:.0f} times, channel {top['channel']} of the {place}."]
-    said = []
+    sentences = []
     for m in massive[:3]:
         after = (
             "in the embedding" if m["sublayer"] == "embedding" else f"after the {m['sublayer']} of layer {m['layer']}"
@@ -123,12 +123,12 @@ def _massive(massive: list[dict[str, Any]], top: dict[str, Any] | None) -> list[
         more = (
             f", and reaches {number(grows['value'])} in layer {grows['layer']}" if grows["value"] > m["value"] else ""
         )
-        said.append(
+        sentences.append(
             f"A massive activation appears {after}: channel {m['channel']}, position {m['position']} of sample "
             f"{m['sample']}{token}, |x| = {number(m['value'])}, {m['ratio']:.0f} times the typical size{more}; it "
             f"lasts to layer {m['last_layer']}."
         )
-    return said
+    return sentences
 
 
 def _gradients(rows: pd.DataFrame) -> list[str]:

@@ -1,15 +1,15 @@
 """The residual stream of a causal LM, found by structure.
 
-No family is known by name. One forward pass on a few random tokens is watched, and who reads whose output says what
-every module is: in each decoder layer two modules f (attention, then MLP), and norms in the places A (on f's input),
-B (on f's output, before the add) and C (on the stream, after the add) of
+No family is known by name. One forward pass on a few random tokens is watched, and which module reads which output
+tells what every module is: in each decoder layer two modules f (attention, then MLP), and norms in the places A (on f's
+input), B (on f's output, before the add) and C (on the stream, after the add) of
 
     x  <-  C( alpha * x  +  s * B( f( c * A(x) ) ) )
 
 What was found is then checked on the same pass: each sum must be alpha * x + s * branch to rounding. A model that does
-anything else to its stream is refused, not guessed at.
+anything else to its stream is refused rather than guessed.
 
-An add has no module of its own in most families, so tensors are seen at *points*: the input or output of a module.
+In most families an add is not a module, so tensors are seen at *points*: the input or output of a module.
 The stream before attention is the layer's input; the sum after attention is what the MLP side reads; the sum after the
 MLP is the layer's output. In a parallel layer (GPT-NeoX) x + attn + mlp is one add: the attention has none.
 """
@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
-from modeling_periln.placements import PLACEMENTS
 from periln.eval.structure.norms import NormFacts, is_norm, norm_facts
-from periln.eval.structure.points import Call, Point, Trace, first_tensor, input_tensor
+from periln.eval.structure.points import Call, Point, TensorCall, Trace, first_tensor, input_tensor
 from periln.eval.structure.points import watched as watch_modules
 from periln.eval.structure.sublayers import LayerReader, Norm, Projection, Sublayer, ratio, same
 from periln.runkit.errors import UserError
+from periln.runkit.placements import BY_NORMS
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Anatomy:
     """The stream of a model from the embedding to the head.
 
     `embedding_stream` is the input of layer 1 (after embedding norm and scale); `end` the last layer's output, before
-    the final norm. `embedding_scale`: the factor between the table's rows and the stream (None behind a norm or where
+    the final norm. `embedding_scale`: the factor between the table's rows and the stream (None after a norm or where
     positions are added).
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     hidden_size: int
     embedding_name: str
-    embedding: nn.Module
+    embedding: nn.Embedding
     embedding_norm: Norm | None
     embedding_scale: float | None
     embedding_stream: Point
@@ -49,7 +50,7 @@ class Anatomy:
     end: Point
     final_norm: Norm | None
     head_name: str
-    lm_head: nn.Module
+    lm_head: nn.Linear
     tied: bool
 
     @property
@@ -58,18 +59,17 @@ class Anatomy:
 
     @property
     def placement(self) -> str | None:
-        """The placement that its configuration names, or whose norms A, B and C stand where its norms stand.
+        """The placement that its configuration names, or whose norms A, B and C are where its norms are.
 
-        None where its layers differ, or no placement is like it.
+        None where its layers differ, or no placement matches.
         """
         config = self.model.config
         named = getattr(config, "norm_placement", None)
         if isinstance(named, str) and not getattr(config, "layer_placements", None):
             return named
-        places = {(bool(s.input_norm), bool(s.output_norm), bool(s.residual_norm)) for s in self.sublayers}
-        # The older rows alone: what distinguishes the others (inner norms, factors) is not looked at here.
-        rows = ((name, PLACEMENTS[name]) for name in ("post", "pre", "peri", "output", "pre_post"))
-        return next((n for n, p in rows if places == {(p.input_norm, p.output_norm, p.residual_norm)}), None)
+        places = {s.letters for s in self.sublayers}
+        # Rows of norms alone: what distinguishes the others (inner norms, factors) is not considered here.
+        return BY_NORMS.get(places.pop()) if len(places) == 1 else None
 
     def gain(self, norm: Norm | nn.Module) -> torch.Tensor | None:
         """The effective gamma (D,) of a norm, 1 + w for Gemma's; None where it has none."""
@@ -106,7 +106,7 @@ def _random_ids(model: nn.Module, vocabulary: int) -> torch.Tensor:
     return torch.randint(0, vocabulary, (2, 8), generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def _find_embedding(model: nn.Module, trace: Trace, start: torch.Tensor, names: dict[nn.Module, str]):
+def _find_embedding(model: PreTrainedModel, trace: Trace, start: torch.Tensor, names: dict[nn.Module, str]):
     """The embedding module and the norm between it and the stream."""
     module = model.get_input_embeddings()
     call = trace.of(names[module])
@@ -118,7 +118,7 @@ def _find_embedding(model: nn.Module, trace: Trace, start: torch.Tensor, names: 
 
 
 @torch.no_grad()
-def find_anatomy(model: nn.Module) -> Anatomy:
+def find_anatomy(model: PreTrainedModel) -> Anatomy:
     """Find the residual stream of a causal LM by one forward pass on 16 random tokens, and check it on that pass.
 
     The model is left as it is. Load it in FP32: in half precision small branches are lost in the rounding of the sums.
@@ -130,7 +130,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     vocabulary = _text_config(model).vocab_size
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or model.get_input_embeddings() is None:
-        raise UserError(f"{type(model).__name__} has no language-model head: it is no causal LM")
+        raise UserError(f"{type(model).__name__} has no language-model head: it is not a causal LM")
     layers = _layer_list(model)
     inside = {module for _, layer in layers for module in layer.modules()}
     outside = [(name, module) for name, module in model.named_modules() if name and module not in inside]
@@ -148,13 +148,14 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     return _assemble(model, ids, head, layers, trace)
 
 
-def _check_chain(layers: list[tuple[str, nn.Module]], wholes: list[Call | None]) -> None:
-    """Every layer turns a stream into a finite stream, and reads what the one before it gave.
+def _check_chain(layers: list[tuple[str, nn.Module]], calls: list[Call | None]) -> list[TensorCall]:
+    """The layers' calls: each turns a stream into a finite stream, and reads what the one before it gave.
 
     Raises:
         UserError: one does not.
     """
-    for (name, layer), whole in zip(layers, wholes, strict=True):
+    wholes: list[TensorCall] = []
+    for (name, layer), whole in zip(layers, calls, strict=True):
         wide = [x for x in (whole.given, whole.result) if x is not None and x.ndim > 3] if whole is not None else []
         if wide:
             streams = " x ".join(str(n) for n in wide[0].shape[2:-1])
@@ -169,15 +170,17 @@ def _check_chain(layers: list[tuple[str, nn.Module]], wholes: list[Call | None])
                 f"the output of {name} is not finite in {whole.result.dtype} on random tokens: "
                 "load the model in float32 to find its stream"
             )
+        wholes.append(TensorCall(whole.name, whole.module, whole.given, whole.result))
     for i in range(1, len(layers)):
         if not same(wholes[i - 1].result, wholes[i].given):
             raise UserError(f"{layers[i][0]} does not read what {layers[i - 1][0]} gives")
+    return wholes
 
 
-def _assemble(model: nn.Module, ids: torch.Tensor, head: nn.Module, layers: list, trace: Trace) -> Anatomy:
+def _assemble(model: PreTrainedModel, ids: torch.Tensor, head: nn.Linear, layers: list, trace: Trace) -> Anatomy:
     names = {module: name for name, module in model.named_modules()}
-    wholes = [trace.calls.get(f"{name}()", [None])[0] for name, _ in layers]
-    _check_chain(layers, wholes)
+    calls: list[Call | None] = [next(iter(trace.calls.get(f"{name}()", [])), None) for name, _ in layers]
+    wholes = _check_chain(layers, calls)
     sublayers: list[Sublayer] = []
     for number, ((name, layer), whole) in enumerate(zip(layers, wholes, strict=True), start=1):
         sublayers += LayerReader(number, name, layer, trace.calls.get(name, []), whole).read()

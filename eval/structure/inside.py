@@ -1,14 +1,14 @@
-"""What is inside a sublayer: the matrices between its input and its output, found by name and checked by doing.
+"""What is inside a sublayer: the matrices between its input and its output, found by name and checked by computing.
 
 Attention gives W_o [sum_t p_t (W_v n_t + b_v)]_heads + b_o with p_t >= 0 and sum p_t = 1 in every head. On a single
-token p is 1, so the input of W_o must be the values themselves: that is looked at, and so is the MLP's formula. A
-module for which it does not hold (experts, other activations, norms of values) has no bound here, and says why.
+token p is 1, so the input of W_o must be the values themselves: that is checked, and so is the MLP's formula. A
+module for which it does not hold (experts, other activations, norms of values) has no bound here, with a reason.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -80,7 +80,7 @@ def linear_maps(module: nn.Module) -> dict[str, nn.Linear]:
         elif name not in ("q_norm", "k_norm", "q_layernorm", "k_layernorm") and _does_something(name, child):
             raise Unknown(f"{type(module).__name__} holds {name} ({type(child).__name__}), of unknown effect")
     if any(True for _ in module.parameters(recurse=False)):
-        raise Unknown(f"{type(module).__name__} has parameters of its own, of unknown effect")
+        raise Unknown(f"{type(module).__name__} has its own parameters, of unknown effect")
     return found
 
 
@@ -94,6 +94,10 @@ def _act(module: nn.Module) -> nn.Module:
     return acts[0]
 
 
+@overload
+def _wide(x: torch.Tensor) -> torch.Tensor: ...
+@overload
+def _wide(x: None) -> None: ...
 def _wide(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.detach().double().cpu()
 
@@ -120,6 +124,7 @@ def _attention(module: nn.Module, size: int) -> tuple[Attention, nn.Module]:
 def _mlp(module: nn.Module) -> tuple[Gated, nn.Module]:
     linears = linear_maps(module)
     names, act = set(linears), _act(module)
+    parts: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
     if names == {"gate_proj", "up_proj", "down_proj"}:
         gate, up, down = (linears[n] for n in ("gate_proj", "up_proj", "down_proj"))
         parts = (gate.weight, gate.bias, up.weight, up.bias)
@@ -134,7 +139,8 @@ def _mlp(module: nn.Module) -> tuple[Gated, nn.Module]:
         parts = (linears[first].weight, linears[first].bias, None, None)
     else:
         raise Unknown(f"the matrices of {type(module).__name__} are not known: {', '.join(sorted(names)) or 'none'}")
-    return Gated(*map(_wide, parts), _wide(down.weight), _wide(down.bias), act), down
+    w, w_bias, v, v_bias = parts
+    return Gated(_wide(w), _wide(w_bias), _wide(v), _wide(v_bias), _wide(down.weight), _wide(down.bias), act), down
 
 
 Inside = Callable[[], Attention | Gated]
@@ -142,17 +148,19 @@ Inside = Callable[[], Attention | Gated]
 
 @torch.no_grad()
 def look_inside(model: nn.Module, sublayers: Iterable[Sublayer], size: int) -> dict[str, Inside | Unknown]:
-    """The inside of every sublayer by its name, checked on one token; an `Unknown` where there is none.
+    """The inside of every sublayer by its name, checked on one token; an `Unknown` where that fails.
 
-    The model is run once on a single token, in the dtype that it has. What is given makes the matrices in float64
-    when it is called, so that there is one sublayer's copy at a time.
+    The model is run once on a single token, in its own dtype. Each value builds the matrices in float64 when called,
+    so that only one sublayer's copy exists at a time.
     """
     read: dict[str, Callable[[], tuple[Attention | Gated, nn.Module]]] = {}
     found: dict[str, Inside | Unknown] = {}
-    seen: dict[str, dict[str, torch.Tensor]] = {}
+    seen: dict[str, dict[str, Any]] = {}
     handles: list[Any] = []
     for sublayer in sublayers:
-        kind = partial(_attention, sublayer.module, size) if sublayer.kind == "attn" else partial(_mlp, sublayer.module)
+        kind: Callable[[], tuple[Attention | Gated, nn.Module]] = partial(_mlp, sublayer.module)
+        if sublayer.kind == "attn":
+            kind = partial(_attention, sublayer.module, size)
         try:
             handles += _watch(sublayer.module, kind()[1], seen.setdefault(sublayer.name, {}))
             read[sublayer.name] = kind
@@ -176,7 +184,7 @@ def _first(kind: Callable[[], tuple[Attention | Gated, nn.Module]]) -> Attention
     return kind()[0]
 
 
-def _watch(module: nn.Module, last: nn.Module, seen: dict[str, torch.Tensor]) -> list[Any]:
+def _watch(module: nn.Module, last: nn.Module, seen: dict[str, Any]) -> list[Any]:
     """Hooks that keep the module's input and output, and the input of its last matrix."""
 
     def first(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -196,10 +204,11 @@ def _watch(module: nn.Module, last: nn.Module, seen: dict[str, torch.Tensor]) ->
 
 
 def _agrees(inside: Attention | Gated, seen: dict[str, torch.Tensor], dtype: torch.dtype) -> bool:
-    attention = isinstance(inside, Attention)
-    hidden = inside.gives_on_one_token(seen["given"]) if attention else inside.gives(seen["given"])
-    last = (inside.output, inside.output_bias) if attention else (inside.down, inside.down_bias)
-    result = nn.functional.linear(seen["hidden"], *last)
+    if isinstance(inside, Attention):
+        hidden, matrix, bias = inside.gives_on_one_token(seen["given"]), inside.output, inside.output_bias
+    else:
+        hidden, matrix, bias = inside.gives(seen["given"]), inside.down, inside.down_bias
+    result = nn.functional.linear(seen["hidden"], matrix, bias)
     for computed, actual in ((hidden, seen["hidden"]), (result, seen["result"])):
         limit = 1e3 * torch.finfo(dtype).eps * max(computed.abs().max().item(), 1e-30)
         if computed.shape != actual.shape or not bool((computed - actual).abs().max() <= limit):

@@ -18,7 +18,7 @@ def first_tensor(value: Any) -> torch.Tensor | None:
 
 
 def input_tensor(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """A module's input: the first floating tensor given by place, or `hidden_states`, or the first by name."""
+    """A module's input: the first floating positional tensor, or `hidden_states`, or the first by name."""
     found = first_tensor(args)
     return found if found is not None else first_tensor([kwargs.get("hidden_states"), *kwargs.values()])
 
@@ -31,8 +31,8 @@ class Point:
     module: nn.Module
     side: str
 
-    def watch(self, see: Callable[[torch.Tensor], None]) -> Any:
-        """Call `see` with the tensor on every forward pass; gives the hook's handle."""
+    def watch(self, see: Callable[[Any], None]) -> Any:
+        """Call `see` with the tensor (or None) on every forward pass; returns the hook's handle."""
         if self.side == "input":
 
             def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -54,6 +54,14 @@ class Call:
     module: nn.Module
     given: torch.Tensor | None
     result: torch.Tensor | None = None
+
+
+@dataclass
+class TensorCall(Call):
+    """A call that turned one tensor into another."""
+
+    given: torch.Tensor
+    result: torch.Tensor
 
 
 @dataclass

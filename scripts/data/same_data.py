@@ -1,7 +1,7 @@
 """Whether data that stand prepared are those that are asked for: by what the text and the tokenizer are, not by where.
 
 The index of prepared data keeps a hash of the source's files, and of the tokenizer's, where these are local. A command
-that names them at another place is answered with the data that stand there, after they were read and compared.
+that names them at another place is answered with the data found there, after they were read and compared.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from periln.runkit.errors import UserError
 from periln.runkit.folder import read_json, sha256_of
 from periln.runkit.resume import resumption
-from periln.scripts.data.sources import HUB, INSTALLED, LocalFiles
+from periln.scripts.data.sources import HUB, OF_THIS_MACHINE, LocalFiles
 
 HASHED = 16 << 30  # bytes; of a larger source no hash is kept: reading it once more would take too long
 PLACES = ("source", "tokenizer")
@@ -23,7 +23,7 @@ PLACES = ("source", "tokenizer")
 def is_local(name: str, value: str) -> bool:
     """Whether the option's value is a path on this machine."""
     if name == "source":
-        return value != INSTALLED and not value.startswith(HUB)
+        return value not in OF_THIS_MACHINE and not value.startswith(HUB)
     return Path(value).is_absolute()  # as `prepare` resolves a tokenizer's folder
 
 

@@ -1,6 +1,6 @@
 """Where documents come from: files, installed Python text, datasets of the Hub. One at a time, in one fixed order.
 
-A source is read lazily, and can go on where an earlier process stopped: `position()` says where, in a few numbers.
+A source is read lazily, and can resume where an earlier process stopped: `position()` says where, in a few numbers.
 """
 
 from pathlib import Path
@@ -10,8 +10,10 @@ from periln.scripts.data.documents import Document as Document
 from periln.scripts.data.documents import Source
 from periln.scripts.data.hub_dataset import HubDataset
 from periln.scripts.data.local_files import InstalledPython, LocalFiles
+from periln.scripts.data.machine_text import InstalledText
 
-INSTALLED, HUB = "installed-python", "hf:"
+INSTALLED, MACHINE, HUB = "installed-python", "installed", "hf:"
+OF_THIS_MACHINE = (INSTALLED, MACHINE)  # sources without a place
 BPE = "bpe"  # the tokenizer that is trained on the text
 
 
@@ -22,7 +24,7 @@ def open_source(
     split: str = "train",
     revision: str | None = None,
 ) -> Source:
-    """`installed-python`, `hf:` and a dataset's id, or the path of a file or folder.
+    """`installed-python`, `installed`, `hf:` and a dataset's id, or the path of a file or folder.
 
     Raises:
         UserError, UsageError: nothing of that name.
@@ -31,10 +33,12 @@ def open_source(
         raise UsageError(f"dataset_config, split and revision belong to a source {HUB}..., not to {source}")
     if source == INSTALLED:
         return InstalledPython()
+    if source == MACHINE:
+        return InstalledText()
     if source.startswith(HUB):
         if not source.removeprefix(HUB):
             raise UsageError(f"the source {source!r} names no dataset: {HUB}owner/name")
         return HubDataset(source.removeprefix(HUB), config, split, revision, column)
-    if not Path(source).exists() and (hint := did_you_mean(source, [INSTALLED])):
+    if not Path(source).exists() and (hint := did_you_mean(source, OF_THIS_MACHINE)):
         raise UsageError(f"unknown source {source!r}{hint}")
     return LocalFiles(Path(source), column)

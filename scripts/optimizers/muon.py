@@ -2,7 +2,7 @@
 
 Muon steps along the orthogonalized momentum of a matrix: Jordan et al., https://kellerjordan.github.io/posts/muon/;
 torch's own implementation. With `match_rms_adamw` (2502.16982) its steps have the size of AdamW's, so that one learning
-rate and weight decay serve both; with `original` the matrices want a rate of their own: `rate_factor`.
+rate and weight decay serve both; with `original` the matrices want their own rate: `rate_factor`.
 """
 
 from dataclasses import dataclass
@@ -34,6 +34,11 @@ def check(options: Options) -> None:
         raise UsageError(f"optimizer.options.newton_schulz_steps must be at least 1 and below 100, not {steps}")
     if not options.rate_factor > 0:
         raise UsageError(f"optimizer.options.rate_factor must be above 0, not {options.rate_factor}")
+
+
+def width_power(options: Options) -> float:
+    """`original` moves a matrix by sqrt(out/in) at any width, `match_rms_adamw` by the root of its larger side."""
+    return 0.0 if options.adjust_rate == "original" else -0.5
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -86,5 +91,6 @@ ROW = Row(
     # The direction in FP32, then in BF16 with its product by the Gram matrix; the result in FP32.
     update_bytes=4 + 2 + 2 + 2,
     refused={"zero2": _FLAT, "zero3": _FLAT},
+    hidden_width_power=width_power,
     check=check,
 )

@@ -246,7 +246,7 @@ def _changes(source: PeriLlamaConfig, before: StreamPlan, after: StreamPlan) -> 
 
 
 def _refuse_the_rest(source: PeriLlamaConfig, target: PeriLlamaConfig, name: str) -> None:
-    """Raise UsageError for what differs and is no change of `_changes`; the message names slot and layer."""
+    """Raise UsageError for what differs and is not a change of `_changes`; the message names slot and layer."""
     before, after = source.stream_plan(), target.stream_plan()
     to = spelt(target.norm_placement)
 

@@ -10,7 +10,8 @@ from torch import nn
 from periln.runkit.spikes import SpikeCounter, Spikes
 from periln.scripts.optimizers import find_row, read_options
 from periln.scripts.optimizers.rows import Shared
-from periln.scripts.recipe import Divergence, Optimizer
+from periln.scripts.parametrization import Factors, factors_by_kind, kind_of
+from periln.scripts.recipe import Divergence, Optimizer, Recipe
 from periln.scripts.training.schedules import rate
 
 
@@ -57,18 +58,35 @@ def is_hidden(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and name.rpartition(".")[0].rpartition(".")[2] not in TABLES
 
 
-def make_optimizer(model: nn.Module, recipe: Optimizer) -> torch.optim.Optimizer:
-    """The recipe's optimizer; decay is decoupled. A group for each decay of the tables of tokens, of the hidden
-    matrices and of the vectors.
+def make_optimizer(
+    model: nn.Module, recipe: Optimizer, kinds: dict[str, Factors] | None = None
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer; decay is decoupled. A group for each decay (and, with `kinds`, for each rate and epsilon)
+    of the tables of tokens, of the hidden matrices and of the vectors.
     """
-    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, float, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = parameter.ndim < 2, is_hidden(name, parameter), weight_decay(name, parameter, recipe)
+            own = kinds[kind_of(name, parameter)] if kinds else Factors()
+            decay = own.decay * weight_decay(name, parameter, recipe)
+            key = parameter.ndim < 2, is_hidden(name, parameter), decay, own.rate, own.eps
             groups.setdefault(key, []).append(parameter)
-    listed = [{"params": groups[key], "hidden": key[1], "weight_decay": key[2]} for key in sorted(groups)]
+    listed = [
+        {"params": groups[key], "hidden": key[1], "weight_decay": key[2]}
+        | ({"rate_factor": key[3], "eps": recipe.eps * key[4]} if kinds else {})
+        for key in sorted(groups)
+    ]
     shared = Shared(recipe.learning_rate, (recipe.beta1, recipe.beta2), recipe.eps)
     return find_row(recipe.name).build(listed, shared, read_options(recipe.name, recipe.options))
+
+
+def scales_of(recipe: Recipe, config: Any) -> dict[str, Factors] | None:
+    """What the recipe's parametrization multiplies, by kind of parameter; None where it changes nothing."""
+    rules, optimizer = recipe.parametrization, recipe.optimizer
+    if rules.rule == "standard":
+        return None
+    options = read_options(optimizer.name, optimizer.options)
+    return factors_by_kind(rules, config, find_row(optimizer.name).hidden_width_power(options))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -29,6 +29,7 @@ from periln.scripts.costs import flops_per_token
 from periln.scripts.data.token_data import FixedOrder, TokenData
 from periln.scripts.gpus import GPUS
 from periln.scripts.origin import load_origin
+from periln.scripts.parametrization import scale_initial_weights
 from periln.scripts.recipe import Recipe
 from periln.scripts.training.batches import Batches
 from periln.scripts.training.branch import begin_branch
@@ -40,7 +41,7 @@ from periln.scripts.training.heldout import check_heldout_sets, heldout_loss, he
 from periln.scripts.training.layer_stats import LayerStats, drop_rows, write_rows
 from periln.scripts.training.overflow import FirstNonFinite
 from periln.scripts.training.peak import PeakMemory
-from periln.scripts.training.steps import StepBook, learning_rate, make_optimizer, set_rate
+from periln.scripts.training.steps import StepBook, learning_rate, make_optimizer, scales_of, set_rate
 from periln.scripts.training.tracking import Tracking
 from periln.scripts.training.witness import Witness
 
@@ -84,13 +85,16 @@ class Trainer:
         self.origin: dict[str, Any] | None = before.get("init_from")
         if recipe.init_from is not None and not run.checkpoints() and recipe.branch_from is None:
             self.origin = load_origin(recipe, self.model)
+        self.scales = scales_of(recipe, self.model.config)
+        if self.scales:
+            scale_initial_weights(self.model, self.scales)
         self.model.to(self.device)
         self.sizes = {id(p): p.numel() for p in self.model.parameters()}
         self.embeddings = {id(p) for p in (self.model.get_input_embeddings().weight, self.model.lm_head.weight)}
         self.model.train()
         train_only(self.model, recipe.train_only)
         self.teacher = Teacher(recipe, self.model.config, self.engine) if recipe.distill_from is not None else None
-        self.engine.prepare(self.model, make_optimizer(self.model, recipe.optimizer), recipe)
+        self.engine.prepare(self.model, make_optimizer(self.model, recipe.optimizer, self.scales), recipe)
         self.batches = Batches(recipe, self.order, self.engine, self.micro, self.model.config._attn_implementation)
         tokens = recipe.batch_size // self.engine.processes * recipe.sequence_length
         self.layer_stats = LayerStats(self.engine, tokens * self.model.config.hidden_size)
@@ -234,6 +238,7 @@ class Trainer:
             "parameter_class": type(next(self.model.parameters())).__name__,
             "init_from": self.origin,
             "heldout_sets": self.heldout_hashes,
+            "parametrization": {kind: dataclasses.asdict(own) for kind, own in (self.scales or {}).items()} or None,
             "loss_scaler": self.engine.scaler is not None,
             "mfu": "6N + 12LHQT FLOPs a token (scripts/costs.py), of the data sheet's dense FP16 FLOP/s"
             if self.peak_flops

@@ -48,9 +48,7 @@ def test_config_json_has_every_field_and_nothing_of_the_process(tmp_path):
     config = tiny_config(qk_norm="head", attn_implementation="eager", rms_norm_eps=1e-3)
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    own = {
-        name for name in PeriLlamaConfig.__annotations__ if name not in ("model_type", "layer_types")
-    }  # types: only where some are given
+    own = {name for name in PeriLlamaConfig.__annotations__ if name not in ("model_type", "layer_types")}
     assert len(own) >= 30
     assert own <= saved.keys()
     assert saved["norm_eps"] == 1e-3

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
 from periln.runkit.errors import UsageError
-from periln.scripts import bench
+from periln.scripts import bench, trainer_bench
 
 TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 CPU = torch.device("cpu")
@@ -182,7 +183,7 @@ def test_a_result_of_the_time_of_one_build_is_measured_again(tiny_cases, tmp_pat
 
 
 def test_a_mistake_is_said_before_anything_is_measured(tmp_path):
-    with pytest.raises(UsageError, match="'decode-2' is no case.*did you mean 'decode-1'"):
+    with pytest.raises(UsageError, match="'decode-2' is not a case.*did you mean 'decode-1'"):
         run(tmp_path, "--cases", "decode-2")
     with pytest.raises(UsageError, match="--pairs 1 is too few"):
         run(tmp_path, "--pairs", "1")
@@ -195,3 +196,36 @@ def test_a_mistake_is_said_before_anything_is_measured(tmp_path):
     with pytest.raises(UsageError, match="measured on another machine or version"):
         run(tmp_path, "--cases", "norm-plain")
     assert json.loads((tmp_path / "bench.json").read_text())["cases"] == {"x": {}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["1m-fp16-eager-hf", "10m-fp16-eager-bare", "1m-fp32-eager-hf"])
+def test_the_trainers_step_has_the_dtypes_of_its_rival_and_both_train_the_same_weights(case):
+    name = f"trainer-{case}"
+    ours, theirs = bench.trainer_pair(tiny(name), CPU)
+    model = ours.trainer.model
+    for side in (ours, theirs):
+        before = model.lm_head.weight.detach().clone()
+        assert 0 < bench.seconds_of(side, CPU) < 60
+        assert not torch.equal(model.lm_head.weight, before)
+    facts = ours.facts([2.0, 4.0])
+    assert facts["linear_output_dtypes"] == [["float16" if "fp16" in name else "float32"]] * 2
+    assert facts["tokens_per_second"] == [4.0, 2.0]
+    assert facts["share_of_attainable"][0] == 2 * facts["share_of_attainable"][1] > 0
+
+
+@pytest.mark.slow
+def test_without_the_emulation_hfs_fp16_on_a_cpu_is_fp32(monkeypatch):
+    """Why it is given: else two precisions would be compared."""
+    monkeypatch.setattr(trainer_bench, "make_fp16_real", lambda accelerator: nullcontext())
+    ours, _ = bench.trainer_pair(tiny("trainer-1m-fp16-eager-hf"), CPU)
+    assert ours.facts([1.0, 1.0])["linear_output_dtypes"] == [["float16"], ["float32"]]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate", "quick_compiler")
+def test_what_a_pair_tells_of_itself_is_in_the_result(tiny_cases, tmp_path):
+    name = "trainer-1m-fp32-compiled-bare"
+    result = run(tmp_path, "--cases", name, "--pairs", "2")["cases"][name]
+    assert len(result["tokens_per_second"]) == 2 and result["linear_output_dtypes"] is None
+    assert result["attainable_flops"] > 1e8

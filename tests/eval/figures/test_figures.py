@@ -26,11 +26,12 @@ from periln.runkit import placements
 from periln.runkit.errors import run_command
 
 ROOT = Path(__file__).resolve().parents[3]
+CURVES = ("3a", "8", "12", "13", "14")  # over learning rates, of which there must be three
 PAPER = ["1", "3a", "3b", "3c", "4", "5", "6", "7a", "7b", "7c", "7d", *map(str, range(8, 19)), "20", "21", "22"]
 
 
 def figures_of(root: Path, *names: str) -> dict[str, FigureFiles]:
-    """Chart, without the cost of an image: `words` say what stands there, or what it needs."""
+    """Chart, without the cost of an image: `words` describe it, or say what it needs."""
     view = view_of(load(root))
     return {name: draw_files(name, view, kinds=()) for name in names}
 
@@ -81,7 +82,7 @@ def test_the_catalogue_has_every_figure_of_the_paper_that_can_be_measured():
 def test_all_figures_are_drawn_where_their_records_are(paper):
     drawn = {drawing.name: drawing for drawing in all_figures(load(paper), kinds=())}
     other_sizes = {"9", "10", "17", "18", "21", "22"}
-    assert missing(drawn) == {*other_sizes, "rates"}
+    assert missing(drawn) == {*other_sizes, *CURVES, "rates"}
     for name in other_sizes:
         assert "Needs models of" in drawn[name].words and "is the same figure" in drawn[name].words
     assert "gamma frozen" in drawn["7d"].words
@@ -100,8 +101,7 @@ def test_a_figure_that_is_asked_for_is_drawn_of_the_sizes_there_are(paper):
 def test_figures_of_one_size_take_the_runs_of_that_size(tmp_path):
     for name, parameters, hidden in (("small", 4.027e8, 8), ("large", 1.497e9, 16)):
         write_any(tmp_path, name, parameters=parameters, model={"hidden_size": hidden})
-    found = figures_of(tmp_path, "3a", "3b", "5", "9", "10", "11")
-    assert "Runs drawn: peri 2." in found["3a"].words
+    found = figures_of(tmp_path, "3b", "5", "9", "10", "11")
     for name in ("3b", "5", "9", "11"):
         assert "Runs drawn: peri 1." in found[name].words and "Size of the models" not in found[name].words
     assert "Runs drawn: peri 2." in found["10"].words
@@ -129,7 +129,7 @@ def test_models_that_are_no_runs_are_drawn_from_the_benchs_records(tmp_path):
     out = write_models(tmp_path / "out", gemma="peri", glm="peri", llama="pre", odd=None)
     view = view_of(load_measured([out]))
     assert list(view.runs.series) == ["gemma", "glm", "llama", "odd"] and set(view.runs["size"]) == {"150K parameters"}
-    # Their placement's colour, told apart by dashes; one of unknown placement has a colour of its own.
+    # Their placement's colour, told apart by dashes; one of unknown placement has its own colour.
     assert [view.looks[name].marker for name in ("gemma", "glm", "llama")] == ["^", "^", "s"]
     assert view.looks["gemma"].style != view.looks["glm"].style
     assert view.looks["odd"].colour not in [view.looks[name].colour for name in ("gemma", "llama")]
@@ -162,7 +162,7 @@ def test_the_command_takes_a_model_s_folder_and_names_what_is_damaged(tmp_path, 
     assert command("5", out / "llama", "--out", tmp_path / "figs", "--format", "svg") == 0
     assert (tmp_path / "figs" / "figure_5.svg").exists()
     assert command("5", out, "--learning-rate", "0.1", "--out", tmp_path / "figs") == 2
-    assert "none of the runs': there is none" in capsys.readouterr().err
+    assert "is not a rate of these runs: there is none" in capsys.readouterr().err
     (out / "llama" / "stability.json").write_text("{}")
     assert command("5", out, "--out", tmp_path / "more") == 1
     assert "stability.json holds no measurement" in capsys.readouterr().err
@@ -173,12 +173,12 @@ def test_a_run_with_one_late_checkpoint_alone_has_no_panel_of_its_initialization
     shutil.rmtree(run / "layers")
     write_bench(run, [40], layers=2)
     drawn = figures_of(tmp_path, "5")["5"]
-    assert "One step is recorded of each (40): there is no earlier one beside it." in drawn.words
+    assert "One step is recorded of each (40): there is no earlier one to compare." in drawn.words
     write_any(tmp_path, "early", seed=2)
     with pieces.settings():
         figure = depth.hidden_state(view_of(load(tmp_path))).figure
     assert figure.axes[0].get_title() == "at initialization"
-    assert len(figure.axes[0].lines) == 1 and len(figure.axes[2].lines) > 1  # the late run stands at the end alone
+    assert len(figure.axes[0].lines) == 1 and len(figure.axes[2].lines) > 1  # the late run is at the end only
 
 
 def test_missing_records_are_named_with_the_command_that_makes_them(tmp_path):
@@ -201,7 +201,7 @@ def test_missing_records_are_named_with_the_command_that_makes_them(tmp_path):
             assert (ROOT / recipe).exists(), recipe
 
 
-# --- what stands in them -------------------------------------------------------------------------------------
+# --- what they show ------------------------------------------------------------------------------------------
 
 
 def test_colours_are_the_placements_and_variants_differ_in_dashes(paper):
@@ -286,7 +286,7 @@ def test_a_run_whose_checkpoint_is_old_is_drawn_at_its_end_from_the_trainers_rec
     assert {(r.source, r.step) for r in rows.itertuples()} == {("trainer", 0), ("trainer", 40)}
 
 
-def test_the_one_checkpoint_that_is_no_initialization_is_not_called_so(tmp_path):
+def test_the_one_checkpoint_that_is_not_the_initial_one_is_not_called_so(tmp_path):
     run = write_any(tmp_path, "a")
     write_bench(run, [40], layers=2)
     assert "one measured checkpoint each, of step 40" in figures_of(tmp_path, "7a")["7a"].words
@@ -296,6 +296,71 @@ def test_the_one_checkpoint_that_is_no_initialization_is_not_called_so(tmp_path)
     write_bench(write_any(tmp_path, "pre", model={"norm_placement": "pre"}), [40], layers=2)
     words = figures_of(tmp_path, "7a")["7a"].words  # a run with one late checkpoint is not at its start
     assert "Measured at step 20." in words and "Runs drawn: peri 1." in words
+
+
+# --- figures that would mislead ---------------------------------------------------------------------------------
+
+
+def test_a_curve_over_learning_rates_has_three_of_them(tmp_path):
+    for rate in (0.001, 0.01):
+        write_any(tmp_path, f"r{rate}", rate=rate, model={"norm_placement": "post"})
+    found = figures_of(tmp_path, "3a", "8")
+    for name in ("3a", "8"):
+        assert found[name].words.startswith("Needs 3 learning rates or more in one panel")
+        assert "the runs have 2 (0.001, 0.01)" in found[name].words
+    write_any(tmp_path, "third", rate=0.1, model={"norm_placement": "post"})
+    write_any(tmp_path, "wide", rate=0.1, parameters=2.4e6, model={"norm_placement": "post", "hidden_size": 16})
+    found = figures_of(tmp_path, "3a", "8")
+    for name in ("3a", "8"):
+        assert "Left out, with fewer than 3 learning rates: 2.4M parameters." in found[name].words
+        assert "Runs drawn: post 3." in found[name].words
+
+
+def test_panels_of_two_token_budgets_share_their_axis_of_losses(tmp_path):
+    for rate in (0.001, 0.002, 0.003):
+        write_any(tmp_path, f"long{rate}", rate=rate)
+        write_any(tmp_path, f"short{rate}", rate=rate, steps=20)
+        recipe = tmp_path / f"short{rate}" / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("steps: 40", "steps: 20"))
+    one, two = sweeps.tokens(view_of(load(tmp_path))).figure.axes
+    assert one.get_ylim() == two.get_ylim()
+
+
+def test_losses_that_hardly_differ_do_not_fill_their_axis(tmp_path):
+    for rate in (1e-4, 2e-4, 3e-4):  # losses that differ by 0.002
+        write_any(tmp_path, f"r{rate}", rate=rate)
+    low, high = sweeps.by_size(view_of(load(tmp_path))).figure.axes[0].get_ylim()
+    assert high - low == pytest.approx(sweeps.LEAST_SPAN)
+
+
+def test_different_learning_rates_are_told_in_the_picture(tmp_path):
+    write_any(tmp_path, "pre", rate=0.002, model={"norm_placement": "pre"})
+    write_any(tmp_path, "peri", rate=0.01)
+    figure = CATALOGUE["3b"].draw(view_of(load(tmp_path))).figure
+    assert figure.axes[0].get_title() == "learning rates differ: each at its own best"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["pre at 0.002", "peri at 0.01"]
+    write_any(tmp_path, "pre-too", rate=0.01, seed=2, model={"norm_placement": "peri"})
+    figure = CATALOGUE["3b"].draw(view_of(load(tmp_path)).where(learning_rate=0.01)).figure
+    assert figure.axes[0].get_title() == ""
+
+
+def test_panels_of_headroom_have_one_range_of_steps(tmp_path):
+    write_any(tmp_path, "whole")
+    write_any(tmp_path, "short", steps=20, status="diverged", model={"norm_placement": "pre"})
+    figure = headroom.headroom_map(view_of(load(tmp_path))).figure
+    panels = [ax for ax in figure.axes if ax.get_title()]
+    assert {ax.get_xlim() for ax in panels} == {(0.0, 40.0)}
+    assert "not recorded" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_a_line_over_steps_has_two_of_them(tmp_path):
+    run = write_any(tmp_path, "run")
+    for file in sorted((run / "layers").iterdir())[1:]:
+        file.unlink()
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+    found = figures_of(tmp_path, "3b", "7b")
+    assert found["3b"].words.startswith("Needs runs with two finite steps or more")
+    assert found["7b"].words.startswith("Needs the gamma of output norms at two steps or more; there is step 0 alone")
 
 
 # --- runs of every shape -------------------------------------------------------------------------------------
@@ -326,7 +391,9 @@ def test_runs_of_any_shape_can_be_drawn(tmp_path, shape):
         more = ("3c", "6", "7b", "peaks", "events") if shape in ("64 layers", "all diverged", "one step") else ()
         found = figures_of(tmp_path, "1", "3a", "5", "7a", "headroom", *more)
         assert draw_files("headroom", view_of(load(tmp_path))).png
-    assert missing(found) == ({"7a"} if shape not in ("one layer", "own placements") else set())
+    expected = {"3a"} if shape != "many rates" else set()
+    expected |= {"7a"} if shape not in ("one layer", "own placements") else set()
+    assert missing(found) == expected | ({"3c"} if shape == "one step" else set())
     if shape == "own placements":
         assert "own placement 1: own: alpha=1/sqrt(L), final_norm, input_norm" in found["5"].words
 
@@ -337,8 +404,8 @@ def test_missing_files_cost_only_their_figures(tmp_path, gone):
         run = write_any(tmp_path, name, model={"norm_placement": placement})
         for file in ("layers", "metrics.jsonl", "summary.json") if gone == "everything" else (gone,):
             shutil.rmtree(run / file) if file == "layers" else (run / file).unlink()
-    found = figures_of(tmp_path, "3a", "3b", "5", "headroom", "events")
-    needs = {"layers": {"5", "headroom"}, "metrics.jsonl": {"3a", "3b", "events"}, "summary.json": set()}
+    found = figures_of(tmp_path, "3b", "5", "headroom", "events")
+    needs = {"layers": {"5", "headroom"}, "metrics.jsonl": {"3b", "events"}, "summary.json": set()}
     expected = needs.get(gone, set(found))
     assert missing(found) == expected
 
@@ -383,18 +450,18 @@ def test_the_common_protocol_keeps_seeds_of_unequal_length_apart(tmp_path):
 
 def test_the_command_writes_png_svg_and_caption_the_same_each_time(paper, tmp_path, capsys):
     with mpl.rc_context({"font.size": 30}):
-        assert command("3a,headroom", paper, "--out", tmp_path / "a") == 0
-    assert command("figure 3a", paper, "--out", tmp_path / "b") == 0
-    names = [f"figure_{name}.{kind}" for name in ("3a", "headroom") for kind in ("png", "svg", "txt")]
+        assert command("3b,headroom", paper, "--out", tmp_path / "a") == 0
+    assert command("figure 3b", paper, "--out", tmp_path / "b") == 0
+    names = [f"figure_{name}.{kind}" for name in ("3b", "headroom") for kind in ("png", "svg", "txt")]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(names)
     for kind in ("png", "svg", "txt"):
-        files = [tmp_path / folder / f"figure_3a.{kind}" for folder in "ab"]
+        files = [tmp_path / folder / f"figure_3b.{kind}" for folder in "ab"]
         assert files[0].read_bytes() == files[1].read_bytes()
-    svg = ET.parse(tmp_path / "a" / "figure_3a.svg").getroot()
+    svg = ET.parse(tmp_path / "a" / "figure_3b.svg").getroot()
     assert svg.tag.endswith("svg")
-    text = (tmp_path / "a" / "figure_3a.svg").read_text()
+    text = (tmp_path / "a" / "figure_3b.svg").read_text()
     assert 'href="http' not in text and "<dc:date>" not in text
-    assert f"Figure 3a: {tmp_path / 'a' / 'figure_3a.png'}" in capsys.readouterr().out
+    assert f"Figure 3b: {tmp_path / 'a' / 'figure_3b.png'}" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_sentence(paper, tmp_path, capsys):
@@ -404,7 +471,7 @@ def test_mistakes_are_one_sentence(paper, tmp_path, capsys):
     assert command("headrom", paper, "--out", tmp_path / "x") == 2
     assert "did you mean 'headroom'?" in capsys.readouterr().err
     assert command("5", paper, "--learning-rate", 0.3, "--out", tmp_path / "x") == 2
-    assert "--learning-rate 0.3 is none of the runs': 0.002" in capsys.readouterr().err
+    assert "--learning-rate 0.3 is not a rate of these runs: 0.002" in capsys.readouterr().err
     assert command("5", tmp_path / "nowhere") == 2
     (tmp_path / "file").touch()
     assert command("5", paper, "--out", tmp_path / "file") == 2
@@ -435,7 +502,7 @@ def test_the_report_quotes_verdict_and_certificate(paper):
     assert entry["measured"] == "The stability bench, on wikitext, 1,000 samples (255,000 predicted tokens):"
     assert entry["certificate"][0] == (
         "FP16 certificate from the weights alone (step 40): 1 of 2 tensors have a bound for any input, the largest 99 "
-        "(layer 1, mlp, residual_add); 0 of the bounds lie above 65,504."
+        "(layer 1, mlp, residual_add); 0 of the bounds are above 65,504."
     )
     assert entry["certificate"][1] == "Not bounded: 1 tensors (branch). Why: no norm."
 
@@ -449,5 +516,5 @@ def test_a_damaged_table_is_named(tmp_path):
     assert bench(load(tmp_path))[0]["verdict"] == []
 
 
-def test_not_recorded_is_no_error_of_the_program():
+def test_not_recorded_is_not_an_error_of_the_program():
     assert not issubclass(NotRecorded, (OSError, ValueError)) and pieces.DPI * pieces.WIDTH == 900

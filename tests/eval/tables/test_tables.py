@@ -246,7 +246,7 @@ def test_a_seed_that_stands_twice_counts_once(tmp_path):
     frames = load(tmp_path)
     assert row(frames, "pre")["mini_piqa"] == "20.0 (n=1)"
     said = " ".join(build(frames, "mini").notes)
-    assert "stands 2 times (a/pre_lr0.002_seed1, b/pre_lr0.002_seed1): only a/pre_lr0.002_seed1 counts." in said
+    assert "occurs 2 times (a/pre_lr0.002_seed1, b/pre_lr0.002_seed1): only a/pre_lr0.002_seed1 counts." in said
 
 
 def test_sizes_are_not_mixed(tmp_path):
@@ -314,5 +314,5 @@ def test_markdown_and_html_hold_every_cell_escaped(two_seeds):
     table = build(load(two_seeds), "mini")
     table.text.loc[0, "placement"] = "<i>a|b"
     assert "| <i>a\\|b | 30.0 ± 7.1 |" in to_markdown(table)
-    assert '<th scope="row">&lt;i&gt;a|b</th><td>30.0 ± 7.1</td>' in to_html(table)
+    assert '<th scope="row">&lt;i&gt;a|b</th><td data-label="mini_arc_easy">30.0 ± 7.1</td>' in to_html(table)
     assert "<i>" not in to_html(table)

@@ -1,0 +1,1 @@
+"""Do activations move as much at any width and depth?"""

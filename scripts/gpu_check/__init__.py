@@ -1,0 +1,1 @@
+"""The trainer checked on a GPU, in one call."""
