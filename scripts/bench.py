@@ -184,7 +184,7 @@ def _cases() -> Iterator[Case]:
         )
     shared = {"placements": ("pre", "pre")}
     yield Case("same-train", "training step, pre, FP32, eager", "itself", 0.0, (2, 256), training_pair, **shared)
-    same = {"new_tokens": 32} | shared
+    same: dict[str, Any] = {"new_tokens": 32} | shared
     yield Case("same-decode", "decoding, batch 1, FP32", "itself", 0.0, (1, 32), decoding_pair, **same)
     for other, target in (("plain", 1.0), ("F.rms_norm", 1.0), ("F.layer_norm", 0.0)):
         yield Case(f"norm-{other}", "RMSNorm, forward and backward", other, target, (8, 512), norm_pair)

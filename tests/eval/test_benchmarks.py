@@ -312,7 +312,7 @@ def test_a_model_of_another_family_is_scored_beside_its_folder(tmp_path):
 def test_a_model_of_the_hub_is_scored_at_its_commit_and_pickles_are_refused(hub, tmp_path, capsys):
     words = ("--tasks", "mini_piqa", "--limit", 3, "--device", "cpu")
     assert call("someone/a-model", *words) == 2
-    assert "name a folder for its results with --out" in capsys.readouterr().err
+    assert "give --out, a folder for its results" in capsys.readouterr().err
     assert call("someone/a-model", *words, "--out", tmp_path) == 0
     (folder,) = tmp_path.iterdir()
     (record,) = records(folder)
