@@ -48,7 +48,7 @@ docs: $(STAMP) ## the documentation, into site/; a broken link or reference fail
 notebooks: $(STAMP) ## the notebooks of examples/ from top to bottom, at their full size
 	$(BIN)/python -m pytest -m notebooks $(PYTEST_ARGS)
 
-test-slow: $(STAMP) ## what takes minutes by itself: a run killed sixty times
+test-slow: $(STAMP) ## what takes minutes by itself: a run killed sixty times, a study of 20 minutes
 	$(BIN)/python -m pytest -m kills $(PYTEST_ARGS)
 
 # PUBLISHED_TOKENS, PUBLISHED_LIMIT and PUBLISHED_LENGTH raise what is measured: see tests/README.md.

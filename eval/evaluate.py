@@ -2,7 +2,7 @@
 
     python -m eval.evaluate RUN_OR_CHECKPOINT... --suite mini --heldout data/heldout.jsonl
 
-What the demo runs. Tasks, dtypes and models of one's choice: `eval.benchmarks`, through the same `harness.Benchmarks`.
+What the demo runs. For any tasks, dtypes and models: `eval.benchmarks`, through the same `harness.Benchmarks`.
 """
 
 import sys
@@ -46,14 +46,14 @@ def _once(file: Path, options: dict[str, Any], weights: str, compute: Callable[[
 
 
 def scores_file(target: Target, args: argparse.Namespace) -> Path:
-    """Where a suite's scores of a target stand."""
+    """Where a suite's scores of a target are."""
     return target.results / f"benchmarks-{args.suite}.json"
 
 
 def evaluate_target(
     target: Target, benchmarks: Benchmarks, texts: list[str] | None, args: argparse.Namespace, bar: tqdm
 ) -> None:
-    """All that is asked of one checkpoint; what is there already is not computed again."""
+    """All that is asked of one checkpoint; existing results are not computed again."""
     weights = weights_hash(target.checkpoint)
     more = {"batch_size": args.batch_size}
     which = {"text_sha256": hashlib.sha256("\0".join(texts or []).encode()).hexdigest(), "context": args.context}
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     benchmarks = Benchmarks(SUITES[args.suite], settings)
     there = [target for _, target in targets if target is not None]
     if args.check_data or any(benchmarks.lacking(target, scores_file(target, args)) for target in there):
-        benchmarks.load()  # what is wrong with a task or its data is said before the first score
+        benchmarks.load()  # problems with a task or its data are reported before the first score
     if args.check_data:
         return
     with progress_bar(args, 3 * len(targets), "evaluation", "part") as bar:

@@ -1,4 +1,4 @@
-"""What the options that several commands share ask for: the settings of a score, and a device."""
+"""The settings of a score and the device, from options that several commands share."""
 
 import argparse
 
@@ -29,6 +29,6 @@ def device_of(name: str) -> str:
     try:
         kind = torch.device(name).type
     except RuntimeError:
-        raise UsageError(f"--device {name} is no device: use cpu, cuda or cuda:1") from None
+        raise UsageError(f"--device {name} is not a device: use cpu, cuda or cuda:1") from None
     need_device(kind, f"--device {name}")
     return name

@@ -25,7 +25,7 @@ from periln.runkit.models import not_loaded
 from periln.runkit.process import quiet_transformers, start_stage
 from periln.verbs import install_line
 
-WIDER = 8  # an FP32 weight is at most so many times as large as a quantized one of 4 bits
+WIDER = 8  # how many times as large an FP32 weight can be as a quantized one of 4 bits
 
 
 def main(args: argparse.Namespace) -> None:
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    except Exception as error:  # an architecture or a format that Transformers does not read shows itself in many ways
+    except Exception as error:  # an architecture or a format that Transformers does not read fails in many ways
         raise not_loaded(args.file, error) from error
     config = copy.deepcopy(read.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):

@@ -1,4 +1,4 @@
-"""A model card: metadata that the Hub reads, and for people what the run folder says.
+"""A model card: metadata for the Hub and, for people, what the run folder says.
 
 Rendered through huggingface_hub's `ModelCard`; templates/card.md.j2 holds the words, `facts` the numbers.
 """
@@ -37,7 +37,7 @@ LIBRARY, PIPELINE = "transformers", "text-generation"
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What no record can say. `datasets` stand in the metadata; `repo` is where the card will be."""
+    """What no record can say. `datasets` go into the metadata; `repo` is where the card will be."""
 
     repo: str | None = None
     license: str = "apache-2.0"
@@ -53,7 +53,7 @@ METRIC_NAMES = {"acc": "accuracy", "acc_norm": "accuracy, normalized by length"}
 def eval_results(subject: Subject) -> list[EvalResult]:
     """The five benchmarks' scores as the Hub's model index has them: fractions, acc and acc_norm.
 
-    Which of several records counts, `runkit.scores` says. The mini sets are not benchmarks and do not enter.
+    Which of several records counts, `runkit.scores` says. The mini sets are not benchmarks and are left out.
     """
     best, found = best_results(subject), []
     for task in TASKS:
@@ -171,9 +171,9 @@ def render_card(subject: Subject, options: CardOptions = CardOptions()) -> str:
 
 
 def figures_of(subject: Subject, names: tuple[str, ...]) -> list[tuple[str, str, str]]:
-    """The images to show, each with a title and a caption: what stands in a text beside it, the title first.
+    """The images to show, each with a title and a caption: what the text file next to it holds, the title first.
 
-    Of one that is there as PNG and as SVG the PNG is shown.
+    If an image exists as PNG and as SVG, the PNG is shown.
     """
     found = []
     for name in names:

@@ -38,7 +38,7 @@ def nearest(name: Any, known: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm in a slot. What is None is the configuration's: `norm_type`, `norm_gain`, `norm_eps`.
+    """A norm in a slot. None means the configuration's: `norm_type`, `norm_gain`, `norm_eps`.
 
     kind: `rmsnorm`, `layernorm`, `dyt` (2503.10622), `derf` (2512.10938), `l2`, or `none` (a gain alone).
     gain: one number a `channel`, the same stored as its difference from 1 (`centered`, Gemma), one `scalar`, one a

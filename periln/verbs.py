@@ -29,6 +29,7 @@ VERBS = (
     Verb("prepare-data", "scripts.prepare_data", "data", "Turn text into a tokenizer and token shards"),
     Verb("pretrain", "scripts.pretrain", "train", "Pretrain the runs that recipes describe"),
     Verb("sweep", "scripts.sweep", "train", "Run placements x learning rates x seeds from one YAML"),
+    Verb("study", "scripts.study", "eval", "Give every claim of the paper a verdict, within a budget"),
     Verb("plan", "scripts.plan", "train", "Plan a recipe's parameters, FLOPs, memory and time"),
     Verb("gpu-check", "scripts.gpu_check", "data", "Check the trainer on a GPU in one call of six minutes"),
     Verb("coordinate-check", "scripts.coordinate_check", "train", "Check that rates hold at any width and depth"),
@@ -47,7 +48,7 @@ VERBS = (
     Verb("zoo", "model_cards.zoo", "train", "Write an index page of local checkpoints"),
 )
 # Commands without a verb, run with `python -m` alone.
-OTHERS = {"eval.bench": "eval", "scripts.bench": "train", "model_cards.paper": "train"}
+OTHERS = {"eval.bench": "eval", "eval.study": "bench", "scripts.bench": "train", "model_cards.paper": "train"}
 
 
 def extra_of(command: str) -> str:

@@ -1,12 +1,12 @@
-"""How fast is PeriLlama beside Transformers' own models? `python -m scripts.bench --out bench/`
+"""How fast is PeriLlama compared with Transformers' own models? `python -m scripts.bench --out bench/`
 
 Every pair of models has the same weights (by `modeling_periln.convert`; the same tensors, since a product's time
 depends on where in memory they lie) and does the same work. A and B are measured in turn, in one process, in an order
 that alternates, so that a machine's slow minutes fall on both, and both are built anew every few pairs; what is
 reported is the ratio of the medians with a bootstrap interval over the pairs. Two cases compare a model with itself:
-what they are off 1 is the machine's noise, and no other ratio is known better. `bench.json` is written after each case.
-What is in it, of this machine and with as many pairs at least, is not measured again unless `--again` or other
-`--tokens` are given.
+their distance from 1 is the machine's noise, and no other ratio is more certain than that. `bench.json` is written
+after each case. What is in it, of this machine and with as many pairs at least, is not measured again unless `--again`
+or other `--tokens` are given.
 
 The training step is forward, loss, backward and AdamW; labels are the ids, no padding.
 """
@@ -342,7 +342,7 @@ def main(args: argparse.Namespace) -> None:
     wanted = args.cases or known
     for name in wanted:
         if name not in known:
-            raise UsageError(f"--cases {name!r} is no case{did_you_mean(name, known)}: use some of {known}")
+            raise UsageError(f"--cases {name!r} is not a case{did_you_mean(name, known)}: use some of {known}")
     environment = describe_environment(device)
     file = args.out / "bench.json"
     record: dict[str, Any] = {"environment": environment, "cases": {}}

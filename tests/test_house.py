@@ -36,6 +36,10 @@ FLOORS = {
         *("runkit", "modeling_periln", "eval.structure", "eval.texts", "eval.targets", "eval.records"),
         *("eval.text_table", "eval.bounds", "eval.arguments"),
     },
+    "eval.study": {
+        *("runkit", "eval.arguments", "eval.records", "eval.structure", "eval.texts", "eval.targets", "eval.bounds"),
+        "eval.stability",
+    },
     "eval.fp16": {
         *("runkit", "modeling_periln", "eval.arguments", "eval.structure", "eval.texts", "eval.targets"),
         "eval.stability",
@@ -81,6 +85,9 @@ FLOORS = {
     },
     "scripts.coordinate_check": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.parametrization", "scripts.training"),
+    },
+    "scripts.study": {
+        *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs"),
     },
     "scripts.demo": {"runkit", "modeling_periln", "scripts.recipe", "scripts.data"},
     "scripts.push": {"runkit", "model_cards"},

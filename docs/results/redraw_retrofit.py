@@ -1,10 +1,11 @@
-"""Redraw docs/results/retrofit.md from the records beside it: `python docs/results/redraw_retrofit.py`.
+"""Redraw docs/results/retrofit.md from the records next to it: `python docs/results/redraw_retrofit.py`.
 
-`python docs/results/redraw_retrofit.py --keep NAME=FILE...` first stores the numbers of `retrofit.json` and `report.json`
-files as records/retrofit/NAME.json: losses and shares, no weights, no texts, no paths.
+`python docs/results/redraw_retrofit.py --keep NAME=FILE...` first stores the numbers of `retrofit.json` and
+`report.json` files as records/retrofit/NAME.json: losses and shares, no weights, no texts, no paths.
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -20,13 +21,14 @@ def kept(record: dict[str, Any]) -> dict[str, Any]:
     if "plan" in record:
         rules = {}
         for name, rule in record["calibration"]["rules"].items():
-            errors = [place["error"] for place in rule["places"]]
+            errors: dict[str, list[float]] = {}
+            for place in rule["places"]:
+                errors.setdefault(place["slot"], []).append(round(place["error"], 4))
             rules[name] = {"calibration": rule["calibration"]["loss"], **rule["check"], "errors": errors}
-        places = record["calibration"]["rules"][record["calibration"]["chosen"]]["places"]
-        more = {"places": [[p["slot"], p["layer"], p["rms"], p.get("largest_rms")] for p in places]}
-        found = {name: record[name] for name in ("to", "soften", "samples", "exact", "seconds", "new_gains", "unties")}
+        names = ("to", "soften", "kept_layers", "samples", "exact", "seconds", "new_gains", "unties")
+        found = {name: record.get(name) for name in names}
         source = {name: one["loss"] for name, one in record["calibration"]["source"].items()}
-        return found | more | {"source": source, "rules": rules, "chosen": record["calibration"]["chosen"], **about}
+        return found | {"source": source, "rules": rules, "chosen": record["calibration"]["chosen"], **about}
     models = [{k: v for k, v in m.items() if k not in ("nats", "asked")} for m in record["models"]]
     return {"samples": record["samples"], "models": models, "said": record["said"], **about}
 
@@ -38,7 +40,8 @@ def keep(words: list[str]) -> None:
         name, _, file = word.partition("=")
         record = kept(json.loads(Path(file).read_text()))
         record.get("samples", {})["data"] = Path(record["samples"]["data"]).name
-        (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        text = re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), json.dumps(record, indent=1))
+        (RECORDS / f"{name}.json").write_text(text + "\n")
 
 
 def read(name: str) -> dict[str, Any]:
@@ -58,11 +61,10 @@ def rules_table(names: dict[str, str]) -> str:
         source = record["source"]
         lines.append(f"| {shown} | source | {source['calibration']:.3f} | {source['check']:.3f} | | |")
         for rule, one in record["rules"].items():
-            error = statistics.median(one["errors"])
+            error = statistics.median(error for errors in one["errors"].values() for error in errors)
             mark = "**" if rule == record["chosen"] and len(record["rules"]) > 1 else ""
-            lines.append(
-                f"| | {mark}{rule}{mark} | {one['calibration']:.3f} | {one['loss']:.3f} | {one['kl']:.3f} | {error:.2f} |"
-            )
+            numbers = f"{one['calibration']:.3f} | {one['loss']:.3f} | {one['kl']:.3f} | {error:.2f}"
+            lines.append(f"| | {mark}{rule}{mark} | {numbers} |")
     return "\n".join(lines)
 
 

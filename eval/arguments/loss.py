@@ -7,7 +7,7 @@ from periln.eval.arguments.shared import add_model_options, batch_size, check_le
 from periln.eval.texts.documents import KNOWN
 from periln.runkit.errors import UsageError, make_parser, more_options
 
-CONTEXT = 2048  # tokens a window, where the model has as many positions
+CONTEXT = 2048  # tokens a window, if the model has that many positions
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.loss") -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Bounds beside what they bound, token by token: the paper's propositions, residual steps, and the certificate.
+"""Bounds and what they bound, token by token: the paper's propositions, residual steps, and the certificate.
 
 python -m eval.bounds RUN_OR_CHECKPOINT_OR_HUB_ID --out DIR
 """

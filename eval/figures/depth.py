@@ -43,7 +43,7 @@ STREAM = ("embedding", "attn", "mlp")
 
 
 def panels(view: View, most: int = MOST_ROWS) -> tuple[list[tuple[str, View]], str]:
-    """What stands below each other: sizes and learning rates; and what was done about many, in words."""
+    """The rows of a figure: sizes and learning rates; and what was done about many, in words."""
     several = len(sizes(view)) > 1
     rows = []
     for size in sizes(view):
@@ -229,7 +229,7 @@ def output_gamma(view: View) -> Chart:
     return Chart(
         figure,
         f"The mean over channels of every output norm's gamma at the recorded steps ({recorded_steps(rows)}), a line a "
-        "layer, averaged over the seeds that did not diverge. Only placements with output norms have one. "
+        "layer, averaged over the seeds that did not diverge. Only placements with output norms have a gamma. "
         f"{seeds_words(used, rows.run)}{used.names}",
         _gamma_plot(used, rows, colours, norm),
     )

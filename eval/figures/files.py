@@ -17,7 +17,7 @@ from periln.eval.records.frames import Frames
 
 @dataclass(frozen=True)
 class FigureFiles:
-    """One figure: what is drawn, in words, and its images by kind; or, without images, what it needs.
+    """One figure: its description and its images by kind; or, without images, what it needs.
 
     `plot` has its numbers, where a page can draw it itself (`plots.py`).
     """
@@ -70,7 +70,7 @@ def _wanted(name: str, view: View) -> str:
         recipes = " and ".join(f"scripts/recipes/{size.lower()}-*.yaml" for size in entry.sizes)
         return (
             f"Needs models of {' or '.join(entry.sizes)} (python -m scripts.pretrain --config, {recipes}); "
-            f"Figure {entry.like} is the same figure for the sizes there are."
+            f"Figure {entry.like} is the same figure for the sizes at hand."
         )
     if name == "rates" and view.runs.learning_rate.nunique() == 1:
         return "Only one learning rate was run: Figures 3b and 3c show it."
@@ -80,7 +80,7 @@ def _wanted(name: str, view: View) -> str:
 def all_figures(
     frames: Frames, kinds: Sequence[str] = ("png",), rates: Sequence[float] | None = None
 ) -> Iterator[FigureFiles]:
-    """Every figure in order; those that only repeat another at sizes that are not there are left out, with the reason.
+    """Every figure in order; those that only repeat another at missing sizes are left out, with the reason.
 
     `rates` keeps the runs with these learning rates.
     """

@@ -36,7 +36,7 @@ MOST_BITS = 16
 
 
 def _peaks(view: View) -> pd.DataFrame:
-    """max |x| rows of the three tensors; what is not finite stands as infinity."""
+    """max |x| rows of the three tensors; what is not finite becomes infinity."""
     parts, missing = [], None
     for tensor in TENSORS:
         try:
@@ -46,7 +46,7 @@ def _peaks(view: View) -> pd.DataFrame:
     if not parts and missing is not None:
         raise missing
     rows = pd.concat(parts, ignore_index=True)
-    rows = rows[rows.sublayer.isin(STREAM)]  # not what stands behind the final norm
+    rows = rows[rows.sublayer.isin(STREAM)]  # not what follows the final norm
     return rows.assign(value=rows.value.where(np.isfinite(rows.value), np.inf))
 
 
@@ -80,7 +80,7 @@ def peaks_by_layer(view: View) -> Chart:
     axes[0, 0].set_ylim(top=4 * FP16.largest)
     line = plain(FP16.limit, color="black", linewidth=1.4, linestyle="--")
     legend(figure, used, more=[line], average="largest of the seeds")
-    beyond = " A value that was not finite stands above the line, at 131008." if np.isinf(rows.value).any() else ""
+    beyond = " A value that was not finite is drawn above the line, at 131008." if np.isinf(rows.value).any() else ""
     return Chart(
         figure,
         f"The largest |x| of each layer over all recorded steps ({recorded_steps(rows)}) and, thick, over the seeds "
@@ -158,7 +158,7 @@ def headroom_map(view: View) -> Chart:
     return Chart(
         figure,
         f"FP16 headroom, log2({FP16.limit} / max |x|): the least over stream, residual sum and module output, and "
-        f"over seeds, at the recorded steps ({recorded_steps(rows)}); attention stands at the half, the MLP at the "
+        f"over seeds, at the recorded steps ({recorded_steps(rows)}); attention is at the half, the MLP at the "
         f"whole number, 0 is what enters layer 1. The darker, the less is left. All panels have the same "
         f"steps; what is grey was not recorded, as after a run's end. {source_words(used, rows)}{words} "
         f"{seeds_words(used, rows.run)}{used.names}",

@@ -18,7 +18,7 @@ MOST_RATES = 6
 
 
 def overview(view: View) -> Chart:
-    """Loss and least headroom of every series at one learning rate, and how many of its runs finished at each."""
+    """Loss and least headroom of every series at one learning rate, and how many of its runs finished at each rate."""
     found = outcomes_of(view)
     if found.rows.empty or not (found.rows.loss.notna().any() or found.rows.headroom.notna().any()):
         raise NotRecorded(

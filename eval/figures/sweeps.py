@@ -15,7 +15,7 @@ from periln.runkit.placements import BY_NORMS
 from periln.runkit.sizes import count_text
 
 LEAST_RATES = 3  # of a curve over learning rates
-LEAST_SPAN = 0.1  # nats a token on the axis of losses: less would blow up what seeds differ by
+LEAST_SPAN = 0.1  # nats a token on the axis of losses: a smaller span would magnify the seeds' differences
 FINAL = (
     "Final loss: the mean of the finite training losses in the last tenth of a run's recorded steps. Dots are runs, "
     "lines means over the seeds that did not diverge; a cross on the upper edge is a run that diverged."
@@ -23,7 +23,7 @@ FINAL = (
 
 
 def _enough(rows: Sequence[tuple[str, View]]) -> tuple[list[tuple[str, View]], str]:
-    """The panels with the rates of a curve; and, in words, which are left out.
+    """The panels with enough rates for a curve; and, in words, which are left out.
 
     Raises:
         NotRecorded: no panel has them.
@@ -36,12 +36,12 @@ def _enough(rows: Sequence[tuple[str, View]]) -> tuple[list[tuple[str, View]], s
     raise NotRecorded(
         f"Needs {LEAST_RATES} learning rates or more in one panel, for a curve, and the runs have {len(rates)} "
         f"({', '.join(f'{rate:g}' for rate in rates)}): python -m scripts.sweep run "
-        "scripts/recipes/sweeps/paper-400m.yaml. Figures overview and rates show what there is."
+        "scripts/recipes/sweeps/paper-400m.yaml. The figures overview and rates show these."
     )
 
 
 def _draw(view: View, rows: Sequence[tuple[str, View]], same: bool = False) -> Chart:
-    """A panel a row; `same`: they compare, and share their axis of losses."""
+    """A panel a row; `same`: they are comparable, and share their axis of losses."""
     metrics = metrics_of(view)
     used = view.where(run=set(metrics.run))
     rows = [(title, of) for title, of in rows if used.runs.run.isin(of.runs.run).any()]
@@ -123,7 +123,7 @@ def post_by_size(view: View) -> Chart:
 def by_setting(
     column: str, name: Callable[[float], str], paper: Callable[[float], bool], sentence: str
 ) -> Callable[[View], Chart]:
-    """Figures 12 to 14: a panel for each value of a setting; `paper` says whether a value is one of the paper's."""
+    """Figures 12 to 14: a panel for each value of a setting; `paper` tells whether a value is one of the paper's."""
 
     def draw(view: View) -> Chart:
         metrics_of(view)

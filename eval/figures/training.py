@@ -155,7 +155,7 @@ def _own_rates(used: View) -> dict[str, str] | None:
 
 
 def _sides(view: View, needed: Sequence[pd.DataFrame], sentence: str) -> View:
-    """The runs of several sides at sizes where every needed side is there."""
+    """The runs of several sides at the sizes that every required side has."""
     common = set.intersection(*(set(side["size"]) for side in needed))
     if not common:
         raise NotRecorded(sentence)
@@ -169,7 +169,7 @@ def _usual(view: View) -> tuple[View, str]:
 
 
 def frozen_gamma(view: View) -> Chart:
-    """Figure 4: the output norms' gamma kept at 1, beside learned gamma and Pre-LN."""
+    """Figure 4: the output norms' gamma kept at 1, with learned gamma and Pre-LN."""
     usual, words = _usual(view)
     runs = usual.runs
     frozen = runs[runs.frozen]
@@ -179,7 +179,8 @@ def frozen_gamma(view: View) -> Chart:
     )
     if frozen.empty:
         raise NotRecorded(sentence)
-    # The paper leaves the embedding norm out on both sides; so that one thing differs, take what the frozen runs have.
+    # The paper leaves the embedding norm out on both sides; so that only one thing differs, take what the frozen runs
+    # have.
     same = runs.embedding_norm.isin(frozen.embedding_norm.unique()) & runs.placement.isin(frozen.placement)
     learned = runs[same & ~runs.frozen & (runs.norm_type == "rmsnorm")]
     used = _sides(usual, (frozen, learned), sentence)
@@ -210,7 +211,7 @@ def switched(column: str, values: Sequence, sentence: str):
 
 
 def olmo2(view: View) -> Chart:
-    """Figures 20 to 22: output norms with QK-norm (OLMo 2) beside Peri-LN, over the last steps."""
+    """Figures 20 to 22: output norms with QK-norm (OLMo 2) and Peri-LN, over the last steps."""
     usual, words = _usual(view)
     runs = usual.runs
     output = runs[(runs.placement == OUTPUT) & (runs.qk_norm != "none")]

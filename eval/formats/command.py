@@ -37,7 +37,7 @@ def _tokenizer(args: argparse.Namespace, model: Model) -> tuple[Any, str]:
 
 
 def usual_folder(model: Model) -> Path:
-    """Where the results go if nothing else is asked for: a run's into the run, a folder a checkpoint."""
+    """Where the results go by default: a run's into the run, one folder for each checkpoint."""
     if model.run is None:
         return Path("formats") / model.name
     return model.run / "eval" / "formats" / f"step_{model.chosen.step:08d}"
@@ -51,7 +51,7 @@ def _load(args: argparse.Namespace, model: Model) -> nn.Module:
 
 
 def _timed(work: Callable[[], object]) -> float:
-    """Seconds of the second of two times: the first pays for what is made once."""
+    """Seconds of the second of two calls; the first includes one-time costs."""
     work()
     started = time.monotonic()
     work()
@@ -60,7 +60,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def _seconds(located: Located, samples: Samples, rows: Sequence[Recipe]) -> float:
-    """How long the rows will take, from one sample as it is, one with all but the weights rounded, and the weights."""
+    """How long the rows will take, from an unrounded sample, one with all but the weights rounded, and the weights."""
     model, ids = located.model, samples.ids[:1].to(next(located.model.parameters()).device)
     every = {t: Scaled("MXFP8", BLOCK) for t in TARGETS if t not in located.missing}
     flowing = {t: cell for t, cell in every.items() if t != WEIGHTS}
@@ -80,7 +80,7 @@ def _seconds(located: Located, samples: Samples, rows: Sequence[Recipe]) -> floa
 
 
 def _memory(located: Located, samples: Samples, batch: int) -> float:
-    """Bytes at most: what is taken by now, a rounded copy of the products' weights, logits of a batch and of the
+    """Bytes at most: what is in use now, a rounded copy of the products' weights, logits of a batch and of the
     reference, and a matrix in double precision twice.
     """
     logits = 4 * located.vocabulary * samples.ids.shape[1]
@@ -110,7 +110,7 @@ class _Formats:
         self.args, self.model, self.records, self.samples, self.sizes = args, model, records, samples, sizes
 
     def jobs(self) -> list[Job]:
-        """The rows that were asked for and are not there."""
+        """The rows that were asked for and are missing."""
         a = self.args
         rows = chosen(a.full, a.targets or GROUPS, a.formats or ())
         found: list[Job] = [(AS_IT_IS, row) for row in rows]
@@ -119,7 +119,7 @@ class _Formats:
         return [(variant, row) for variant, row in found if self.records.cell(variant, row.key) is None]
 
     def measure(self, jobs: list[Job]) -> None:
-        """Measure them, each into a file of its own."""
+        """Measure them, each into its own file."""
         network = _load(self.args, self.model)
         located = seen_in_a_pass(locate(network))
         missing = {t: why for t, why in located.missing.items() if any(t in row.cells for _, row in jobs)}

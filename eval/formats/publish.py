@@ -15,7 +15,7 @@ from periln.runkit.folder import write_bytes, write_text
 
 
 def _cells(records: FormatsFolder) -> list[tuple[str, Recipe, dict[str, Any]]]:
-    """All that the folder holds, in the order of the table."""
+    """All rows in the folder, in the order of the table."""
     found = [(v, row, records.cell(v, row.key)) for v in (AS_IT_IS, CURED) for row in ROWS]
     return [(variant, row, record) for variant, row, record in found if record is not None]
 
@@ -36,7 +36,7 @@ def _notes(head: dict[str, Any]) -> list[str]:
 
 
 def publish(records: FormatsFolder) -> str:
-    """Write formats.json, .csv, .md, .png and slots.csv; gives the table and sentences for a terminal."""
+    """Write formats.json, .csv, .md, .png and slots.csv; returns the table and sentences for a terminal."""
     head, cells = records.head, _cells(records)
     if not cells:
         records.write_head(rows=[], cheapest={}, said=[])

@@ -1,7 +1,7 @@
 """Rewrite a model so that it runs in FP16, the same function: `python -m eval.fp16 MODEL OUT`.
 
 Two exact rewrites, by powers of two that are chosen from measured peaks: the stream's scale (embedding, output norms'
-gains, epsilons), and the scale of a module's output before its output norm. `layout.py` says where factors can stand.
+gains, epsilons), and the scale of a module's output before its output norm. `layout.py` says where factors can go.
 The written model loads with its stock class; it is loaded again and compared in FP32 before OUT appears.
 """
 
@@ -37,7 +37,7 @@ from periln.runkit.process import need_device, quiet_transformers, start_stage
 
 
 def find_tokenizer(args: argparse.Namespace, model: Model) -> tuple[Any, str]:
-    """What the peaks are measured on, and the tokenizer that reads it (None for random ids).
+    """The data for the peaks, and its tokenizer (None for random ids).
 
     Raises:
         UserError: text is asked for, and there is no tokenizer for it.
@@ -63,7 +63,7 @@ def stored_dtype(config: Any) -> torch.dtype:
 
 
 def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: torch.dtype) -> list[str]:
-    """Weights in `dtype` where it holds them exactly, else in FP32 (names are given); configuration, tokenizer."""
+    """Weights in `dtype` where that is exact, else in FP32 (their names are returned); configuration, tokenizer."""
     state, wide, tied = {}, [], set(getattr(model, "all_tied_weights_keys", ()))
     for name, tensor in model.state_dict().items():
         if name in tied:
@@ -86,7 +86,7 @@ def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: tor
 
 
 def nothing_moved(record: dict[str, Any]) -> str:
-    """Why a model stays as it is, with the peak that has the least headroom."""
+    """Why a model stays unchanged, with the peak of least headroom."""
     least = min(record["peaks"], key=lambda p: math.inf if p["headroom_bits"] is None else p["headroom_bits"])
     passes = "forward and backward pass are" if record["before"]["backward"] is None else "the forward pass is"
     left = f"the least headroom, {least['headroom_bits']:.1f} bits, is in {least['tensor']}"

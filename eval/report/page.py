@@ -25,7 +25,7 @@ from periln.runkit.public import public
 from periln.runkit.recipes import dump_yaml
 from periln.runkit.text import printable
 
-FIRST = "overview"  # the figure beside the answer
+FIRST = "overview"  # the figure next to the answer
 TEMPLATES = Path(__file__).resolve().parent
 
 
@@ -39,7 +39,7 @@ def adds_text(adds: dict[str, dict[str, str]]) -> str:
 
 
 def evidence(frames: Frames) -> Table:
-    """What was seen of the arithmetic of each run: dtypes at the residual adds, and the loss scale."""
+    """Evidence of each run's arithmetic: dtypes at the residual adds, and the loss scale."""
     rows = []
     for _, run in frames.runs.iterrows():
         seen = frames.environments[run.run]
@@ -165,6 +165,6 @@ def write(frames: Frames, out: Path) -> Path:
         if figure.png:
             write_bytes(file, figure.png)
         else:
-            file.unlink(missing_ok=True)  # of records that are no longer there
+            file.unlink(missing_ok=True)  # of records that no longer exist
     write_text(out / "report.html", render(frames, figures))
     return out / "report.html"

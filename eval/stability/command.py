@@ -1,4 +1,4 @@
-"""Measure what a norm placement does to causal LMs, and say it in words.
+"""Measure what a norm placement does to causal LMs, and report it in words.
 
 python -m eval.stability RUN_OR_CHECKPOINT_OR_HUB_ID... --data wikitext --samples 1000
 """
@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 
 from periln.eval.arguments.stability import check, left_out
 from periln.eval.records.explain import explain
@@ -45,13 +45,13 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _asked(args: argparse.Namespace, options: Options) -> dict[str, Any]:
-    """What decides a result, as far as the command line says it."""
+    """What decides a result, as far as the command line goes."""
     names = ("data", "samples", "tokens", "seed", "dtype", "tokenizer", "device")
     return {n: getattr(args, n) for n in names} | options.asked()
 
 
 class _Bench:
-    """What the models of one command share: options, and samples by what they depend on."""
+    """What the models of one command share: options, and samples keyed by what they depend on."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.options = args, _options(args)
@@ -153,7 +153,7 @@ def _table(title: str, measured: Measured) -> Table:
 
 
 def _records_of(args: argparse.Namespace, model: Model) -> BenchFolder:
-    """Where a model's records stand. Raises UserError where those of another model do."""
+    """Where a model's records are. Raises UserError if another model's are there."""
     folder = (args.out or Path("stability")) / model.name if model.run is None else model.run / "eval" / "stability"
     return BenchFolder(folder, model.name if model.run is not None else model.asked, single=model.run is None)
 

@@ -1,4 +1,4 @@
-"""What was found of a model, in the terms of the table of placements: `peri, centered gains, QK-norm by head, ...`."""
+"""What was found in a model, in terms of the table of placements: `peri, centered gains, QK-norm by head, ...`."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ _VALUE = re.compile(r"(v|value)_?(layer)?_?norm\w*")
 
 
 def describe(anatomy: Anatomy) -> str:
-    """The placement, then what distinguishes the model within it; parts that are as in the row are not said."""
+    """The placement, then what distinguishes the model within it; parts as in the row are omitted."""
     said = [*_places(anatomy), *_kinds(anatomy), *_inside(anatomy), *_ends(anatomy), *_factors(anatomy)]
     return ", ".join(said)
 
@@ -90,7 +90,7 @@ def _span(anatomy: Anatomy, size: int) -> str:
 
 
 def _ends(anatomy: Anatomy) -> Iterator[str]:
-    """The ends of the stream, where they are not as the row has them."""
+    """The ends of the stream, where they differ from the row's."""
     places = {s.letters for s in anatomy.sublayers}
     if anatomy.embedding_norm is not None and places != {"AB"}:
         yield "embedding norm"

@@ -17,7 +17,7 @@ from periln.runkit.encoding import added_around, text_ids
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.texts import usable
 
-_ENOUGH = 16  # characters of text read for every token asked for
+_ENOUGH = 16  # characters of text read for each requested token
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def text_samples(
     begins = added_around(tokenizer)[0]
     width = tokens - len(begins)
     if width < 1:
-        raise UserError(f"a sample of {tokens} tokens has no room beside the {len(begins)} that begin a document")
+        raise UserError(f"a sample of {tokens} tokens has no room next to the {len(begins)} that begin a document")
     ids = _token_ids(tokenizer, texts, samples * width)
     if len(ids) < width:
         raise UsageError(f"{data} gives {len(ids)} tokens, fewer than one sample of {width}")
@@ -175,12 +175,12 @@ def find_samples(
     """What a model is measured on: windows of the texts of `data`; without a tokenizer (None), random ids.
 
     Args:
-        config: the model's; it says how many ids and positions there are.
+        config: the model's; it has the number of ids and positions.
         tokens: a sample's length; None: `usual`, or the model's positions if they are fewer.
 
     Raises:
         UsageError: more tokens a sample than the model has positions.
-        UserError: `data` cannot be read, or is too little.
+        UserError: `data` cannot be read, or is too short.
     """
     config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)

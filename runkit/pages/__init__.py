@@ -1,5 +1,5 @@
 """Style and scripts of the pages that are written (report, zoo) and served (live): read into each, so that a page is
-one file that asks for nothing else."""
+one file that loads nothing else."""
 
 import base64
 import hashlib

@@ -10,7 +10,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m scripts.bench") 
     """The command line."""
     parser = make_parser(
         prog,
-        "Measure speed and memory of PeriLlama beside Transformers' own models. The speed of evaluation is eval.bench; "
+        "Measure speed and memory of PeriLlama against Transformers' models. The speed of evaluation is eval.bench; "
         "`periln bench` is the stability bench, eval.stability.",
         "--out bench/",
     )
@@ -23,7 +23,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m scripts.bench") 
         type=int,
         nargs=2,
         metavar=("BATCH", "SEQUENCE"),
-        help="of the training steps, in place of each case's own; decoding, norms and memory stay as they are",
+        help="of the training steps, instead of each case's own; decoding, norms and memory stay as they are",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one, when left out")
     parser.add_argument("--again", action="store_true", help="measure what bench.json holds once more")

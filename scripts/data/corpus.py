@@ -1,6 +1,6 @@
 """Documents on their way to tokens: checked, without duplicates, split into train and held-out, in batches.
 
-Each batch carries a mark: everything that another process needs to go on after it as if nothing had happened.
+Each batch carries a mark: everything that another process needs to resume after it as if nothing had happened.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class Limits:
     Attributes:
         heldout_share: of the documents, by a hash of their names.
         max_bytes: reading ends with the document that reaches it; None: no limit.
-        heldout_documents: so many are held out at most; later ones go to training. None: no limit.
+        heldout_documents: the most that are held out; later ones go to training. None: no limit.
         max_document_bytes: longer documents are skipped; None: those of more than `sources.LONGEST`.
     """
 

@@ -2,8 +2,8 @@
 
     python -m scripts.demo            (what `make demo` runs)
 
-Each stage is a process of its own; what one hands to the next is run folders on disk. Interrupted at any
-moment, it goes on where it was when it is started again.
+Each stage is a separate process; what one hands to the next is run folders on disk. Interrupted at any
+moment, it resumes where it was when started again.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def plan_stages(recipe: DemoRecipe, out: Path) -> list[Stage]:
 
     # On a CPU, runs go side by side with one thread each: more steps a second than one run with all threads, and
     # a second busy process on the machine slows them by its share instead of stalling every parallel region.
-    # A run's numbers do not depend on how many stand beside it.
+    # A run's numbers do not depend on how many others there are.
     workers = max(1, min(2, os.cpu_count() or 1, len(cells))) if recipe.device == "cpu" else 1
     threads = ["--threads", 1] if recipe.device == "cpu" else []
     shards = [cells[i::workers] for i in range(workers)]
@@ -210,7 +210,7 @@ def run_stage(stage: Stage, stop: StopRequest, debug: bool) -> None:
             break
         time.sleep(0.1)
     if stop.exit_code:
-        raise StoppedBySignal(stop.exit_code, "stopped; start the demo again and it goes on from here")
+        raise StoppedBySignal(stop.exit_code, "stopped; start the demo again to resume from here")
     if failed:
         error = UserError(f"the stage '{stage.title}' failed (exit code {failed}); see above")
         error.exit_code = failed if failed in (1, 2) else 1

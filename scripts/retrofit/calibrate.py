@@ -1,4 +1,4 @@
-"""Calibrate what does not fold: gains of new norms, factors in the place of removed ones, in one forward pass.
+"""Calibrate what does not fold: gains of new norms, factors in place of removed ones, in one forward pass.
 
 All calibration text goes through the target as one batch. Where a norm has appeared or gone, a hook sees what arrives,
 sets the gain or scales the projections by a rule of `fit`, and the pass continues with that: each layer is calibrated

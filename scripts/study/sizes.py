@@ -1,6 +1,7 @@
 """The sizes a study chooses from: shapes, batches, and the deep and narrow twin of each for E1."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from modeling_periln import PeriLlamaConfig
@@ -47,6 +48,7 @@ class Size:
         shape = self.deep if deep else self.shape
         return PeriLlamaConfig(**shape.model(self.length), vocab_size=self.vocabulary, norm_placement="peri")
 
+    @cache  # noqa: B019 (there are eight sizes)
     def cost(self, deep: bool = False) -> float:
         """FLOPs of a training token, and an allowance for small layers, whose kernels are all start.
 
@@ -55,6 +57,7 @@ class Size:
         shape = self.deep if deep else self.shape
         return flops_per_token(self.config(deep), self.length) + 1e6 * shape.layers
 
+    @cache  # noqa: B019
     def parameters(self, deep: bool = False) -> int:
         return count_parameters(self.config(deep)).non_embedding
 

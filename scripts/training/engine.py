@@ -5,7 +5,7 @@ about the result but rounding. What is mended:
 
 - FP16 on a CPU is real (`runkit/fp16.py`), and under FSDP2, which Accelerate leaves to a policy, it is autocast like
   everywhere else: parameters are gathered and gradients reduced in FP32.
-- FSDP2 works on a CPU, where Accelerate ignores its plugin without a word.
+- FSDP2 works on a CPU, where Accelerate silently ignores its plugin.
 - Whether a step is skipped is agreed on by all ranks. Sharded gradients overflow on one rank and not on another.
 """
 

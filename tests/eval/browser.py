@@ -18,7 +18,7 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
 
-# What sticks out to the right of the window, unless it stands in something that scrolls by itself.
+# What sticks out to the right of the window, unless it is in something that scrolls by itself.
 MEASURE = """(() => {
   const width = document.documentElement.clientWidth;
   const inside = e => { for (let p = e.parentElement; p; p = p.parentElement)

@@ -145,7 +145,7 @@ def test_a_window_longer_than_the_positions_is_refused_before_a_document_is_read
     assert "--context 513 is more than the 512 positions of run" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_is_said_at_the_first_batch_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+def test_a_loss_that_is_not_a_number_is_said_at_the_first_batch_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     run, sample = make_run(tmp_path / "run"), tmp_path / "sample.jsonl"
     model = make_model(make_tokenizer())
     model.model.layers[0].mlp.down_proj.weight.data[3, 3] = torch.nan

@@ -150,7 +150,7 @@ def test_a_trainer_that_is_gone_ends_the_watch_after_a_while(tmp_path):
 
 def test_what_cannot_be_watched_is_said(tmp_path, capsys):
     assert call(tmp_path / "none", "--wait", 0, *TASKS) == 2
-    assert "is no run folder (recipe.yaml), and none came within 0 seconds" in capsys.readouterr().err
+    assert "is not a run folder (recipe.yaml), and none came within 0 seconds" in capsys.readouterr().err
     run = make_run(tmp_path / "run")
     assert call(run.path, "--every", 0, *TASKS) == 2
     assert "--every must be at least 1, not 0" in capsys.readouterr().err

@@ -182,7 +182,7 @@ def test_an_overflow_is_said_wherever_it_was_recorded(tmp_path):
     assert "in training | 12.0 bits (" in render_card(find_subject(run, 4))
 
 
-def test_a_loss_that_was_not_finite_is_no_number(tmp_path):
+def test_a_loss_that_was_not_finite_is_not_a_number(tmp_path):
     run = hub_run.write_run(tmp_path, status="diverged")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines[-3:]:

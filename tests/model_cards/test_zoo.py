@@ -135,4 +135,4 @@ def test_a_configuration_that_is_none_is_named(root, tmp_path, capsys):
     assert [row["placement"] for row in zoo.collect([odd], zoo.parse([str(odd)]))] == ["not recorded"]
     (odd / "config.json").write_text("[]")
     assert run_command(zoo.main, zoo.parse([str(odd), "--out", str(tmp_path)])) == 1
-    assert "config.json is no configuration: it holds a list" in capsys.readouterr().err
+    assert "config.json is not a configuration: it holds a list" in capsys.readouterr().err

@@ -183,7 +183,7 @@ def test_a_result_of_the_time_of_one_build_is_measured_again(tiny_cases, tmp_pat
 
 
 def test_a_mistake_is_said_before_anything_is_measured(tmp_path):
-    with pytest.raises(UsageError, match="'decode-2' is no case.*did you mean 'decode-1'"):
+    with pytest.raises(UsageError, match="'decode-2' is not a case.*did you mean 'decode-1'"):
         run(tmp_path, "--cases", "decode-2")
     with pytest.raises(UsageError, match="--pairs 1 is too few"):
         run(tmp_path, "--pairs", "1")
@@ -199,9 +199,7 @@ def test_a_mistake_is_said_before_anything_is_measured(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["trainer-1m-fp16-eager-hf", "trainer-10m-fp16-eager-bare", "trainer-1m-fp32-eager-hf"]
-)
+@pytest.mark.parametrize("case", ["1m-fp16-eager-hf", "10m-fp16-eager-bare", "1m-fp32-eager-hf"])
 def test_the_trainers_step_has_the_dtypes_of_its_rival_and_both_train_the_same_weights(case):
     name = f"trainer-{case}"
     ours, theirs = bench.trainer_pair(tiny(name), CPU)

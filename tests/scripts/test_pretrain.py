@@ -344,7 +344,7 @@ def test_a_run_that_must_go_on_and_one_that_must_not_exist(tmp_path, data):
     def start(mode: str) -> None:
         pretrain.main(pretrain.parse([*words, mode]))
 
-    with pytest.raises(UserError, match="--resume must: .*run has no checkpoint to go on from"):
+    with pytest.raises(UserError, match="--resume must: .*run has no checkpoint to resume from"):
         start("must")
     assert not (tmp_path / "runs").exists()
     start("never")

@@ -42,7 +42,7 @@ def source_version(source: Path) -> str:
     """
     init = source / "src" / "transformers" / "__init__.py"
     if not (source / "tests" / "test_modeling_common.py").is_file() or not init.is_file():
-        raise ValueError(f"{source} holds no tests/test_modeling_common.py and src/transformers: it is no source tree")
+        raise ValueError(f"{source} holds no tests/test_modeling_common.py and src/transformers")
     found = re.search(r'^__version__ = "(.+)"', init.read_text(encoding="utf-8"), re.MULTILINE)
     if found is None:
         raise ValueError(f"{init} names no __version__")

@@ -143,7 +143,7 @@ def test_a_module_that_adds_the_stream_by_itself_is_refused():
         find_anatomy(perturb(MptForCausalLM(MptConfig(**sizes))))
 
 
-def test_what_is_no_causal_language_model_is_refused():
+def test_what_is_not_a_causal_language_model_is_refused():
     with pytest.raises(UserError, match="no config"):
         find_anatomy(nn.Linear(2, 2))
     with pytest.raises(UserError, match="no language-model head"):

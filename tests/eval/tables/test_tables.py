@@ -246,7 +246,7 @@ def test_a_seed_that_stands_twice_counts_once(tmp_path):
     frames = load(tmp_path)
     assert row(frames, "pre")["mini_piqa"] == "20.0 (n=1)"
     said = " ".join(build(frames, "mini").notes)
-    assert "stands 2 times (a/pre_lr0.002_seed1, b/pre_lr0.002_seed1): only a/pre_lr0.002_seed1 counts." in said
+    assert "occurs 2 times (a/pre_lr0.002_seed1, b/pre_lr0.002_seed1): only a/pre_lr0.002_seed1 counts." in said
 
 
 def test_sizes_are_not_mixed(tmp_path):

@@ -177,7 +177,7 @@ def test_rows_of_a_large_chunk_are_read_one_by_one(text, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.md", "notes"])
-def test_a_byte_order_mark_is_no_text(tmp_path, name):
+def test_a_byte_order_mark_is_not_text(tmp_path, name):
     content = b'{"text": "the text"}\n' if name == "a.jsonl" else b"the text"
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
     assert [document.text for document in open_source(str(tmp_path / name)).read(None)] == ["the text"]

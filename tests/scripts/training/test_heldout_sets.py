@@ -56,7 +56,7 @@ def test_a_set_that_has_changed_is_refused(tmp_path, data, sets):
     ("fields", "error", "message"),
     [
         ({"heldout_sets": {"a": "x"}}, UsageError, "heldout_sets needs heldout_every"),
-        ({"heldout_sets": {"a/b": "x"}, "heldout_every": 3}, UsageError, "heldout_sets: 'a/b' is no name"),
+        ({"heldout_sets": {"a/b": "x"}, "heldout_every": 3}, UsageError, "heldout_sets: 'a/b' is not a name"),
         (
             {"heldout_sets": {"a": 3}, "heldout_every": 3},
             UsageError,
