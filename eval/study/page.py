@@ -140,7 +140,7 @@ def findings(results: Results, verdicts: list[Verdict]) -> list[str]:
             losses = [c["heldout_loss"] for c in cells if c["variant"] == name and c["seed"] in common]
             if losses and None not in losses:
                 means[name] = fmean(losses)
-        if common and means:
+        if common and len(means) > 1:
             best = min(means, key=lambda name: means[name])
             lowest.setdefault(best, []).append(f"{rate:g}")
     for name, rates in lowest.items():

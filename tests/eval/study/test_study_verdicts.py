@@ -40,6 +40,12 @@ def test_a_rate_at_which_all_of_the_others_diverged_counts(study):
     assert "rate 0.1: every run of pre diverged, none of the other's" in lower.outcome.details
 
 
+def test_one_pair_of_which_one_run_diverged_decides_nothing(tmp_path):
+    found = verdicts_of(make(tmp_path / "study", cells=9))["C10"].parts[0]
+    assert found.outcome.details[-1].startswith("rate 0.1: every run of pre diverged")
+    assert found.verdict == "undecided"
+
+
 def test_the_best_rate_is_that_of_the_first_seed(study):
     assert best_rates(study.plan, study.results()) == {"post": 0.01, "pre": 0.01, "peri": 0.01}
     results = study.results()

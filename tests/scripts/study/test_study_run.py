@@ -79,4 +79,4 @@ def test_records_of_another_plan_are_refused(prepared, tmp_path):
     other.mkdir()
     (other / "frozen.json").write_text('{"plan.yaml": "1", "claims.yaml": "2"}')
     done = run("scripts.study", "run", "--out", study, "--records", other)
-    assert done.returncode == 1 and "holds records of another study: its plan.yaml is another" in done.stderr
+    assert done.returncode == 1 and "holds records of another study: its plan.yaml differs" in done.stderr
