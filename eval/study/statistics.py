@@ -65,8 +65,8 @@ def log_slope(values: Sequence[float | None]) -> float | None:
     points = [(i, math.log(v)) for i, v in enumerate(values, start=1) if v is not None and math.isfinite(v) and v > 0]
     if len(points) < 3:
         return None
-    layers, logarithms = zip(*points, strict=True)
-    return float(np.polyfit(layers, logarithms, 1)[0])
+    layers, logs = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    return float(np.polyfit(layers, logs, 1)[0])
 
 
 def log_spread(values: Sequence[float | None]) -> float | None:
