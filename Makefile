@@ -36,8 +36,9 @@ $(STAMP):
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
+demo: STARTED := $(shell date +%s)
 demo: $(STAMP) ## the Peri-LN study in miniature: ends with report.html
-	@exec $(BIN)/python -m scripts.demo $(DEMO_FLAGS) --stop-with-parent $$PPID
+	@exec $(BIN)/python -m scripts.demo $(DEMO_FLAGS) --started $(STARTED) --stop-with-parent $$PPID
 
 test: $(STAMP) ## the whole test suite, the fast tests first
 	$(BIN)/python -m pytest -m 'not kills and not notebooks and not published' $(PARALLEL) $(PYTEST_ARGS)
@@ -48,7 +49,7 @@ docs: $(STAMP) ## the documentation, into site/; a broken link or reference fail
 notebooks: $(STAMP) ## the notebooks of examples/ from top to bottom, at their full size
 	$(BIN)/python -m pytest -m notebooks $(PYTEST_ARGS)
 
-test-slow: $(STAMP) ## what takes minutes by itself: a run killed sixty times (KILLS=1000, COMPILE=1)
+test-slow: $(STAMP) ## what takes minutes by itself: a study of 20 minutes, a run killed sixty times (KILLS=1000, COMPILE=1)
 	KILLS="$(KILLS)" COMPILE="$(COMPILE)" $(BIN)/python -m pytest -m kills $(PYTEST_ARGS)
 
 # PUBLISHED_TOKENS, PUBLISHED_LIMIT and PUBLISHED_LENGTH raise what is measured: see tests/README.md.

@@ -1,7 +1,7 @@
 """What the documentation's pages do not hold themselves: MkDocs calls the hooks below when it builds them.
 
     <!-- generated: NAME -->   in a page is replaced by what `GENERATED[NAME]` returns
-    folder/*                   in the navigation stands for the pages of that folder that it does not name
+    folder/*                   in the navigation means the pages of that folder that it does not name
     [text](repo:PATH)          is a link to a file of the repository, which must exist
 
 So a page about options, fields or placements says what the code says.
@@ -73,7 +73,7 @@ def on_shutdown() -> None:
 
 
 def lay_out() -> Path:
-    """A folder of links in which `periln.eval` is where mkdocstrings, which imports nothing, looks for it."""
+    """A folder of links in which `periln.eval` is where mkdocstrings, which imports nothing, expects it."""
     _temporary.append(tempfile.TemporaryDirectory())
     place = Path(_temporary[-1].name)
     (place / "periln").mkdir()
@@ -370,6 +370,12 @@ def result_pages() -> str:
     return "\n".join(f"- [{found[1] if found else path.stem}]({path.name})" for path, found in titles.items())
 
 
+def study() -> str:
+    """The study's tables, as `periln study export` wrote them beside its records."""
+    text = (DOCS / "results" / "records" / "study" / "verdicts.md").read_text()
+    return text.partition("\n")[2].strip()
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "command-line": command_line,
     "extras": extras,
@@ -378,4 +384,5 @@ GENERATED: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "results": result_pages,
     "step-record": step_record,
+    "study": study,
 }

@@ -2,10 +2,10 @@
 
     python -m eval.bench RUN_OR_CHECKPOINT --tasks arc_easy,hellaswag --limit 200
 
-Both answer the same requests in turn, each pair in a changed order; the ratio is that of the medians, its interval that
-of a bootstrap over pairs. Every log-likelihood of every pair is compared. With `--scoring plain`, one that differs by a
-bit is an error; with `--scoring shared`, one that differs by more than 1e-4 nats is, and so is a question whose answers
-are ranked otherwise although their gaps exceed 2e-4.
+Both answer the same requests in turn, and the order changes from pair to pair; the ratio is that of the medians, its
+interval that of a bootstrap over pairs. Every log-likelihood of every pair is compared. With `--scoring plain`, one
+that differs by a bit is an error; with `--scoring shared`, one that differs by more than 1e-4 nats is, and so is a
+question whose answers are ranked differently although their gaps exceed 2e-4.
 """
 
 import sys
@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.arguments.shared import task_names
 from periln.eval.options import settings_of
@@ -34,14 +33,14 @@ from periln.eval.targets import Target, find_target
 from periln.eval.text_table import Table, to_terminal
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import write_text
-from periln.runkit.process import start_stage
+from periln.runkit.process import quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 
 OURS, THEIRS = "documents/s", "HFLM's"
 
 
 def requests_of(benchmarks: Benchmarks, name: str) -> tuple[list[Any], int]:
-    """The log-likelihood requests of a task, and of how many documents they are.
+    """The log-likelihood requests of a task, and their number of documents.
 
     Raises:
         UsageError: a task of another kind.
@@ -80,13 +79,13 @@ def compare(
         if worst > tolerance:
             raise UserError(f"pair {pair}: a log-likelihood differs from HFLM's by {worst:.2g}")
         if moved := ranked_otherwise(requests, answers[0], answers[1], 2 * tolerance):
-            raise UserError(f"pair {pair}: the answers of document {moved[0]} are ranked otherwise than by HFLM")
+            raise UserError(f"pair {pair}: the answers of document {moved[0]} are ranked differently by HFLM")
         bar.update(1)
     return seconds, worst
 
 
 def ranked_otherwise(requests: list[Any], ours: list[Any], theirs: list[Any], gap: float) -> list[Any]:
-    """Documents with two answers that one ranks otherwise than the other, where the gap is larger than `gap` nats."""
+    """Documents with two answers that the two rank differently, where the gap is larger than `gap` nats."""
     by_document: dict[Any, list[tuple[float, float]]] = {}
     for request, (a, _), (b, _) in zip(requests, ours, theirs, strict=True):
         by_document.setdefault((request.task_name, request.doc_id), []).append((a, b))
@@ -110,7 +109,7 @@ def measure(benchmarks: Benchmarks, target: Target, pairs: int, bar: tqdm) -> pd
     from lm_eval.models.huggingface import HFLM
 
     ours = benchmarks.load_model(target)
-    # The same model object, so that nothing but the scoring differs.
+    # The same model object, so that only the scoring differs.
     options = {"tokenizer": ours.tokenizer, "batch_size": benchmarks.settings.batch_size}
     theirs = HFLM(pretrained=ours.model, device=benchmarks.settings.device, **options)
     rows = []
@@ -152,8 +151,7 @@ def table(frame: pd.DataFrame, benchmarks: Benchmarks, pairs: int) -> Table:
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
     check(args)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     settings, names = settings_of(args), task_names(args.tasks)
     target = find_target(args.target, args.revision, args.trust_remote_code, args.out)
     if target is None:

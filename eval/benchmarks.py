@@ -3,9 +3,9 @@
     python -m eval.benchmarks runs/400m-peri                       # its newest checkpoint -> runs/400m-peri/eval/
     python -m eval.benchmarks ID --revision v1 --out results/      # any causal LM of the Hub
 
-Every result names weights (by hash), settings and harness; one that is there already is not computed again. At the
+Every result names weights (by hash), settings and harness; an existing one is not computed again. At the
 same batch size the scores are those of `lm_eval --tasks TASK` to the last digit; a task's scores do not depend on which
-others are asked for beside it.
+others are scored with it.
 """
 
 import sys
@@ -22,7 +22,6 @@ from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.arguments.shared import task_names
 from periln.eval.options import settings_of
@@ -31,7 +30,7 @@ from periln.eval.targets import find_target
 from periln.eval.text_table import Table, to_terminal, values
 from periln.runkit.errors import UserError
 from periln.runkit.folder import called
-from periln.runkit.process import start_stage
+from periln.runkit.process import quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 
 
@@ -56,8 +55,7 @@ def table(records: list[tuple[str, dict[str, Any]]]) -> Table:
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
     check(args)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     settings, names = settings_of(args), task_names(args.tasks)
     one_file = is_one_file(args)
     out = args.out.parent if one_file else args.out
@@ -68,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
     if one_file and scored and not args.again and not benchmarks.is_free(*scored[0]):
         raise UserError(f"{args.out} holds something else than results of these weights and settings; it is left alone")
     if args.check_data or any(benchmarks.lacking(*each, args.again) for each in scored):
-        benchmarks.load()  # what is wrong with a task or its data is said before the first score
+        benchmarks.load()  # problems with a task or its data are reported before the first score
     if args.check_data:
         return
     records = []

@@ -2,7 +2,7 @@
 
     python -m eval.evaluate RUN_OR_CHECKPOINT... --suite mini --heldout data/heldout.jsonl
 
-What the demo runs. Tasks, dtypes and models of one's choice: `eval.benchmarks`, through the same `harness.Benchmarks`.
+What the demo runs. For any tasks, dtypes and models: `eval.benchmarks`, through the same `harness.Benchmarks`.
 """
 
 import sys
@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.scoring.generation import generate_samples
 from periln.eval.scoring.harness import Benchmarks, Settings
 from periln.eval.targets import Target, find_target
 from periln.eval.texts.windows import heldout_loss, read_texts
 from periln.runkit.folder import called, read_json, weights_hash, write_json
-from periln.runkit.process import start_stage
+from periln.runkit.process import quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 from periln.runkit.tasks import SUITES
 
@@ -47,14 +46,14 @@ def _once(file: Path, options: dict[str, Any], weights: str, compute: Callable[[
 
 
 def scores_file(target: Target, args: argparse.Namespace) -> Path:
-    """Where a suite's scores of a target stand."""
+    """Where a suite's scores of a target are."""
     return target.results / f"benchmarks-{args.suite}.json"
 
 
 def evaluate_target(
     target: Target, benchmarks: Benchmarks, texts: list[str] | None, args: argparse.Namespace, bar: tqdm
 ) -> None:
-    """All that is asked of one checkpoint; what is there already is not computed again."""
+    """All that is asked of one checkpoint; existing results are not computed again."""
     weights = weights_hash(target.checkpoint)
     more = {"batch_size": args.batch_size}
     which = {"text_sha256": hashlib.sha256("\0".join(texts or []).encode()).hexdigest(), "context": args.context}
@@ -86,14 +85,13 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     settings = Settings(args.num_fewshot, args.limit, args.batch_size, "auto", args.device)
     settings.check()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     targets = [(path, find_target(path)) for path in args.targets]
     texts = read_texts(args.heldout) if args.heldout else None
     benchmarks = Benchmarks(SUITES[args.suite], settings)
     there = [target for _, target in targets if target is not None]
     if args.check_data or any(benchmarks.lacking(target, scores_file(target, args)) for target in there):
-        benchmarks.load()  # what is wrong with a task or its data is said before the first score
+        benchmarks.load()  # problems with a task or its data are reported before the first score
     if args.check_data:
         return
     with progress_bar(args, 3 * len(targets), "evaluation", "part") as bar:

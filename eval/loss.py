@@ -1,10 +1,10 @@
 """Measure the loss on random documents: by default 10,000 of C4's validation split, as the Peri-LN paper's C4 loss.
 
     python -m eval.loss runs/400m-peri runs/400m-pre
-    python -m eval.loss ID --dataset wikitext --packed --out results/
+    python -m eval.loss ID --dataset wikitext-pages --packed --out results/
 
 Mean loss over all tokens of the documents, in nats, with its standard error over documents, and bits a byte, which
-compare between tokenizers. What a kill leaves is gone on from; a result that is there is not computed again.
+can be compared between tokenizers. After a kill it resumes; an existing result is not computed again.
 """
 
 import sys
@@ -25,7 +25,6 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.arguments.shared import batch_size
 from periln.eval.options import device_of
@@ -36,14 +35,14 @@ from periln.eval.texts.documents import METHOD, Sample, draw, named, read_sample
 from periln.eval.texts.windows import Sums, make_windows, sum_losses, summarized
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import called, read_json, write_json
-from periln.runkit.process import start_stage
+from periln.runkit.process import quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 
 SAVE_EVERY = 50  # batches
 
 
 def head_of(target: Target, sample: Sample, args: argparse.Namespace) -> dict[str, Any]:
-    """What the result is of: equal heads, equal results."""
+    """What the result is of: with equal heads, results are equal."""
     source = sample.source
     return {
         "evaluated": target.evaluated(),
@@ -87,7 +86,7 @@ def context_of(target: Target, asked: int | None) -> int:
 
 
 def measure(target: Target, sample: Sample, head: dict[str, Any], file: Path, bar: tqdm) -> dict[str, Any]:
-    """Compute and write the record; sums so far stand in a hidden file beside it until it is whole."""
+    """Compute and write the record; until it is whole, the sums so far are in a hidden file next to it."""
     model, tokenizer = target.load(head["device"], head["dtype_asked"])
     context = context_of(target, head["context_asked"])
     size = head["batch_size"]
@@ -119,7 +118,7 @@ def measure(target: Target, sample: Sample, head: dict[str, Any], file: Path, ba
 
 
 def documents(args: argparse.Namespace) -> Sample:
-    """The documents that the flags ask for; from the file that `--sample` names, if it is there."""
+    """The documents that the flags ask for; from the file that `--sample` names, if it exists."""
     source = named(args.dataset, args.config, args.split, args.column, args.dataset_revision)
     if args.sample is not None and args.sample.exists():
         return read_sample(args.sample, source, args.documents, args.seed)
@@ -155,8 +154,7 @@ def main(args: argparse.Namespace) -> None:
     start_stage(args)
     check(args)
     device_of(args.device)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     found = [(name, find_target(name, args.revision, args.trust_remote_code, args.out)) for name in args.targets]
     for _, target in found:  # before the whole split is streamed
         if target is not None:

@@ -1,4 +1,4 @@
-"""What the options that several commands share ask for: the settings of a score, and a device."""
+"""The settings of a score and the device, from options that several commands share."""
 
 import argparse
 
@@ -7,6 +7,7 @@ import torch
 from periln.eval.arguments.shared import batch_size
 from periln.eval.scoring.harness import Settings
 from periln.runkit.errors import UsageError
+from periln.runkit.process import need_device
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -28,7 +29,6 @@ def device_of(name: str) -> str:
     try:
         kind = torch.device(name).type
     except RuntimeError:
-        raise UsageError(f"--device {name} is no device: use cpu, cuda or cuda:1") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name} was asked for, but torch sees no CUDA device")
+        raise UsageError(f"--device {name} is not a device: use cpu, cuda or cuda:1") from None
+    need_device(kind, f"--device {name}")
     return name

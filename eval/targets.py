@@ -1,4 +1,4 @@
-"""What is evaluated or measured: a model with the place of its results, or a model with all its checkpoints.
+"""What is evaluated or measured: a model with the folder of its results, or a model with all its checkpoints.
 
 Which checkpoint a path means, and how weights are loaded, `runkit.models` decides.
 """
@@ -27,7 +27,7 @@ def _in_one_sentence(name: object) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # an architecture, a file or a shape that does not fit shows itself in many ways
+    except Exception as error:  # an unsuitable architecture, file or shape fails in many ways
         raise not_loaded(name, error) from error
 
 
@@ -38,7 +38,7 @@ def _in_one_sentence(name: object) -> Iterator[None]:
 class Target:
     """A checkpoint to evaluate, and the folder that gets the results.
 
-    `path` is what the results call it: within the run folder, a folder's name, or the Hub's id; `revision` the Hub's
+    `path` is its name in the results: within the run folder, a folder's name, or the Hub's id; `revision` the Hub's
     commit.
     """
 
@@ -71,7 +71,7 @@ class Target:
         return model.to(torch.device(device)), tokenizer
 
     def positions(self) -> int | None:
-        """How many tokens the model has positions for; None where it has no such limit.
+        """How many tokens the model has positions for; None if there is no limit.
 
         Raises:
             UserError: its configuration cannot be read; in one sentence.
@@ -91,7 +91,7 @@ def _diverged(path: Path) -> bool:
 def find_target(
     name: str | Path, revision: str | None = None, trust_remote_code: bool = False, out: Path | None = None
 ) -> Target | None:
-    """The target of a path, else of a Hub id; `out` is a folder for results, in the place of the run's `eval/`.
+    """The target of a path, else of a Hub id; `out` is a folder for results, instead of the run's `eval/`.
 
     None for a run that has diverged, and for the fine-tuning that would have followed from one.
 
@@ -102,7 +102,7 @@ def find_target(
     if revision is None and _diverged(Path(name)):
         return None
     if not is_local(name) and out is None:
-        raise UsageError(f"{name} is no folder here; for a model of the Hub name a folder for its results with --out")
+        raise UsageError(f"{name} is not a folder here; for a model of the Hub give --out, a folder for its results")
     found = find_model(name, revision)
     checkpoint = found.checkpoint()
     check_loadable(checkpoint)
@@ -111,7 +111,7 @@ def find_target(
     if found.revision is not None:
         folder = f"{str(name).replace('/', '--')}-{found.revision[:8]}"
         return Target(str(name), checkpoint, out / folder, str(name), found.revision, trust_remote_code)
-    home = found.run or found.path  # a checkpoint of a run writes to the run; any other to a folder of its own
+    home = found.run or found.path  # results of a run's checkpoint go to the run; those of any other to its own folder
     shown = checkpoint.relative_to(home).as_posix() if checkpoint != home else checkpoint.name
     results = home / "eval" if out is None else out / found.path.name
     return Target(found.path.name, checkpoint, results, shown, None, trust_remote_code)
@@ -149,7 +149,7 @@ class Checkpoint:
 class Model:
     """A model that was asked for: its name, its checkpoints, oldest first, and the folder of its run, if it has one.
 
-    `chosen` is the checkpoint that stands for it: where one is needed, that one counts.
+    `chosen` is the checkpoint that counts where a single one is needed.
     """
 
     name: str
@@ -161,7 +161,7 @@ class Model:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether its last checkpoint has one: from a folder without, Transformers makes one that knows no word."""
+        """Whether its last checkpoint has one: without one, Transformers makes one that knows no words."""
         return _has_tokenizer(self.checkpoints[-1].path)
 
     def tokenizer(self, other: str | None, trust_remote_code: bool) -> Any:
@@ -194,7 +194,7 @@ def _measured_name(found: FoundModel) -> str:
 
 
 def find_measured(asked: str, revision: str | None = None) -> Model:
-    """The model that a path or a Hub id stands for, with every whole checkpoint of a run.
+    """The model of a path or a Hub id, with every whole checkpoint of a run.
 
     Raises:
         UserError: see `runkit.models.find_model`; an adapter alone, or no weights in safetensors.

@@ -27,13 +27,13 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 
 def values(records: Sequence[dict], key: str, how: str = "") -> str:
-    """What the records have under a key, each value once: `512`, `512 and 1,024` (`how` is a format)."""
+    """The values of a key in the records, each once: `512`, `512 and 1,024` (`how` is a format)."""
     return " and ".join(dict.fromkeys(format(record[key], how) for record in records))
 
 
 @dataclass(frozen=True)
 class Table:
-    """`text` is what is shown, a block for each value of its first column; `numbers` is what it was made from."""
+    """`text` is shown, a block for each value of its first column; `numbers` is its source."""
 
     title: str
     text: pd.DataFrame
@@ -50,13 +50,13 @@ class Table:
 
 
 def _head_lines(head: str, width: int) -> list[str]:
-    """A column's head on as many lines as its width asks for; task names break after an underscore."""
+    """A column's head on as many lines as its width requires; task names break after an underscore."""
     lines = textwrap.wrap(head.replace("_", "_ "), width, break_long_words=False)
     return [line.replace("_ ", "_") for line in lines]
 
 
 def _spread(columns: Sequence[list[str]], width: int, keys: int) -> list[list[int]]:
-    """Column numbers in as many pieces as the width asks for; every piece starts with the columns of the row names."""
+    """Column numbers in as many pieces as the width requires; every piece starts with the columns of the row names."""
     names = list(range(keys))
     start = sum(2 + len(columns[i][0]) for i in names) - 2
     pieces, used = [names.copy()], start
@@ -71,7 +71,7 @@ def _spread(columns: Sequence[list[str]], width: int, keys: int) -> list[list[in
 
 
 def to_terminal(table: Table, width: int = 120) -> str:
-    """Plain text; what is wider than `width` goes on below, with its row names again."""
+    """Plain text; what is wider than `width` continues below, with the row names repeated."""
     heads = list(table.text.columns[1:])
     body = [rows.to_numpy().tolist() for _, rows in table.blocks]
     columns, tall = [], 1
@@ -96,7 +96,7 @@ def to_terminal(table: Table, width: int = 120) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """A Markdown table under its title; the heading of a block is a row of its own, every note a paragraph."""
+    """A Markdown table under its title; the heading of a block is a separate row, every note a paragraph."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
@@ -132,7 +132,7 @@ def to_latex(table: Table) -> str:
 
 
 def _csv_cell(value: object) -> object:
-    """A float in four decimals, more where it is smaller than that shows; nothing for what is missing."""
+    """A float in four decimals, more if it is too small for four; nothing for what is missing."""
     if not isinstance(value, float):
         return "" if value is None else value
     if math.isnan(value):
@@ -149,10 +149,13 @@ def to_csv(table: Table) -> str:
 def to_html(table: Table) -> str:
     """A `<table>` with a caption and a row group a block; every text is escaped."""
 
-    def cell(i: int, text: str) -> str:
-        return f'<th scope="row">{html.escape(text)}</th>' if i < table.keys else f"<td>{html.escape(text)}</td>"
-
     heads = list(table.text.columns[1:])
+
+    def cell(i: int, text: str) -> str:
+        if i < table.keys:
+            return f'<th scope="row">{html.escape(text)}</th>'
+        return f'<td data-label="{html.escape(heads[i])}">{html.escape(text)}</td>'  # the label is for narrow windows
+
     out = [f"<table><caption>{html.escape(table.title)}</caption>", "<thead><tr>"]
     out += [f'<th scope="col">{html.escape(head).replace("_", "_<wbr>")}</th>' for head in heads]
     out.append("</tr></thead>")

@@ -4,8 +4,8 @@
 
 Every n-th checkpoint (by `checkpoint_every` of the run's recipe) and the last are scored as by `eval.benchmarks`, into
 the run's `eval/`; RUN/eval/watch.csv and watch.png are drawn anew after each. A checkpoint is held by hard links as
-soon as it appears, so that the trainer may remove it meanwhile (`keep_last`). The watch ends with the run; stopped or
-killed, the same command goes on.
+soon as it appears, so that the trainer may remove it meanwhile (`keep_last`). The watch ends with the run; after a stop
+or a kill the same command resumes it.
 """
 
 import sys
@@ -30,7 +30,6 @@ from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.arguments.shared import task_names
 from periln.eval.options import settings_of
@@ -39,7 +38,7 @@ from periln.eval.targets import Target
 from periln.runkit.errors import StoppedBySignal, UsageError, UserError
 from periln.runkit.figure_style import STYLE
 from periln.runkit.folder import RunFolder, write_bytes, write_text
-from periln.runkit.process import StopRequest, start_stage
+from periln.runkit.process import StopRequest, quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 
 POLL_SECONDS = 0.1
@@ -86,7 +85,7 @@ class Held:
                 if file.is_file():  # the trainer's state, a folder, is not needed
                     _link(file, half / file.name)
             half.rename(self.folder / path.name)
-        except FileNotFoundError:  # removed under our hands
+        except FileNotFoundError:  # removed meanwhile
             shutil.rmtree(half)
 
     def next(self) -> Path | None:
@@ -94,7 +93,7 @@ class Held:
         return min(self.folder.glob("step_*"), default=None)
 
     def release(self, path: Path) -> None:
-        """Let go of a checkpoint that was scored."""
+        """Release a checkpoint that was scored."""
         with self._lock:
             self.done.add(int(path.name.removeprefix("step_")))
             shutil.rmtree(path)
@@ -128,7 +127,7 @@ def due_steps(run: RunFolder, every: int) -> Callable[[int], bool]:
 
 
 def why_over(run: RunFolder) -> str | None:
-    """Why nothing more will come, in words; None while the run is, as far as one can see, alive."""
+    """Why nothing more will come, in words; None while the run seems alive."""
     summary = run.summary
     status = summary.get("status")
     if status in ("completed", "diverged", "interrupted", "failed"):
@@ -149,7 +148,7 @@ def _alive(pid: int | None) -> bool:
 
 
 class Ending:
-    """When to stop waiting: at once after a run that is done, after `patience` seconds for one that may go on."""
+    """When to stop waiting: at once for a run that is done, after `patience` seconds for one that may continue."""
 
     def __init__(self, run: RunFolder, patience: float):
         self.run, self.patience = run, patience
@@ -168,7 +167,7 @@ class Ending:
 
 
 def missed_steps(run: RunFolder, due: Callable[[int], bool], scored: set[int]) -> list[int]:
-    """Steps that were due up to the run's last one, were not scored and have no checkpoint any more."""
+    """Steps that were due up to the run's last one, were not scored and no longer have a checkpoint."""
     there = {int(path.name.removeprefix("step_")) for path in run.checkpoints()}
     last = max(there | scored, default=0)
     return [step for step in range(1, last + 1) if due(step) and step not in there | scored]
@@ -189,7 +188,7 @@ def _records(run: RunFolder, settings: Settings) -> Iterator[tuple[int, dict[str
 def curve(run: RunFolder, benchmarks: Benchmarks) -> pd.DataFrame:
     """step, tokens, task, metric, value, stderr, n: of every checkpoint scored with the settings of `benchmarks`.
 
-    Scores by an earlier definition of a task of the user's own are left out.
+    Scores by an earlier definition of one of the user's own tasks are left out.
     """
     recipe, rows = run.recipe, []
     tokens_a_step = recipe["batch_size"] * recipe["sequence_length"]
@@ -204,7 +203,7 @@ def curve(run: RunFolder, benchmarks: Benchmarks) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame, title: str) -> bytes:
-    """acc (or what else a task has) of every task against tokens, ± one standard error, as PNG."""
+    """acc (or another metric that a task has) of every task against tokens, ± one standard error, as PNG."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -255,8 +254,8 @@ def watch(run: RunFolder, benchmarks: Benchmarks, args: argparse.Namespace, bar:
         benchmarks.load()  # takes seconds, in which checkpoints come and go
         while True:
             if stop.exit_code is not None:
-                raise StoppedBySignal(stop.exit_code, "stopped; start the watch again and it goes on from here")
-            over = ending.reached()  # before the look: what was saved before the end is seen
+                raise StoppedBySignal(stop.exit_code, "stopped; start the watch again to resume from here")
+            over = ending.reached()  # before looking, so that what was saved before the end is seen
             held.look()
             path = held.next()
             if path is not None:
@@ -276,15 +275,14 @@ def watch(run: RunFolder, benchmarks: Benchmarks, args: argparse.Namespace, bar:
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
     check(args)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     run, deadline = RunFolder(args.run), time.monotonic() + args.wait
     benchmarks = Benchmarks(task_names(args.tasks), settings_of(args), args.include_path)
     if not (run.path / "recipe.yaml").exists():
         tqdm.write(f"waiting for {run.path} to begin", file=sys.stderr)
     while not (run.path / "recipe.yaml").exists():
         if time.monotonic() > deadline:
-            raise UsageError(f"{run.path} is no run folder (recipe.yaml), and none came within {args.wait:g} seconds")
+            raise UsageError(f"{run.path} is not a run folder (recipe.yaml), nor became one in {args.wait:g} seconds")
         time.sleep(POLL_SECONDS)
     with progress_bar(args, None, f"watching {run.path.name}", "checkpoint") as bar:
         why = watch(run, benchmarks, args, bar)

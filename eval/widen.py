@@ -18,15 +18,14 @@ import importlib.util
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from periln.runkit.errors import UserError
 from periln.runkit.folder import check_room, write_folder
 from periln.runkit.models import not_loaded
-from periln.runkit.process import start_stage
+from periln.runkit.process import quiet_transformers, start_stage
 from periln.verbs import install_line
 
-WIDER = 8  # an FP32 weight is at most so many times as large as a quantized one of 4 bits
+WIDER = 8  # how many times as large an FP32 weight can be as a quantized one of 4 bits
 
 
 def main(args: argparse.Namespace) -> None:
@@ -35,13 +34,12 @@ def main(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"GGUF is read with the package gguf: {install_line('gguf')}")
     check_room(args.out, WIDER * args.file.stat().st_size, "the widened model (at most)")
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     where = {"pretrained_model_name_or_path": args.file.resolve().parent, "gguf_file": args.file.name}
     try:
         read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    except Exception as error:  # an architecture or a format that Transformers does not read shows itself in many ways
+    except Exception as error:  # an architecture or a format that Transformers does not read fails in many ways
         raise not_loaded(args.file, error) from error
     config = copy.deepcopy(read.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):

@@ -50,7 +50,7 @@ def train(placement: str | dict, data: torch.Tensor, steps: int, learning_rate: 
         states = model.model(batch, output_hidden_states=True).hidden_states[:-1]  # the last is after the final norm
     largest = max(state.abs().max().item() for state in states)
     last = losses[-max(1, steps // 10) :]
-    return sum(last) / len(last), math.log2(65504 / largest)
+    return sum(last) / len(last), math.log2(torch.finfo(torch.float16).max / largest)
 
 
 def main() -> None:

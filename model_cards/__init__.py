@@ -1,6 +1,6 @@
 """Model cards and the index of a zoo: pure functions of run folders on disk.
 
-Below the stages: this package imports `modeling_periln` and `runkit` only; of it `scripts.push` uses `cards`, `subject`
+Below the stages: this package imports `modeling_periln` and `runkit` only; `scripts.push` uses its `cards`, `subject`
 and the options of `render`, and nothing else.
 """
 

@@ -1,4 +1,4 @@
-"""A model card: metadata that the Hub reads, and for people what the run folder says.
+"""A model card: metadata for the Hub and, for people, what the run folder says.
 
 Rendered through huggingface_hub's `ModelCard`; templates/card.md.j2 holds the words, `facts` the numbers.
 """
@@ -25,6 +25,7 @@ from periln.model_cards.facts import (
 )
 from periln.model_cards.placement import EQUATION, diagram, norms_in_words, plan_of
 from periln.model_cards.subject import Subject
+from periln.runkit.number_format import FP16
 from periln.runkit.placements import placement_name
 from periln.runkit.public import public
 from periln.runkit.tasks import SUITES, TASKS
@@ -36,7 +37,7 @@ LIBRARY, PIPELINE = "transformers", "text-generation"
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What no record can say. `datasets` stand in the metadata; `repo` is where the card will be."""
+    """What no record can say. `datasets` go into the metadata; `repo` is where the card will be."""
 
     repo: str | None = None
     license: str = "apache-2.0"
@@ -52,7 +53,7 @@ METRIC_NAMES = {"acc": "accuracy", "acc_norm": "accuracy, normalized by length"}
 def eval_results(subject: Subject) -> list[EvalResult]:
     """The five benchmarks' scores as the Hub's model index has them: fractions, acc and acc_norm.
 
-    Which of several records counts, `runkit.scores` says. The mini sets are not benchmarks and do not enter.
+    Which of several records counts, `runkit.scores` says. The mini sets are not benchmarks and are left out.
     """
     best, found = best_results(subject), []
     for task in TASKS:
@@ -142,6 +143,7 @@ def render_card(subject: Subject, options: CardOptions = CardOptions()) -> str:
         architecture=(config.get("architectures") or [str(config.get("model_type"))])[0],
         placement=placement_name(config, "not recorded"),
         equation=EQUATION,
+        fp16_limit=FP16.limit,
         norms=norms_in_words(plan) if plan else None,
         drawing=diagram(plan) if plan else None,
         parameters=number(subject.parameters),
@@ -154,10 +156,10 @@ def render_card(subject: Subject, options: CardOptions = CardOptions()) -> str:
         hardware=markdown(hardware(subject), ("hardware and time", "")),
         scores=score_table(subject),
         benchmarks=bool(eval_results(subject)),
-        tasks=",".join([task for task in scored if task not in minis] or SUITES["hub"]),
+        tasks=",".join([task for task in scored if task not in minis] if scored else SUITES["hub"]),
         mini_tasks=",".join(minis),
         seeds=seed_table(subject),
-        stability=markdown(stability_rows(subject), ("FP16", "")),
+        stability=markdown(rows, ("FP16", "")) if (rows := stability_rows(subject)) else "",
         verdict=verdict(subject),
         figures=figures_of(subject, options.figures),
         chat=_has_chat_template(subject),
@@ -169,9 +171,9 @@ def render_card(subject: Subject, options: CardOptions = CardOptions()) -> str:
 
 
 def figures_of(subject: Subject, names: tuple[str, ...]) -> list[tuple[str, str, str]]:
-    """The images to show, each with a title and a caption: what stands in a text beside it, the title first.
+    """The images to show, each with a title and a caption: what the text file next to it holds, the title first.
 
-    Of one that is there as PNG and as SVG the PNG is shown.
+    If an image exists as PNG and as SVG, the PNG is shown.
     """
     found = []
     for name in names:

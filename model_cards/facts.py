@@ -19,12 +19,12 @@ from periln.runkit.spikes import rules_of, spike_steps
 from periln.runkit.tasks import COUNT, SUITES, TASKS
 
 MISSING = "not measured"
-FP16_TENSORS = ("stream", "residual_add", "branch")  # what is held in the residual stream's dtype
+FP16_TENSORS = ("stream", "residual_add", "branch")  # what has the residual stream's dtype
 Row = tuple[str, str]
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """A number with so many significant digits, thousands apart; MISSING for what is none."""
+    """A number with `digits` significant digits and separated thousands; MISSING for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return MISSING
     if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
@@ -42,7 +42,7 @@ def text(value: Any) -> str:
 
 
 def entry(record: dict[str, Any], name: str) -> str:
-    """A field as text: `none` where the record says so itself, MISSING where it says nothing."""
+    """A field as text: `none` where the record says so, MISSING where it says nothing."""
     return "none" if name in record and record[name] is None else text(record.get(name))
 
 
@@ -102,7 +102,7 @@ def recipe_rows(subject: Subject) -> list[Row]:
 
 
 def tokens_seen(subject: Subject) -> int | None:
-    """Tokens up to the checkpoint: of the last record before it, else the summary's where it is the last step's."""
+    """Tokens up to the checkpoint: from the last record before it, else from the summary if it is the last step's."""
     counted = _column(subject, "tokens")
     if counted:
         return int(counted[-1])
@@ -111,9 +111,9 @@ def tokens_seen(subject: Subject) -> int | None:
 
 
 def final_loss(subject: Subject) -> float | None:
-    """Mean training loss of the last tenth of the recorded steps, in nats a token: of those where it was finite.
+    """Mean training loss of the last tenth of the recorded steps, in nats a token, over the finite ones.
 
-    Infinite where it was finite at none of them; None without a record.
+    Infinite if none was finite; None without a record.
     """
     losses = [r["loss"] for r in subject.metrics if "loss" in r]
     loss = steps.final_loss(losses)
@@ -132,7 +132,7 @@ def outcome(subject: Subject) -> list[Row]:
     kinds = {kind: sum(r["skip_kind"] == kind for r in skips) for kind in sorted({r["skip_kind"] for r in skips})}
     skipped = f"{len(skips)} of {len(subject.metrics):,}" if recorded else MISSING
     norms = [r.get("grad_norm") for r in subject.metrics]
-    pretrained = subject.recipe.get("stage") == "pretrain"  # only there a recipe says what a spike is
+    pretrained = subject.recipe.get("stage") == "pretrain"  # only there does a recipe define a spike
     spikes = len(spike_steps(range(len(norms)), norms, rules_of(subject.recipe))) if recorded and pretrained else None
     return [
         ("status of the run", text(s.get("status")) + (f": {text(s['reason'])}" if s.get("reason") else "")),
@@ -148,7 +148,7 @@ def outcome(subject: Subject) -> list[Row]:
 
 
 def results(subject: Subject) -> list[dict[str, Any]]:
-    """Every metric of the evaluations, with what it was measured on; C4's loss is the task `c4`."""
+    """Every metric of the evaluations, with its data; C4's loss is the task `c4`."""
     found = []
     for record in subject.evaluations:
         harness = record.get("harness") or {}
@@ -162,15 +162,15 @@ def results(subject: Subject) -> list[dict[str, Any]]:
 
 
 def best_results(subject: Subject) -> dict[tuple[str, str], dict[str, Any]]:
-    """By task and metric the result that counts: see `runkit.scores`."""
+    """The result that counts, by task and metric: see `runkit.scores`."""
     found = results(subject)
     return {(r["task"], r.get("metric")): r for r in (found[at] for at in that_count(found))}
 
 
 def mean_accuracy(subject: Subject) -> tuple[float, str, dict[str, float]] | None:
-    """The plain mean of acc over the five benchmarks, or over the mini sets, in percent: what it is of, and each.
+    """The plain mean of acc over the five benchmarks, or over the mini sets, in percent: its name, and each score.
 
-    None where neither five are complete.
+    None where neither set is complete.
     """
     scores = {task: r for (task, metric), r in best_results(subject).items() if metric == "acc"}
     for suite, name in (("hub", f"mean of {COUNT}"), ("mini", f"mean of {COUNT} mini sets")):
@@ -199,7 +199,7 @@ def score_table(subject: Subject) -> str:
 
 
 def siblings(subject: Subject) -> list[Subject]:
-    """The runs beside this one whose recipes differ in name and seed alone, this one among them, by seed."""
+    """The runs next to this one whose recipes differ only in name and seed, including this one, by seed."""
     run = subject.run
     if run is None or not subject.recipe:
         return []
@@ -218,7 +218,7 @@ def siblings(subject: Subject) -> list[Subject]:
 
 
 def seed_table(subject: Subject) -> str:
-    """What became of every seed of this recipe that lies beside it."""
+    """What became of every seed of this recipe in the same folder; empty where there is no other."""
     rows = []
     for other in siblings(subject):
         s, scores = other.summary, mean_accuracy(Subject(listed_checkpoint(other.run), other.run))
@@ -228,7 +228,7 @@ def seed_table(subject: Subject) -> str:
             (text(other.recipe.get("seed")), status, number(s.get("step")), loss_in_words(final_loss(other)), mean)
         )
     if not rows:
-        return f"Seeds: {MISSING}."
+        return ""
     head = ("seed", "status", "steps", "training loss (mean of the last tenth)", "mean acc")
     gone = sum(row[1].startswith("diverged") for row in rows)
     return f"{markdown(rows, head)}\n\nDiverged: {gone} of {len(rows)}."
@@ -239,7 +239,7 @@ def seed_table(subject: Subject) -> str:
 
 @dataclass(frozen=True)
 class Headroom:
-    """The largest absolute value of the records and where it was; infinite for one that was not finite."""
+    """The largest absolute value in the records and its place; infinite if it was not finite."""
 
     value: float
     where: str
@@ -274,7 +274,7 @@ def _worst(frame: pd.DataFrame | None) -> Headroom | None:
 
 
 def training_headroom(subject: Subject) -> Headroom | None:
-    """The least headroom at the recorded steps of training up to the checkpoint's, the flight recorder's among them."""
+    """The least headroom at the recorded steps of training up to the checkpoint's, including the flight recorder's."""
     if subject.run is None:
         return None
     files = [f for folder in ("layers", "flight") for f in sorted((subject.run.path / folder).glob("step_*.parquet"))]
@@ -285,7 +285,7 @@ def training_headroom(subject: Subject) -> Headroom | None:
 
 
 def bench_headroom(subject: Subject) -> Headroom | None:
-    """The same of the stability bench's measurement of this checkpoint."""
+    """The same from the stability bench's measurement of this checkpoint."""
     file = _stability_file(subject, "step", ".parquet")
     return _worst(_read_statistics([file])) if file else None
 
@@ -325,18 +325,19 @@ def number_formats(subject: Subject) -> str:
 
 
 def stability_rows(subject: Subject) -> list[Row]:
-    """FP16 headroom in training and on the bench, the certificate, and number formats."""
+    """FP16 headroom in training and on the bench, the certificate, number formats; no row where all are missing."""
     training, bench = training_headroom(subject), bench_headroom(subject)
-    return [
+    rows = [
         ("FP16 headroom in training", str(training or MISSING)),
         ("FP16 headroom on the stability bench", str(bench or MISSING)),
         ("FP16 certificate (from the weights)", certificate(subject)),
         ("Cheapest number formats within 1% of FP32's loss (emulated)", number_formats(subject)),
     ]
+    return rows if any(value != MISSING for _, value in rows) else []
 
 
 def verdict(subject: Subject) -> list[str]:
-    """The stability bench's own sentences on this checkpoint; those on the run's course stand with its last one."""
+    """The stability bench's own sentences on this checkpoint; those on the run's course are with its last one."""
     file = subject.run.path / "eval" / "stability" / "stability.json" if subject.run is not None else None
     if file is None or not file.exists():
         return []

@@ -1,8 +1,8 @@
 """Cards of the paper's nine models, three sizes x three placements: `python -m model_cards.paper`.
 
-There are no weights behind them: each is the recipe that trains the model here, with the paper's numbers (Peri-LN,
-arXiv 2502.02732, Table 2 and Tables 6 to 11) marked as the paper's. They stand in the text, never in `model-index`,
-which is for what a repository's own weights were measured to do.
+No weights belong to them: each is the recipe that trains the model here, with the paper's numbers (Peri-LN,
+arXiv 2502.02732, Table 2 and Tables 6 to 11) marked as the paper's. They are in the text, never in `model-index`,
+which is for measurements of a repository's own weights.
 """
 
 import sys

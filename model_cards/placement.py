@@ -26,7 +26,7 @@ def plan_of(config: dict[str, Any]) -> StreamPlan | None:
 
 
 def norms_in_words(plan: StreamPlan) -> str:
-    """Where the norms are: `embedding, A, B, final`; what one sublayer alone has is named with it."""
+    """Where the norms are: `embedding, A, B, final`; what only one sublayer has is named with it."""
     found = []
     for letter, slot in (("A", "input_norm"), ("B", "output_norm"), ("C", "residual_norm"), ("inner", "inner_norm")):
         attn = any(getattr(layer.attn, slot) for layer in plan.layers)
@@ -46,7 +46,7 @@ def _times(factor: float | Learned) -> str:
 
 
 def _branch(sublayer: SublayerPlan, module: str) -> str:
-    """The way through the module, box by box."""
+    """The path through the module, box by box."""
     inner = ["norm inside"] * bool(sublayer.inner_norm)
     boxes = ["norm A"] * bool(sublayer.input_norm) + [_times(sublayer.c), module, *inner]
     boxes += ["norm B"] * bool(sublayer.output_norm) + [_times(sublayer.s)]

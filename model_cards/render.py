@@ -1,7 +1,7 @@
 """Write the model card of a run or a checkpoint: `python -m model_cards.render RUN_OR_CHECKPOINT...`.
 
-README.md goes into the checkpoint's folder, or to `--out`. A card of the same text is left as it is; another file
-that stands there is only replaced if a card was rendered there before, or with `--force`.
+README.md goes into the checkpoint's folder, or to `--out`. A card with the same text is not touched; another file there
+is replaced only if a card was rendered there before, or with `--force`.
 """
 
 import sys
@@ -21,7 +21,7 @@ from periln.runkit.folder import write_text
 from periln.runkit.process import start_stage
 
 CARD = "README.md"
-MARK = 'what was not recorded reads "not measured"'  # stands in every card of ours
+MARK = 'what was not recorded reads "not measured"'  # is in every card of ours
 
 
 def main(args: argparse.Namespace) -> None:
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
         options = CardOptions(args.repo, args.license, tuple(args.language), tuple(args.datasets), tuple(figures))
         file = args.out or subject.checkpoint / CARD
         if file.exists() and MARK not in file.read_text(encoding="utf-8", errors="replace") and not args.force:
-            raise UserError(f"{file} is no card of this command's; --force replaces it")
+            raise UserError(f"{file} is not a card of this command's; --force replaces it")
         written.append((file, render_card(subject, options)))
     for file, card in written:
         write_text(file, card)

@@ -1,4 +1,4 @@
-"""What a card is about: a checkpoint, and the run that it belongs to, if it belongs to one."""
+"""What a card is about: a checkpoint, and its run if it has one."""
 
 import math
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from periln.runkit.checkpoints import checked, chosen_checkpoint, named_best
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import RunFolder, read_json
 
-IN_A_RUN = ("checkpoints", "merged")  # folders of a run in which model folders stand
+IN_A_RUN = ("checkpoints", "merged")  # folders of a run that hold model folders
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model folder with its run. Whatever the run did not record is empty: nothing here fills it in."""
+    """A model folder with its run. Whatever the run did not record is empty and is not filled in."""
 
     checkpoint: Path | None
     run: RunFolder | None
 
     @property
     def name(self) -> str:
-        """The run's name, a fine-tuning's after that of the run it stands in; without a run the folder's."""
+        """The run's name, for a fine-tuning preceded by that of the run around it; without a run the folder's."""
         if self.run is None:
             return self.checkpoint.resolve().name
         path = self.run.path.resolve()
@@ -32,7 +32,7 @@ class Subject:
 
     @cached_property
     def parent(self) -> RunFolder | None:
-        """The pretraining run in which a fine-tuning stands."""
+        """The pretraining run that contains a fine-tuning."""
         if self.run is None or self.recipe.get("stage") != "sft":
             return None
         above = self.run.path.resolve().parent
@@ -59,11 +59,11 @@ class Subject:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The checkpoint's config.json; before there is one, the model section of the recipe."""
+        """The checkpoint's config.json; before it exists, the model section of the recipe."""
         file = self.checkpoint / "config.json" if self.checkpoint is not None else None
         if file is not None and file.exists():
             if not isinstance(config := read_json(file), dict):
-                raise UserError(f"{file} is no configuration: it holds a {type(config).__name__}")
+                raise UserError(f"{file} is not a configuration: it holds a {type(config).__name__}")
             return config
         model = self.recipe.get("model")
         return {"model_type": "peri_llama", **model} if isinstance(model, dict) else {}
@@ -76,12 +76,12 @@ class Subject:
 
     @property
     def records(self) -> Path:
-        """The folder in which `eval` and `figures` stand: the run's, else the model's own."""
+        """The folder that holds `eval` and `figures`: the run's, else the model's own."""
         return self.run.path if self.run is not None else self.checkpoint
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The records of the folder `eval` that are about this checkpoint, or do not say about which."""
+        """The records of the folder `eval` that are about this checkpoint, or do not name one."""
         return [r for r in RunFolder(self.records).evaluations() if self.is_about_this(r)]
 
     def figures(self) -> list[Path]:
@@ -111,13 +111,13 @@ def _parameters_in(file: Path) -> int:
             names = opened.keys()
             return sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
     except SafetensorError as error:
-        raise UserError(f"{file} is no safetensors file ({error})") from error
+        raise UserError(f"{file} is not a safetensors file ({error})") from error
 
 
 def find_subject(path: str | Path, step: int | None = None, needs_weights: bool = True) -> Subject:
-    """The checkpoint that a run folder or a model folder stands for.
+    """The checkpoint that a run folder or a model folder means.
 
-    Of a run it is the one that best.json of a fine-tuning names, else the newest that is whole; or that of `step`.
+    For a run it is the one that best.json of a fine-tuning names, else the newest that is whole; or that of `step`.
     Without `needs_weights` a run that has none yet is described by its records alone.
 
     Raises:

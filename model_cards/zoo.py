@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from periln.model_cards.cards import TEMPLATES
 from periln.model_cards.facts import (
@@ -37,6 +38,8 @@ from periln.model_cards.facts import (
 from periln.model_cards.subject import IN_A_RUN, Subject, listed_checkpoint
 from periln.runkit.errors import UsageError
 from periln.runkit.folder import RunFolder, write_text
+from periln.runkit.number_format import FP16
+from periln.runkit.pages import asset, policy
 from periln.runkit.placements import placement_name
 from periln.runkit.process import start_stage
 from periln.runkit.progress import progress_bar
@@ -52,13 +55,13 @@ HEAD = (
     "FP16 headroom",
     "checkpoint",
 )
-SKIPPED = ("trainer_state", "eval", "layers", "figures", "selection", "flight")  # folders in which no model stands
+SKIPPED = ("trainer_state", "eval", "layers", "figures", "selection", "flight")  # folders that hold no models
 
 
 def found_under(root: Path) -> Iterator[Subject]:
     """Runs and model folders under a folder, itself included, in the order of their paths.
 
-    A run's own model folders are not listed beside it, except what was merged.
+    A run's own model folders are not listed with it, except the merged one.
     """
     for here, folders, files in os.walk(root):
         path = Path(here)
@@ -67,7 +70,7 @@ def found_under(root: Path) -> Iterator[Subject]:
             run = RunFolder(path)
             if run.recipe.get("stage") in ("pretrain", "sft"):
                 folders[:] = [f for f in folders if f != "checkpoints"]
-                # Its weights are not read, so that a large zoo is indexed in no time.
+                # Its weights are not read, so that a large zoo is indexed quickly.
                 yield Subject(listed_checkpoint(run), run)
         elif "config.json" in files and any(f.endswith(".safetensors") for f in files):
             folders.clear()
@@ -96,7 +99,7 @@ def scores_of(subject: Subject) -> str:
 
 
 def row_of(subject: Subject, root: Path) -> dict[str, str]:
-    """What the index says of one model."""
+    """What the index says about one model."""
     config, headroom = subject.config, bench_headroom(subject) or training_headroom(subject)
     ours = config.get("model_type") == "peri_llama"
     where = subject.run.path if subject.run is not None and subject.checkpoint is None else subject.checkpoint
@@ -127,7 +130,7 @@ def _below(path: Path, root: Path) -> str:
 
 
 def collect(roots: Sequence[Path], args: argparse.Namespace) -> list[dict[str, str]]:
-    """The rows of all folders; one that is reached twice is listed once.
+    """The rows of all folders; one that is found twice is listed once.
 
     Raises:
         UserError: a folder is missing, holds no model, or a record is damaged.
@@ -158,9 +161,17 @@ def render_markdown(rows: Sequence[dict[str, str]]) -> str:
 
 
 def render_html(rows: Sequence[dict[str, str]]) -> str:
-    """The index as one page that needs nothing else."""
+    """The index as one self-contained page."""
     jinja: Any = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    return jinja.get_template("zoo.html.j2").render(head=HEAD, rows=[[row[name] for name in HEAD] for row in rows])
+    script = asset("tables.js")
+    return jinja.get_template("zoo.html.j2").render(
+        fp16_limit=FP16.limit,
+        head=HEAD,
+        rows=[[row[name] for name in HEAD] for row in rows],
+        style=Markup(asset("page.css")),
+        script=Markup(script),
+        policy=policy(script),
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """PeriLlama: a Hugging Face model family whose norm placement is one config field.
 
 Importing this package registers the family with Transformers' auto classes, and has every `save_pretrained`
-write the code beside the weights, so that a checkpoint also loads where this package is not installed.
+write the code next to the weights, so that a checkpoint also loads where this package is not installed.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ for _auto_class, _reference in AUTO_MAP.items():
         getattr(transformers, _auto_class).register(PeriLlamaConfig, _model_class, exist_ok=True)
         _model_class.register_for_auto_class(_auto_class)
 
-# PEFT finds the modules to adapt by `model_type`. Our linear layers have Llama's names; our norms have not.
+# PEFT finds the modules to adapt by `model_type`. Our linear layers have Llama's names; our norms do not.
 if importlib.util.find_spec("peft") is not None:
     from peft.utils import constants as _peft
 

@@ -1,4 +1,4 @@
-"""Which models convert: what stands in the way of an export or an import, each reason with its field and value."""
+"""Which models convert: what rules out an export or an import, each reason with its field and value."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ _GAINS = (None, "channel", "centered")  # each of the last two folds into the ot
 def admissible_exports(config: PeriLlamaConfig) -> dict[str, str | None]:
     """For each architecture None, or the reason why a model of this configuration cannot become one.
 
-    It looks at the configuration alone, so it can be asked before training. `residual_dtype` is no reason: it
+    It looks at the configuration alone, so it can be asked before training. `residual_dtype` is not a reason: it
     belongs to the run, and the stream of every architecture here has the dtype of its weights.
 
     Raises:
@@ -29,7 +29,7 @@ def admissible_exports(config: PeriLlamaConfig) -> dict[str, str | None]:
 
 
 def model_norms(config: PeriLlamaConfig) -> Iterator[tuple[str, Norm, float]]:
-    """Every norm there is: its module's name in the state dict, what it is, and its epsilon."""
+    """Every norm: its module's name in the state dict, what it is, and its epsilon."""
     plan = config.stream_plan()
 
     def found(
@@ -51,7 +51,7 @@ def model_norms(config: PeriLlamaConfig) -> Iterator[tuple[str, Norm, float]]:
 
 
 def norm_epsilons(config: PeriLlamaConfig) -> dict[str, float]:
-    """The epsilon of every norm there is, but for the embedding norm: that one is folded away with its own."""
+    """The epsilon of every norm, except the embedding norm, which is folded away with its epsilon."""
     return {_in_words(name): eps for name, _, eps in model_norms(config) if name != "model.embed_norm"}
 
 
@@ -82,7 +82,7 @@ def _presence(where: str, what: str, has: bool, target: str) -> str:
 
 
 def _obstacles(config: PeriLlamaConfig, target: str) -> Iterator[str]:
-    """What stands in the way, the placement first; each names the field."""
+    """The obstacles, the placement first; each names the field."""
     other, plan = ARCHITECTURES[target], config.stream_plan()
     row = "layer_placements" if config.layer_placements is not None else "norm_placement"
     row = f"{row}={getattr(config, row)!r}"

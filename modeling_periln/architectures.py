@@ -1,13 +1,13 @@
 """The architectures of Transformers that are rows of the table of placements: where each is, and what it calls things.
 
-| architecture | row | beside the norms |
+| architecture | row | other than norms |
 |---|---|---|
 | Llama | `pre` | |
 | Mistral | `pre` | one sliding window for all layers |
 | Qwen 3 | `pre`, QK-norm by head | sliding layers |
 | OLMo 2 | `output`, QK-norm over all heads | |
 | OLMo 3 | `output`, QK-norm over all heads | sliding layers, a rope for each type |
-| EXAONE 4 | `output`, QK-norm by head | sliding layers; beside them, full layers have no rope |
+| EXAONE 4 | `output`, QK-norm by head | sliding layers; full layers next to them have no rope |
 | HyperCLOVA X | `peri`, or `pre` | |
 | GLM-4 | `peri` | a rope for a share of the head, in pairs (0, 1), (2, 3), ...; gate and up in one matrix |
 | Gemma 3 (text) | `sandwich`, centered gains, QK-norm by head | sliding layers, two ropes, scores and table scaled |
@@ -78,7 +78,7 @@ class Architecture:
         return _stock_class(self.config_name or f"{self.name}Config")
 
     def table_factor(self, hidden_size: int, ours: float) -> float:
-        """What the architecture multiplies embeddings with, of a model of ours that multiplies with `ours`."""
+        """What the architecture multiplies embeddings by, for a model of ours that multiplies them by `ours`."""
         return {"none": 1.0, "embedding_multiplier": ours, "sqrt(hidden_size)": math.sqrt(hidden_size)}[
             self.table_scale
         ]
@@ -157,5 +157,5 @@ def architecture(target: str) -> Architecture:
     if target not in ARCHITECTURES:
         close = get_close_matches(str(target), ARCHITECTURES, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ConversionRefused(f"{target!r} is no architecture to convert to: {hint}use one of {list(ARCHITECTURES)}")
+        raise ConversionRefused(f"{target!r} is not a known architecture: {hint}use one of {list(ARCHITECTURES)}")
     return ARCHITECTURES[target]

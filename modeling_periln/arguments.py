@@ -1,7 +1,7 @@
 """What a forward pass is handed, under the names of the installed Transformers, and what it refuses to drop.
 
 Transformers 5.24 renamed the cache from `past_key_values` to `cache`, in forward, layers, masks and outputs. A model
-that swallows an argument it does not know in `**kwargs` then decodes every token without its context, and says nothing.
+that swallows an argument it does not know in `**kwargs` then decodes every token without its context, silently.
 Both names are taken here under every version, and an unknown argument that carries a cache or a mask is refused.
 """
 
@@ -37,8 +37,8 @@ PASSED_ON = frozenset(
         *("output_hidden_states", "output_attentions", "return_dict"),
     }
 )
-# Dropped, since the result does not depend on them: the positions say all that `cache_position` did, the rest is what
-# tokenizers and generate() add for models of other kinds.
+# Dropped, since the result does not depend on them: the positions say all that `cache_position` did, and the rest is
+# what tokenizers and generate() add for models of other kinds.
 IGNORED = frozenset({"cache_position", "special_tokens_mask", "token_type_ids", "logits_processor_args"})
 
 # What an argument is called that would change the result: a cache, a mask, positions, other embeddings or states.
@@ -96,7 +96,7 @@ def update_cache(
 def refuse_unknown(kwargs: dict[str, Any]) -> None:
     """Refuses an argument that is not known and whose name or type says that dropping it would change the result.
 
-    Others pass: an attention interface of the user's own may read them.
+    Others pass: the user's own attention interface may read them.
 
     Raises:
         TypeError: names the argument and its type.

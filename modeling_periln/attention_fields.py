@@ -8,7 +8,7 @@
 | `partial_rotary_factor`, in `rope_parameters` | the share of a head, from its start, that is rotated | GLM-4 |
 | `no_rope_layers` | one number a layer: 1 with rope, 0 without | SmolLM3, Llama 4 |
 
-Nothing here knows of norms, and no placement knows of these.
+Nothing here depends on norms, and no placement depends on these.
 """
 
 from difflib import get_close_matches
@@ -103,13 +103,15 @@ def validate_layers(config: Any) -> None:
 
 
 def _check_types(rope: dict[str, Any], given: list[str]) -> None:
-    """There is one rope for each type of layer that the model has, and nothing beside them."""
+    """There is exactly one rope for each type of layer that the model has."""
     for kind in sorted(set(given)):
         if kind not in rope:
             raise ValueError(f"rope_parameters has no rope for {kind!r}, which layer_types has")
     for kind, value in rope.items():
         if kind not in given:
-            raise ValueError(f"rope_parameters has {kind!r} beside ropes for layer types: layer_types has no such type")
+            raise ValueError(
+                f"rope_parameters has {kind!r} as well as ropes for layer types: layer_types has no such type"
+            )
         if not isinstance(value, dict):
             raise ValueError(
                 f"rope_parameters[{kind!r}]={value!r} must be a mapping; no_rope_layers says which layers have no rope"

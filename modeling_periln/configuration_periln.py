@@ -71,7 +71,7 @@ _REFUSED = ("attention_chunk_size", "is_causal")
 
 
 def _raising_value_errors(config_class: Any) -> Any:
-    """A mistake in a field is a ValueError: what `@strict` raises is none, nor is a missing rotary key's KeyError."""
+    """A mistake in a field is a ValueError; `@strict` raises another kind, and a missing rotary key a KeyError."""
     set_field, validate = config_class.__setattr__, config_class.validate
 
     @wraps(set_field)
@@ -106,7 +106,7 @@ class PeriLlamaConfig(PreTrainedConfig):
             dimensions in rope_parameters: see `attention_fields.py`.
         query_pre_attn_scalar: scores are divided by its square root (Gemma); None: by that of head_dim.
         embedding_multiplier: multiplies the rows of the embedding table when they are read (Gemma: sqrt(hidden_size)).
-        norm_placement: a row of `placements.PLACEMENTS`, `mix`, or a mapping with a row of your own.
+        norm_placement: a row of `placements.PLACEMENTS`, `mix`, or a mapping that describes your own row.
         layer_placements: a list with one placement (name or mapping) a layer; overrides `norm_placement`.
         embedding_norm, final_norm: override the placement's two norms at the ends of the stream.
         norm_type: what every norm is whose row does not say its kind: `rmsnorm`, `layernorm`, `dyt`, `derf` or `l2`.
@@ -188,7 +188,7 @@ class PeriLlamaConfig(PreTrainedConfig):
                     f"{self.num_attention_heads}; give head_dim or sizes that divide"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        # The auto classes by their place beside config.json: a prefix (`org/name--`) left by an earlier load
+        # The auto classes by their place next to config.json: a prefix (`org/name--`) left by an earlier load
         # would tie a re-saved checkpoint to the repository that it came from.
         given = kwargs.pop("auto_map", None) or {}
         self.auto_map = AUTO_MAP | {k: v.split("--")[-1] for k, v in given.items() if isinstance(v, str)}
@@ -211,17 +211,17 @@ class PeriLlamaConfig(PreTrainedConfig):
         for key in unknown:
             if hasattr(self, key):
                 logger.warning(f"PeriLlamaConfig keeps the unknown field {key!r}, which it does not read")
-            else:  # Transformers drops what steers generation, without a word
+            else:  # Transformers silently drops what steers generation
                 logger.warning(f"PeriLlamaConfig drops {key!r}: it belongs to the model's generation_config")
         self.validate_rotary()
 
     def __eq__(self, other: object) -> bool:
-        """As a dataclass's, for which every field is an attribute; `layer_types` is none where there are no types."""
+        """As a dataclass's, which expects every field as an attribute; without types there is no `layer_types`."""
         if other.__class__ is not self.__class__:
             return NotImplemented
         return all(getattr(self, f.name, None) == getattr(other, f.name, None) for f in fields(self))
 
-    # Plans name modules by what is there now: properties, since `from_pretrained` sets fields after `__post_init__`.
+    # Plans name the modules that exist now: properties, since `from_pretrained` sets fields after `__post_init__`.
     def _ends(self) -> dict[str, bool]:
         plan = self.stream_plan()
         return {"embed_norm": plan.embedding_norm is not None, "final_norm": plan.final_norm is not None}
@@ -268,7 +268,7 @@ class PeriLlamaConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As Transformers', which drops an override that is misspelt, and checks none that it sets."""
+        """As Transformers' own, which drops a misspelt override and does not check those that it sets."""
         cls._unknown(kwargs)
         whole = {key: kwargs.pop(key) for key in ("layer_types", "rope_parameters") if key in kwargs}
         loaded = super().from_dict({**config_dict, **whole}, **kwargs)
@@ -280,7 +280,7 @@ class PeriLlamaConfig(PreTrainedConfig):
 
     @classmethod
     def _unknown(cls, kwargs: dict[str, Any]) -> list[str]:
-        """The names that no field has; those that are misspelt fields, or that this family cannot have, are refused."""
+        """The names that are not fields; a misspelt field, or one that this family cannot have, is refused."""
         known, unknown = [f.name for f in fields(cls)], []
         for key in kwargs:
             if key in _REFUSED:
@@ -349,7 +349,7 @@ class PeriLlamaConfig(PreTrainedConfig):
             name = "norm_eps" if slot is None else f"norm_eps[{slot!r}]"
             if slot is not None and slot not in slots:
                 close = get_close_matches(str(slot), slots, n=1, cutoff=0.5)
-                raise ValueError(f"{name} is no norm: use one of {close or list(slots)}")
+                raise ValueError(f"{name} is not a norm: use one of {close or list(slots)}")
             by_layer = value if isinstance(value, list) and slot in LAYER_NORM_SLOTS else None
             if by_layer is not None and len(by_layer) != self.num_hidden_layers:
                 raise ValueError(f"{name} has {len(by_layer)} entries for num_hidden_layers={self.num_hidden_layers}")

@@ -10,8 +10,8 @@ With B( f( c * A(x) ) ) as in `placements.py`, what the other side has no place 
 | `query_pre_attn_scalar` | q_norm's gamma; where there is none, q_proj |
 | a gain 1 + w (`centered`) | a gain, and the other way round |
 
-What a placement is made of decides, not its name: a mapping of the user's own with the same norms converts as well.
-Which architectures there are is in `architectures.py`, what stands in the way in `admission.py`.
+What a placement is made of decides, not its name: the user's own mapping with the same norms converts as well.
+Which architectures there are is in `architectures.py`, what rules a conversion out in `admission.py`.
 
 Nothing here reads or writes files: a recipe says of each tensor from which tensors it is made, and how; `convert.py`
 follows it, in memory or on disk. Shapes: E head size, D hidden size, V vocabulary.
@@ -86,7 +86,7 @@ def native_config(config: PeriLlamaConfig, target: str) -> PreTrainedConfig:
 
 
 def _their_score_scale(config: PeriLlamaConfig, other: Architecture) -> int:
-    """Of a configuration that takes whole numbers alone; what is none is folded."""
+    """For a configuration that takes only whole numbers; any other is folded."""
     ours = score_scale(config)
     return int(ours) if other.scaled_scores and ours.is_integer() else _head_dim(config)
 
@@ -130,7 +130,7 @@ def periln_config(config: PreTrainedConfig) -> PeriLlamaConfig:
     """
     kind = config.model_type
     if kind not in ARCHITECTURES:
-        raise ConversionRefused(f"model_type={kind!r} is no row of PeriLlama's: use one of {list(ARCHITECTURES)}")
+        raise ConversionRefused(f"model_type={kind!r} is not a row of PeriLlama's: use one of {list(ARCHITECTURES)}")
     other = ARCHITECTURES[kind]
     reason = next(import_obstacles(config, other), None)
     if reason:
@@ -162,7 +162,7 @@ def periln_config(config: PreTrainedConfig) -> PeriLlamaConfig:
 
 
 def _our_attention(config: PreTrainedConfig, other: Architecture) -> dict[str, Any]:
-    """Layer types, window and ropes in our configuration; what is the same in all layers is said once."""
+    """Layer types, window and ropes in our configuration; what is the same in all layers is written once."""
     window = config.sliding_window if other.windows != "none" else None
     types = list(config.layer_types) if other.windows == "by type" else [FULL if window is None else SLIDING]
     ropes = {kind: config.rope_parameters[kind] if other.ropes_by_type else config.rope_parameters for kind in types}
@@ -330,7 +330,7 @@ def export_recipe(config: PeriLlamaConfig, target: str) -> dict[str, Recipe]:
 def import_factors(config: PreTrainedConfig) -> dict[str, float]:
     """HyperCLOVA X's multipliers where they are not 1, by the module of ours whose weights take them.
 
-    Logits are linear in the final norm's gamma; with a tied head it also takes back what the table was multiplied by.
+    Logits are linear in the final norm's gamma; with a tied head it also undoes what the table was multiplied by.
     """
     if config.model_type != "hyperclovax":
         return {}

@@ -3,7 +3,7 @@
     python -m modeling_periln.convert SRC DST --to llama|olmo2|hyperclovax|glm4|...|peri_llama
     python -m modeling_periln.convert --refresh-code CHECKPOINT...      # see refresh.py
 
-In memory: `to_native(model, "llama")`, `from_native(model)`. What converts, and what is folded where, is told in
+In memory: `to_native(model, "llama")`, `from_native(model)`. What converts, and what is folded where, is in
 `conversions.py`; `admissible_exports(config)` says it for one configuration. On disk the weights pass through one
 shard at a time, DST appears only when it is complete, and only if its logits are the source's. SRC may also be a run
 folder (its newest complete checkpoint) or a PEFT adapter (merged into its base first): `sources.py`.
@@ -92,7 +92,7 @@ def from_native(model: PreTrainedModel) -> PeriLlamaForCausalLM:
 
 
 def _require_class(model: PreTrainedModel, wanted: type, caller: str) -> None:
-    # By name: a class loaded from a repository's own code is another object than ours.
+    # By name: a class loaded from a repository's own code is not the same object as ours.
     if wanted.__name__ not in (c.__name__ for c in type(model).__mro__):
         raise ConversionRefused(f"{caller} needs a {wanted.__name__}, not a {type(model).__name__}")
 
@@ -120,7 +120,7 @@ def _built(source: PreTrainedModel, config: PreTrainedConfig, recipe: Mapping[st
 
 
 def _scale_table(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """The number that a table's rows are multiplied with, where it is a buffer: it is in no state dict."""
+    """The number that a table's rows are multiplied by, where it is a buffer that no state dict holds."""
     table, kind, size = model.model.embed_tokens, config.model_type, config.hidden_size
     for name, _ in list(table.named_buffers(recurse=False)):
         factor = config.embedding_multiplier if kind == PERI_LLAMA else architecture(kind).table_factor(size, 1.0)
@@ -128,7 +128,7 @@ def _scale_table(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
 
 def _check_names(have: Mapping[str, Any], recipe: Mapping[str, Recipe], tied: bool) -> None:
-    """Every weight is there, and every one is used: nothing of the source is lost without a word."""
+    """Every weight is present and used: nothing of the source is lost silently."""
     wanted = {source for sources, _ in recipe.values() for source in sources}
     known = {name for name in have if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
     missing, unused = wanted - set(have), set(have) - wanted - known
@@ -161,7 +161,7 @@ def convert(
         dst: a folder that does not exist, or is empty; it appears when everything is done.
         to: a key of `ARCHITECTURES`, or `peri_llama`.
         max_shard_size: bytes, or such as `500MB`, `5GB` (powers of 1000).
-        text: a file, `wikitext`, or `none`; None: WikiText if it can be had, else the record says why not.
+        text: a file, `wikitext`, or `none`; None: WikiText if available, else the record says why not.
 
     Returns:
         The record that `dst/conversion.json` holds.
@@ -181,7 +181,7 @@ def convert(
     notes = [f"{src.name} is the newest complete checkpoint of the run"] if src != given else []
     notes += [f"the adapter is merged into its base, {base.name}, in FP32"] if base is not None else []
     if text not in (None, WIKITEXT, NO_TEXT) and not Path(text).is_file():
-        raise ConversionRefused(f"--text {text} is no file; give one, or {WIKITEXT}, or {NO_TEXT}")
+        raise ConversionRefused(f"--text {text} is not a file; give one, or {WIKITEXT}, or {NO_TEXT}")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ConversionRefused(f"{dst} exists and is not an empty folder: nothing is overwritten")
     target = periln_config(config) if to == PERI_LLAMA else native_config(config, to)
@@ -198,7 +198,7 @@ def convert(
             _check_names(files, recipe, tied=config.tie_word_embeddings)
             _write_weights(files, recipe, folder, limit)
         target.save_pretrained(folder)
-        for file in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
+        for file in folder.glob("*.safetensors"):  # safetensors makes them unreadable for others
             file.chmod((folder / "config.json").stat().st_mode)
         if to == PERI_LLAMA:
             custom_object_save(PeriLlamaForCausalLM, folder)
@@ -216,7 +216,7 @@ def convert(
 
 
 def _fetched(src: str, revision: str | None) -> Path:
-    """The model's folder; of a Hub id the files that a conversion reads are downloaded."""
+    """The model's folder; for a Hub id, the files that a conversion reads are downloaded."""
     if Path(src).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", src):
         return Path(src)
     wanted = ["config.json", ADAPTER_CONFIG, "*.safetensors", "model.safetensors.index.json", *COMPANIONS]
@@ -226,12 +226,12 @@ def _fetched(src: str, revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         at = f" at revision {revision}" if revision else ""
         reason = (str(error).splitlines() or [""])[0]
-        raise ConversionRefused(f"{src}{at} is no folder here, and was not found on the Hub: {reason}") from error
+        raise ConversionRefused(f"{src}{at} is not a folder here, and was not found on the Hub: {reason}") from error
 
 
 def _read_config(src: Path, to: str) -> PreTrainedConfig:
     if not (src / "config.json").is_file():
-        raise ConversionRefused(f"{src} is no model folder: it has no config.json")
+        raise ConversionRefused(f"{src} is not a model folder: it has no config.json")
     kind = read_json(src / "config.json").get("model_type")
     if to != PERI_LLAMA and architecture(to) and kind != PERI_LLAMA:
         raise ConversionRefused(f"{src} is {kind!r}: only {PERI_LLAMA} converts to {to}, so convert it to that first")
@@ -260,7 +260,7 @@ def _open_weights(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_o
             raise ConversionFailed(f"{path} is missing, though the index names it")
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
-        except Exception as error:  # safetensors' own kind, which is no OSError
+        except Exception as error:  # safetensors' own kind, which is not an OSError
             raise ConversionFailed(f"{path} is damaged: {error}") from error
         opened |= dict.fromkeys(file.keys(), file)
     return opened
@@ -321,7 +321,7 @@ def _copy_companions(src: Path, folder: Path, config: PreTrainedConfig) -> None:
 
 @contextlib.contextmanager
 def _temporary_sibling(dst: Path, kind: str = "partial") -> Iterator[Path]:
-    """A new folder beside `dst` that is gone afterwards, unless it was moved."""
+    """A new folder next to `dst` that is removed afterwards, unless it was moved."""
     folder = dst.with_name(f".{dst.name}.{os.getpid()}.{kind}")
     folder.mkdir()
     try:
@@ -334,7 +334,7 @@ def _bytes(size: int | str) -> int:
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]B)?\s*", str(size).upper())
     if not match or not float(match[1]):
-        raise ConversionRefused(f"max_shard_size={size!r} is no size: write bytes, or such as 500MB or 5GB")
+        raise ConversionRefused(f"max_shard_size={size!r} is not a size: write bytes, or such as 500MB or 5GB")
     return int(float(match[1]) * units[match[2] or ""])
 
 
@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do as the arguments say, and print what came of it or one sentence of what did not. See `main`."""
+    """Do what the arguments ask, and print the outcome or one sentence on what went wrong. See `main`."""
     if args.refresh_code:
         return _refresh(args)
     transformers.utils.logging.disable_progress_bar()

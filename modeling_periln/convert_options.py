@@ -11,6 +11,8 @@ TARGETS = (
     "peri_llama",
 )
 WIKITEXT, NO_TEXT = "wikitext", "none"
+# What `wikitext` names everywhere: data set, configuration, split. Its lines, joined, are the text.
+WIKITEXT_2 = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None = None, prog: str = "periln-convert") -> argparse.Namespace:
-    """The command line's arguments: of a conversion, or with `--refresh-code` of the refreshing of checkpoints."""
+    """The command line's arguments: for a conversion, or with `--refresh-code` for refreshing checkpoints."""
     words = sys.argv[1:] if argv is None else argv
     if "--refresh-code" in words:
         about = "Replace the code in PeriLlama checkpoints by this package's; in adapters, the path of a moved base."
@@ -28,9 +30,9 @@ def parse(argv: Sequence[str] | None = None, prog: str = "periln-convert") -> ar
         parser.add_argument("--refresh-code", required=True, nargs="+", type=Path, metavar="CHECKPOINT", help="folders")
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return parser.parse_args(words)
-    about = "Convert a checkpoint between PeriLlama and a stock class, without a change of the function."
+    about = "Convert a checkpoint between PeriLlama and a stock class, without changing the function."
     about += f"\n\nexamples:\n  {prog} runs/NAME exported --to llama\n  {prog} --refresh-code CHECKPOINT"
-    more = "--refresh-code has a help of its own: --refresh-code --help"
+    more = "--refresh-code has its own help: --refresh-code --help"
     parser = _Parser(prog=prog, description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(refresh_code=None)
     parser.add_argument("src", metavar="SRC", help="model, run or adapter folder, or Hub id")
@@ -47,11 +49,11 @@ def parse(argv: Sequence[str] | None = None, prog: str = "periln-convert") -> ar
 
 
 def refusal(args: argparse.Namespace) -> str | None:
-    """Why these arguments are refused before anything is read or downloaded; None where they are not."""
+    """Why these arguments are refused before anything is read or downloaded; None if they are not."""
     if args.refresh_code:
         return None
     if args.text not in (None, WIKITEXT, NO_TEXT) and not Path(args.text).is_file():
-        return f"--text {args.text} is no file; give one, or {WIKITEXT}, or {NO_TEXT}"
+        return f"--text {args.text} is not a file; give one, or {WIKITEXT}, or {NO_TEXT}"
     if args.dst.exists() and (not args.dst.is_dir() or any(args.dst.iterdir())):
         return f"{args.dst} exists and is not an empty folder: nothing is overwritten"
     return None

@@ -1,4 +1,4 @@
-"""The table of tokens where its rows are multiplied by a number (`embedding_multiplier`; Gemma, Granite)."""
+"""The embedding table where its rows are multiplied by a number (`embedding_multiplier`; Gemma, Granite)."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from transformers import initialization as init
 
 
 class PeriLlamaScaledEmbedding(nn.Embedding):
-    """A table whose rows are multiplied when they are read, so that a tied head has them as they are.
+    """A table whose rows are multiplied when they are read, so that a tied head sees them unscaled.
 
     The factor is rounded to the weights' dtype before it multiplies, as in Gemma.
     """
@@ -18,7 +18,7 @@ class PeriLlamaScaledEmbedding(nn.Embedding):
         self.register_buffer("scale", torch.tensor(self.multiplier), persistent=False)
 
     def reset_scale(self) -> None:
-        """The buffer is in no checkpoint: it is made again after a load."""
+        """No checkpoint holds the buffer: it is made again after loading."""
         init.constant_(self.scale, self.multiplier)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:

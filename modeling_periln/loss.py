@@ -97,7 +97,7 @@ class _OnePass(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradient of the loss was made in its forward pass, and has been used already")
-        rest = upstream / ctx.scale  # 1 where the loss was multiplied with the scale that it was told
+        rest = upstream / ctx.scale  # 1 if the loss was multiplied by the announced scale
         gradients = (
             None if grad is None else grad.mul_(rest).to(dtype)
             for grad, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
@@ -132,9 +132,9 @@ def chunked_losses(
         num_items_in_batch: divisor of the summed loss; by default the number of targets that count.
         chunk_tokens: tokens a chunk; peak memory is about `chunk_tokens` x V logits in FP32.
         z_loss: coefficient of the mean of log(sum(exp(logits)))^2 over the same tokens (PaLM, 2204.02311, section 5).
-        loss_scale: what the caller multiplies the loss with before backward (1 without a scaler). The gradient is then
-            made in this pass. It can be used once, and that of the z term is part of the loss's: add the two, or leave
-            the z term out of sight. A head that is more than its weight is called as without `loss_scale`.
+        loss_scale: what the caller multiplies the loss by before backward (1 without a scaler). The gradient is then
+            made in this pass. It can be used once, and that of the z term is part of the loss's: add the two, or ignore
+            the z term. A head that is more than its weight is called as without `loss_scale`.
         softmax: `softmax_part`, or a compiled form of it.
 
     Returns:
@@ -170,4 +170,4 @@ def chunked_losses(
             sums = chunk_sums(hidden, target)
         total = sums if total is None else total + sums
     total = total / num_items_in_batch
-    return total[0].clone(), z_loss * total[1] if z_loss else None  # no view: FSDP2 warns of outputs that are views
+    return total[0].clone(), z_loss * total[1] if z_loss else None  # not views, of which FSDP2 warns

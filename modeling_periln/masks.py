@@ -12,7 +12,7 @@ MASKS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 
 
 def masks_by_type(layer_types: Iterable[str], attention_mask: Any, **how: Any) -> dict[str, Any]:
-    """The mask of each type of layer, from a mask (B, S) or (B, 1, S, S) or none; `how` is as Transformers' functions.
+    """The mask of each type of layer, from a mask (B, S) or (B, 1, S, S) or none; `how` is for Transformers' functions.
 
     generate() with a compiled cache makes the masks itself, by type where the configuration has types; they pass.
     """

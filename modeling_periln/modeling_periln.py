@@ -1,4 +1,4 @@
-"""PeriLlama: Llama 3, except that the norms stand where `norm_placement` puts them.
+"""PeriLlama: Llama 3, except that the norms are where `norm_placement` puts them.
 
 Every sublayer `f` (attention, then MLP) does
 
@@ -10,7 +10,7 @@ with norms or nothing in the places A (`*_input_norm`), B (`*_output_norm`) and 
     output  x <- x + B(f(x))        peri    x <- x + B(f(A(x)))
 
 All rows and their factors are in `placements.py`. An empty place is an `nn.Identity`: it has no parameters, and no
-layer branches on its placement. Beside the layers a placement says only whether the stream is normed at its two ends,
+layer branches on its placement. Outside the layers a placement says only whether the stream is normed at its two ends,
 after the embedding (`embed_norm`) and before the head (`final_norm`).
 
 Shapes: B batch, S sequence, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
@@ -237,13 +237,13 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
 
 
 def _sublayer_input(c: float, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """c * x, in `dtype` if the stream's is not the module's."""
+    """c * x, in `dtype` if the stream's dtype differs from the module's."""
     x = times(c, x)
     return x if dtype is None else x.to(dtype)
 
 
 class PeriLlamaPreTrainedModel(PreTrainedModel):
-    """What Transformers asks of every class of a family: its abilities, and how weights begin."""
+    """What Transformers asks of every class of a family: its abilities, and how its weights are initialized."""
 
     config: PeriLlamaConfig
     config_class = PeriLlamaConfig
@@ -263,8 +263,8 @@ class PeriLlamaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
-        """As Transformers', whose pipeline knows a final norm by the name `norm` only, and no embedding norm: a stage
-        that does not hold an end of the stream has no norm there.
+        """As Transformers', whose pipeline knows only a final norm called `norm`, and no embedding norm: a stage that
+        does not hold an end of the stream has no norm there.
         """
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
         stage = getattr(model, "_pp_stage", None)
@@ -352,14 +352,14 @@ class PeriLlamaModel(PeriLlamaPreTrainedModel):
                     "attention_mask, or position_ids of your own"
                 )
         if mask_positions is None:
-            mask_positions = position_ids  # given: they may restart, and say so to the mask
+            mask_positions = position_ids  # given: they may restart, which the mask must know
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             offset = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + offset
 
-        # The one cast of the stream. Where it differs from the weights' dtype and no autocast mends that, each
+        # The one cast of the stream. Where it differs from the weights' dtype and no autocast corrects that, each
         # sublayer's input is cast back (`module_dtype`).
         hidden_states, module_dtype = self.embed_norm(inputs_embeds), None
         if self.config.residual_dtype is not None:
@@ -410,7 +410,7 @@ def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | tor
 
 @dataclass
 class PeriLlamaCausalLMOutput(CausalLMOutputWithPast):
-    """As every causal LM's; where a z term was asked for, `loss` is the sum of `cross_entropy` and `z_loss`."""
+    """As for every causal LM; with a z term, `loss` is the sum of `cross_entropy` and `z_loss`."""
 
     z_loss: torch.Tensor | None = None
     cross_entropy: torch.Tensor | None = None
@@ -421,7 +421,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    loss_softmax = staticmethod(softmax_part)  # a trainer may put a compiled one in its place
+    loss_softmax = staticmethod(softmax_part)  # a trainer may replace it by a compiled one
 
     def __init__(self, config: PeriLlamaConfig):
         super().__init__(config)
@@ -452,7 +452,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
         `skip_logits=True` computes the loss chunk by chunk and returns `logits=None`: no logits of the whole
         batch ever exist. `shift_labels` (already shifted) and `num_items_in_batch` travel in `kwargs`, as in
         every Transformers model. `z_loss` is the coefficient of a term that is added to the loss, and `loss_scale`
-        what the caller multiplies the loss with before backward, so that its gradient can be made at once (`loss.py`).
+        what the caller multiplies the loss by before backward, so that its gradient can be made at once (`loss.py`).
 
         Raises:
             ValueError: `skip_logits=True` without labels, or `z_loss` or `loss_scale` without `skip_logits`.
@@ -499,8 +499,8 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    # Of remote code generate() asks for the signature at every token: it is worked out here, once. On the function
-    # below the decorators, from where no wrapper copies it (a hook's copy would count `self` among the arguments).
+    # For remote code generate() asks for the signature at every token: it is computed here, once, and set on the
+    # function below the decorators, where no wrapper copies it (a hook's copy would count `self` among the arguments).
     inspect.unwrap(forward).__signature__ = inspect.signature(forward)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
@@ -518,7 +518,7 @@ class PeriLlamaForCausalLM(PeriLlamaPreTrainedModel, GenerationMixin):
 
 
 class PeriLlamaForSequenceClassification(GenericForSequenceClassification, PeriLlamaPreTrainedModel):
-    """One label a sequence, read at its last token that is no padding; logits (B, num_labels)."""
+    """One label a sequence, read at its last token that is not padding; logits (B, num_labels)."""
 
     def __init__(self, config: PeriLlamaConfig):
         PeriLlamaPreTrainedModel.__init__(self, config)

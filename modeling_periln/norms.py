@@ -1,10 +1,10 @@
 """The norms of the family. Statistics and gain are in FP32 at least; the result has the input's dtype.
 
-In FP16 a square overflows at |x| = 256, so no statistic is ever taken in half precision; and the gain is multiplied
-before the result is rounded (OLMo 2), not after it (Llama). In FP32 both are the same.
+In FP16 a square overflows at |x| = 256, so no statistic is ever taken in half precision; and the gain multiplies
+before the result is rounded (OLMo 2), not after (Llama). In FP32 both are the same.
 
-RMSNorm and LayerNorm with one gain a channel are classes of their own, fast and known to serving engines by their
-names. Every other combination of a kind and a gain is a `PeriLlamaNorm`, in plain operations.
+RMSNorm and LayerNorm with one gain a channel have their own classes, fast and known to serving engines by
+name. Every other combination of a kind and a gain is a `PeriLlamaNorm`, in plain operations.
 """
 
 from typing import Any
@@ -24,14 +24,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class FusedBackwardRMSNorm(torch.autograd.Function):
-    """`rms_norm` to the last bit, with a backward pass of one kernel in place of a dozen.
+    """`rms_norm` to the last bit, with a backward pass of one kernel instead of a dozen.
 
     With r = 1 / sqrt(mean(x^2) + eps) and p = g * weight,
 
         dL/dx = r (p - x r^2 mean(p x)),    dL/dweight = sum over tokens of g x r.
 
     The backward kernel of LayerNorm, told that the mean of x is 0, gives r (p - mean(p) - x r^2 mean(p x)); what it
-    subtracts is added again. On CPUs that is faster than what autograd makes of `rms_norm`; `scripts/bench.py`
+    subtracts is added again. On CPUs that is faster than autograd's backward of `rms_norm`; `scripts/bench.py`
     measures by how much. A backward pass that is itself differentiated evaluates the two formulas.
     """
 
@@ -85,7 +85,7 @@ class PeriLlamaRMSNorm(nn.Module):
 
     `learnable=False` keeps gamma at 1, as a buffer that no optimizer sees. `fused_backward = False`, on the class or
     on one norm, has autograd differentiate the plain operations; the result is the same to the last bit either way.
-    So it is without gradients, where PyTorch's own norm does the same operations in one call.
+    Without gradients PyTorch's own norm does the same operations in one call, with the same result.
     """
 
     fused_backward = True
@@ -122,7 +122,7 @@ class PeriLlamaLayerNorm(nn.LayerNorm):
     def __init__(self, hidden_size: int, eps: float = 1e-6, learnable: bool = True):
         super().__init__(hidden_size, eps=eps)
         if not learnable:
-            # Made anew: an engine that keeps parameters without memory, and buffers with it, would get neither.
+            # Made anew, for engines that give memory to buffers but not to parameters.
             for name, make in (("weight", torch.ones), ("bias", torch.zeros)):
                 delattr(self, name)
                 self.register_buffer(name, make(hidden_size))
@@ -135,9 +135,9 @@ class PeriLlamaLayerNorm(nn.LayerNorm):
 
 
 class PeriLlamaCenteredRMSNorm(nn.Module):
-    """x / rms(x) * (1 + w) (Gemma): the same function as RMSNorm, another path of the optimizer under weight decay.
+    """x / rms(x) * (1 + w) (Gemma): the same function as RMSNorm, which weight decay pulls elsewhere.
 
-    A class of its own, since engines tell the two apart by what `weight` begins with.
+    A separate class, since engines tell the two apart by the initial value of `weight`.
     """
 
     centered = True
@@ -173,12 +173,12 @@ class PeriLlamaNorm(nn.Module):
     |---|---|---|---|
     | `rmsnorm` | x / sqrt(mean(x^2) + eps) | no | 1910.07467, equation 4 |
     | `layernorm` | (x - mean(x)) / sqrt(var(x) + eps) | yes | 1607.06450 |
-    | `dyt` | tanh(alpha x), alpha a learned number that begins with 0.5 | yes | 2503.10622, equation 1 |
+    | `dyt` | tanh(alpha x), alpha a learned number, initially 0.5 | yes | 2503.10622, equation 1 |
     | `derf` | erf(alpha x + shift), alpha and shift learned, from 0.5 and 0 | yes | 2512.10938 |
     | `l2` | x / sqrt(sum(x^2) + eps) | no | |
     | `none` | x | no | the gain of NormFormer's HeadScale, 2110.09456 |
 
-    A bias stands beside a gain for each channel alone. `learnable=False` freezes gain and bias at the identity.
+    Only a gain for each channel has a bias with it. `learnable=False` freezes gain and bias at the identity.
 
     Args:
         size: channels.
@@ -207,7 +207,7 @@ class PeriLlamaNorm(nn.Module):
             self.shift = nn.Parameter(torch.zeros(1))
 
     def reset(self) -> None:
-        """Initial values, through Transformers' functions, which leave alone what was loaded."""
+        """Initial values, through Transformers' functions, which leave loaded values alone."""
         if self.gain != "none":
             (init.zeros_ if self.gain == "centered" else init.ones_)(self.weight)
         if self.biased:
@@ -253,6 +253,6 @@ _OWN_CLASSES["rmsnorm", "centered"] = PeriLlamaCenteredRMSNorm
 def make_norm(
     kind: str, gain: str, size: int, eps: float, learnable: bool = True, heads: int | None = None
 ) -> nn.Module:
-    """The norm of a kind and a gain over `size` channels: a class of its own where there is one."""
+    """The norm of a kind and a gain over `size` channels: its own class where there is one."""
     own = _OWN_CLASSES.get((kind, gain))
     return PeriLlamaNorm(kind, gain, size, eps, learnable, heads) if own is None else own(size, eps, learnable)

@@ -1,4 +1,4 @@
-"""Commands whose output nobody reads any more, as in `periln --help | head -1`. Imports nothing of ours."""
+"""Commands whose output is no longer read, as in `periln --help | head -1`. Imports nothing of ours."""
 
 import os
 import select
@@ -14,7 +14,7 @@ def unread() -> bool:
     for stream in (sys.stdout, sys.stderr):
         try:
             number = stream.fileno()
-        except (AttributeError, OSError, ValueError):  # none, closed, or a stand-in that is no file
+        except (AttributeError, OSError, ValueError):  # none, closed, or a substitute that is not a file
             continue
         poll = select.poll()
         poll.register(number, 0)
@@ -27,7 +27,7 @@ def unread() -> bool:
 
 
 def until_unread(work: Callable[[], int | None]) -> int:
-    """A command's exit code; `UNREAD`, without a word, where the reader of its output has gone before it was done."""
+    """A command's exit code; silently `UNREAD` if the reader of its output left before it was done."""
     try:
         try:
             return work() or 0

@@ -6,7 +6,7 @@ Every sublayer `f` (attention, then MLP) of layer `l` of `L` does
 
 `A` (on the sublayer's input), `B` (on its output, before the add) and `C` (on the stream, after the add) are each a
 norm or nothing; further slots are inside the sublayers. A placement says which, and gives alpha, s and c. That is all
-a placement is: a new one is a new row of `PLACEMENTS`. What may stand in a slot or a factor is in `slots.py`.
+a placement is: a new one is a new row of `PLACEMENTS`. What a slot or a factor may hold is in `slots.py`.
 
 | row | source |
 |---|---|
@@ -24,19 +24,20 @@ a placement is: a new one is a new row of `PLACEMENTS`. What may stand in a slot
 | `none` | no norm at all |
 | `pre_post` | A and C; sometimes called Peri-LN, which it is not |
 
-What five of these rows were compared with, the papers' texts not being at hand:
+Five of these rows were compared with code or other papers, since their own papers were not at hand:
 
 - `sub_ln`: torchscale's decoder, whose `subln` multiplies the initial v_proj, out_proj and both matrices of the MLP by
   sqrt(log(2L)) and norms before out_proj and the MLP's second matrix.
-- `normformer`: fairseq's layer has the same norms (`attn_ln`, `ffn_layernorm`). Its gain a head stands after out_proj,
-  on the channels of attention's output; here it is before o_proj, where the channels are the heads'.
+- `normformer`: fairseq's layer has the same norms (`attn_ln`, `ffn_layernorm`). Its gain for each head is after
+  out_proj, on the channels of attention's output; here it is before o_proj, where the channels are the heads'.
 - `hybrid`, `hybrid_star`: the authors' configurations (github.com/BryceZhuo/HybridNorm): norms on queries, keys and
   values; no `attn_norm`; `ffn_residual_after_norm`; in the first layer of the second an `attn_norm`, and the MLP's
-  residual before its norm. That the norms are over one head each is the paper's equation, not seen in code.
+  residual before its norm. That each norm is over one head is from the paper's equation, not seen in code.
 - `keel`: Norm(alpha h + f(Norm(h))) in the comparison of residual updates of Attention Residuals (table 5 there). The
-  value of alpha has still to be compared.
-
-`learned_residual` (Admin) has still to be compared.
+  value of alpha has not been compared yet.
+- `learned_residual`: the authors' package (github.com/microsoft/admin-torch): Norm(omega x + f(x)), omega one number a
+  channel that starts at sqrt((N + 1) / ln(N + 1) - 1) for N = 2L sublayers, the rule `admin`. The paper's own start,
+  from the variances of a profiling pass, is not here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,7 +61,7 @@ Slot = bool | Mapping[str, Any] | Norm
 
 @dataclass(frozen=True)
 class Placement:
-    """One row, as it is written: the norms A, B, C and the factors of both sublayers, and what else there is.
+    """One row, as it is written: the norms A, B, C and the factors of both sublayers, and the rest.
 
     `attn` and `mlp` override the row for one sublayer. `init_gain` multiplies the initial standard deviation of v, o
     and the MLP's three matrices (DeepNorm, Magneto).
@@ -103,10 +104,10 @@ PLACEMENTS: dict[str, Placement] = {
     ),
     "hybrid": Placement(attn={"residual_norm": True}, **_QKV_BY_HEAD),
     "keel": Placement(input_norm=True, residual_norm=True, final_norm=False, alpha="2L"),
-    "learned_residual": Placement(residual_norm=True, final_norm=False, alpha={"learned": "channel"}),
+    "learned_residual": Placement(residual_norm=True, final_norm=False, alpha={"learned": "channel", "init": "admin"}),
     "none": Placement(final_norm=False),
 }
-# Rows that give each layer a placement of its own. Mix-LN: the first quarter Post-LN, the rest Pre-LN
+# Rows that give each layer its own placement. Mix-LN: the first quarter Post-LN, the rest Pre-LN
 # (at least one layer of Post-LN, so that a very shallow `mix` is not a `pre` in disguise).
 MIXTURES: dict[str, Callable[[int], list[Any]]] = {
     "mix": lambda L: ["post"] * max(1, L // 4) + ["pre"] * (L - max(1, L // 4)),
@@ -132,7 +133,7 @@ _USER_KEYS = (*_FLAGS, *_ENDS, *_FACTORS, "attn", "mlp", *_PROJECTIONS, *_INNER)
 
 
 def get_placement(name: str | Mapping[str, Any], field: str = "norm_placement") -> Placement:
-    """The row called `name`, or the row that a mapping of the user's own describes.
+    """The row called `name`, or the row that the user's own mapping describes.
 
     A mapping has the keys `input_norm`, `output_norm`, `residual_norm`, `embedding_norm`, `final_norm`,
     `attn_inner_norm`, `mlp_inner_norm` (slots), `q_norm`, `k_norm`, `v_norm`, the factors `alpha`, `s`, `c`, and `attn`
@@ -190,7 +191,7 @@ def _check(row: Any, known: Sequence[str], field: str) -> None:
 
 @dataclass(frozen=True)
 class SublayerPlan:
-    """The norms and factors of one sublayer in one layer; alpha and s may be learned, with a number to begin with."""
+    """The norms and factors of one sublayer in one layer; alpha and s may be learned, from an initial number."""
 
     input_norm: Norm | None
     output_norm: Norm | None
@@ -218,7 +219,7 @@ class LayerPlan:
 
     @property
     def projections(self) -> dict[str, ProjectionNorm]:
-        """The norms there are on queries, keys and values, by slot."""
+        """The norms on queries, keys and values, by slot."""
         return {name: norm for name in _PROJECTIONS if (norm := getattr(self, name)) is not None}
 
 
@@ -231,7 +232,7 @@ class StreamPlan:
     layers: tuple[LayerPlan, ...]
 
     def norms(self) -> Iterator[Norm]:
-        """Every norm there is."""
+        """Every norm of the stream."""
         found = [self.embedding_norm, self.final_norm]
         for layer in self.layers:
             found += layer.projections.values()

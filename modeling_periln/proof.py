@@ -1,7 +1,7 @@
 """The proof of a conversion: two model folders give the same logits in FP32, on random tokens and on text.
 
-The text is WikiText (its test split, one small file of the Hub) or a file of one's own. Where it cannot be had the
-record says why, and the comparison on random tokens alone decides.
+The text is WikiText (its test split, one small file of the Hub) or the user's own file. Where it is not available, the
+record says why, and the comparison on random tokens decides alone.
 """
 
 import hashlib
@@ -15,16 +15,16 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from .configuration_periln import PeriLlamaConfig
 from .conversions import ARCHITECTURES, ConversionRefused
-from .convert_options import NO_TEXT, WIKITEXT
+from .convert_options import NO_TEXT, WIKITEXT, WIKITEXT_2
 from .modeling_periln import PeriLlamaForCausalLM
 
 TOLERANCE = 1e-5  # of the largest logit
 CHECKED_SHAPES = ((1, 1), (2, 7), (3, 33))  # batch, tokens
-WINDOWS, LONGEST = 3, 1024  # a model with a sliding window is compared over three of it, to this many tokens
+WINDOWS, LONGEST = 3, 1024  # a model with a sliding window is compared over three windows, up to this many tokens
 SEED = 20250202
 TEXT_WINDOWS, TEXT_LENGTH = 2, 256
 
-WIKITEXT_FILE = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
+WIKITEXT_FILE = (WIKITEXT_2[0], f"{WIKITEXT_2[1]}/{WIKITEXT_2[2]}-00000-of-00001.parquet")
 
 
 class ConversionFailed(RuntimeError):
@@ -54,7 +54,7 @@ def random_batches(config: PreTrainedConfig) -> list[Batch]:
 
 
 def text_batches(folder: Path, config: PreTrainedConfig, text: str | Path) -> tuple[list[Batch], dict[str, Any]]:
-    """The text's first tokens by the folder's tokenizer, as one batch of windows; and what it was.
+    """The text's first tokens by the folder's tokenizer, as one batch of windows; and a description of it.
 
     Raises:
         TextMissing: there is no tokenizer, no such text, or not one whole window.
@@ -64,7 +64,7 @@ def text_batches(folder: Path, config: PreTrainedConfig, text: str | Path) -> tu
     words, source = _wikitext() if text == WIKITEXT else _file(Path(text))
     try:
         ids = AutoTokenizer.from_pretrained(folder)(words, add_special_tokens=False, verbose=False).input_ids
-    except Exception as error:  # tokenizers of every kind, that may need libraries of their own
+    except Exception as error:  # tokenizers of every kind, which may need their own libraries
         raise TextMissing(f"the source's tokenizer cannot be used: {' '.join(str(error).split())}") from error
     length = min(TEXT_LENGTH, config.max_position_embeddings)
     windows = min(TEXT_WINDOWS, len(ids) // length)
@@ -86,7 +86,7 @@ def _file(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _wikitext() -> tuple[str, dict[str, Any]]:
-    """The beginning of WikiText-2's test split. One file is fetched, and kept in the Hub's cache."""
+    """The beginning of WikiText-2's test split. One file is fetched and kept in the Hub's cache."""
     repository, name = WIKITEXT_FILE
     try:
         import pyarrow.parquet as parquet
@@ -98,9 +98,9 @@ def _wikitext() -> tuple[str, dict[str, Any]]:
             get_session().head(hf_hub_url(repository, name, repo_type="dataset"), timeout=10)
         file = hf_hub_download(repository, name, repo_type="dataset")
         lines = parquet.read_table(file, columns=["text"]).column("text").to_pylist()
-    except Exception as error:  # offline, refused, another file than expected: all the same to the caller
+    except Exception as error:  # offline, refused, an unexpected file: all the same to the caller
         reason = (str(error).splitlines() or [""])[0]
-        raise TextMissing(f"WikiText cannot be had from the Hub ({type(error).__name__}: {reason})") from error
+        raise TextMissing(f"WikiText is not available from the Hub ({type(error).__name__}: {reason})") from error
     return "".join(lines)[: 1 << 16], {"source": f"{repository}, {name}"}
 
 
@@ -113,13 +113,13 @@ def compare(
 ) -> dict[str, Any]:
     """The largest difference of the logits of two model folders in FP32, and how it was measured.
 
-    The two models are in memory one after the other. Random tokens and text are held to the tolerance each by itself.
+    The two models are in memory one after the other. Random tokens and text must each be within the tolerance.
 
     Args:
-        text: a file, `wikitext`, `none`; None: WikiText if it can be had, else the record says why not.
+        text: a file, `wikitext`, `none`; None: WikiText if available, else the record says why not.
 
     Raises:
-        ConversionRefused: the text that was asked for cannot be had.
+        ConversionRefused: the text that was asked for is not available.
         ConversionFailed: a difference is above `TOLERANCE` of the largest logit, or not a number.
     """
     random, about = random_batches(src_config), {"skipped": "not asked for"}
@@ -143,7 +143,7 @@ def compare(
 
 def _difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], where: str) -> dict[str, float]:
     largest = max(x.abs().max().item() for x in ours)
-    # max() of Python would pass over what is not a number
+    # Python's max() would pass over NaN
     difference = torch.stack([(x - y).abs().max() for x, y in zip(ours, theirs, strict=True)]).max().item()
     if not difference <= TOLERANCE * largest:
         much = f"by {difference:.3g} on {where}, more than {TOLERANCE:g} of the largest, {largest:.3g}"
@@ -153,13 +153,13 @@ def _difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], wh
 
 @torch.no_grad()
 def _logits(folder: Path, config: PreTrainedConfig, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """Logits (tokens, V) of each batch, of all tokens that are no padding."""
+    """Logits (tokens, V) of each batch, of all tokens that are not padding."""
     model, info = model_class(config).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if any(info.values()):
         raise ConversionFailed(f"{type(model).__name__} does not load all weights: {info}")
     if config.model_type == PeriLlamaConfig.model_type:
         model.config.residual_dtype = None
-    for weight in model.parameters():  # from where the file has it, to where every allocation starts: rounding depends
+    for weight in model.parameters():  # off the file's mapping, onto an aligned allocation: rounding depends on it
         weight.data = weight.data.clone()
     return [model(**b, use_cache=False).logits[b["attention_mask"].bool()] for b in batches]
 
@@ -171,7 +171,7 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 
 def in_words(record: dict[str, Any]) -> list[str]:
-    """What was compared, a line a kind of input; for a terminal."""
+    """What was compared, one line for each kind of input; for a terminal."""
     compared, lines = record["compared"], []
     for name, kind in (("random tokens", compared["random_tokens"]), ("text", compared["text"])):
         if "skipped" in kind:

@@ -2,7 +2,7 @@
 
 A checkpoint's own code is as old as the checkpoint, and runs wherever `trust_remote_code=True` loads it: it is replaced
 by the installed package's. An adapter names its base by an absolute path, which leads nowhere when both have been
-moved: it is replaced by that of today. Weights, tokenizer and every other field stay as they are, to the byte.
+moved: it is replaced by the present one. Weights, tokenizer and every other field stay as they are, to the byte.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ CONFIG, MANIFEST = "config.json", "manifest.json"
 
 
 def refresh(folder: Path) -> str:
-    """Do what is to be done for a model or an adapter, and say what was. Raises as `refresh_code`, `refresh_base`."""
+    """Do what a model or an adapter needs, and say what was done. Raises as `refresh_code`, `refresh_base`."""
     if is_adapter(folder):
         changed, known = refresh_base(folder), "it names its base by the right path already"
     else:
@@ -35,13 +35,13 @@ def refresh(folder: Path) -> str:
 def refresh_base(adapter: Path) -> list[str]:
     """Have an adapter name its base by the path at which it is found now, in adapter_config.json and manifest.json.
 
-    PEFT's own classes look for the base nowhere else (a relative path they take from the working folder).
+    PEFT's own classes look nowhere else for the base (they resolve a relative path from the working folder).
 
     Returns:
         The names of the files that changed; empty if the base is where it says, or is one of the Hub.
 
     Raises:
-        ConversionRefused: no base beside it, or one with other weights. ConversionFailed: a damaged file.
+        ConversionRefused: no base next to it, or one with other weights. ConversionFailed: a damaged file.
     """
     config, manifest = _read_json(adapter / ADAPTER_CONFIG), _read_manifest(adapter)
     named = Path(str(config.get("base_model_name_or_path") or ""))
@@ -66,7 +66,7 @@ def refresh_base(adapter: Path) -> list[str]:
 def refresh_code(folder: Path | str) -> list[str]:
     """Bring the `.py` files and the `auto_map` of a checkpoint folder to what this package saves.
 
-    All new files are written beside the folder first, and then replace the old ones, each in one step; a checkpoint's
+    All new files are written next to the folder first and then replace the old ones, each in one step; a checkpoint's
     `manifest.json` (sizes and hashes) follows last. The same command completes what a kill interrupted. A file that
     is a hard link or a symbolic link is replaced, not written through.
 

@@ -1,11 +1,11 @@
-"""The names of this family's classes, in the tables where Transformers keeps those of its own.
+"""The names of this family's classes, in the tables where Transformers keeps its own.
 
-Libraries look a class up by its name to learn what it is, and do something else for a name that is not there, most of
-them without a word: the Trainer's label smoothing does not shift the labels, so that the model learns to copy its
+Libraries look a class up by its name to learn what it is, and do something else for an unknown name, most of
+them silently: the Trainer's label smoothing does not shift the labels, so that the model learns to copy its
 input; lm-eval and the generated model card cannot tell the task; the server does not list the model. The auto classes'
 `register` does not reach these tables. They are filled wherever the model is imported, installed or as remote code.
-A compiled model has the name of its wrapper, and answers by its own instead.
-And one library finds a name within ours, and builds another architecture: there the family is refused.
+A compiled model has its wrapper's name, and is made to answer by its own.
+One library finds a name within ours and would build another architecture: there the family is refused.
 """
 
 import sys
@@ -23,7 +23,7 @@ _TABLES = {
     "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
 }
-# What the Trainer takes for the causal LM's name where it is wrapped: FSDP2 renames the class, and of a model with
+# The causal LM's name as the Trainer reads it from a wrapped model: FSDP2 renames the class, and for a model with
 # PEFT's prefix tuning the Trainer reads the name of the base model.
 _WRAPPED = {"FSDP2": "FSDPPeriLlamaForCausalLM", "prefix tuning": "PeriLlamaModel"}
 
@@ -49,7 +49,7 @@ def refuse_megatron() -> None:
 
 
 def name_compiled_models() -> None:
-    """Have `torch.compile(model)` answer by the name of the model of this family in it, within PEFT's wrapper or not.
+    """Have `torch.compile(model)` answer by the name of this family's model in it, within PEFT's wrapper or not.
 
     The Trainer asks the wrapper that it compiles into, and finds no causal LM of the name `OptimizedModule`. Compiled
     models of other families keep that name.
@@ -69,7 +69,7 @@ def name_compiled_models() -> None:
 
 
 def register_names() -> None:
-    """Enter the names; a second time changes nothing."""
+    """Enter the names; a second call changes nothing."""
     for auto_class, table in _TABLES.items():
         table[PeriLlamaConfig.model_type] = AUTO_MAP[auto_class].split(".")[-1]
     for wrapper, name in _WRAPPED.items():
@@ -77,7 +77,7 @@ def register_names() -> None:
 
 
 def register_everywhere() -> None:
-    """Have every library that asks for a class by its name know this family; a second time changes nothing."""
+    """Have every library that asks for a class by its name know this family; a second call changes nothing."""
     register_names()
     name_compiled_models()
     refuse_megatron()

@@ -1,8 +1,9 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), with its signs in the table of sines.
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), with the signs in the table of sines.
 
 Transformers' Llama turns the halves of a head, x = [x1, x2], by x * cos + [-x2, x1] * sin. [-x2, x1] is x rolled by
-half its size but for the sign of x2, and that is put into the sines, once for all layers. The same numbers to the last
-bit, forward and backward, in 0.6 of the time on a CPU: a copy in place of two slices, a negation and their gradients.
+half its size except for the sign of x2, which goes into the sines, once for all layers. The result is the same to the
+last bit, forward and backward, in 0.6 of the time on a CPU: one copy instead of two slices, a negation and their
+gradients.
 """
 
 import copy

@@ -20,6 +20,7 @@ RULES: dict[str, Callable[[int, int], float]] = {
     "(2L)^(1/4)": lambda l, L: (2 * L) ** 0.25,  # noqa: E741
     "(8L)^(-1/4)": lambda l, L: (8 * L) ** -0.25,  # noqa: E741
     "sqrt(log(2L))": lambda l, L: math.log(2 * L) ** 0.5,  # noqa: E741
+    "admin": lambda l, L: ((2 * L + 1) / math.log(2 * L + 1) - 1) ** 0.5,  # noqa: E741
 }
 # The functions that normalize, and what multiplies the result. `none` as a kind is a gain without a norm.
 KINDS = ("rmsnorm", "layernorm", "dyt", "derf", "l2", "none")
@@ -37,7 +38,7 @@ def nearest(name: Any, known: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm in a slot. What is None is the configuration's: `norm_type`, `norm_gain`, `norm_eps`.
+    """A norm in a slot. None means the configuration's: `norm_type`, `norm_gain`, `norm_eps`.
 
     kind: `rmsnorm`, `layernorm`, `dyt` (2503.10622), `derf` (2512.10938), `l2`, or `none` (a gain alone).
     gain: one number a `channel`, the same stored as its difference from 1 (`centered`, Gemma), one `scalar`, one a

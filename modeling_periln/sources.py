@@ -16,12 +16,16 @@ from .conversions import ConversionRefused
 from .proof import TOLERANCE, ConversionFailed
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-BASE_RECORD = "base.json"  # beside an adapter of our fine-tuning: the base's path from there, and its weights' hash
+BASE_RECORD = "base.json"  # next to an adapter of our fine-tuning: the base's path from there, and its weights' hash
 COMPANIONS = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
     "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
-_CHECKED = (".safetensors", "config.json", ".safetensors.index.json")  # of what a manifest lists, what is converted
+_CHECKED = (
+    ".safetensors",
+    "config.json",
+    ".safetensors.index.json",
+)  # of the files in a manifest, those that a conversion reads
 _PROBE = (2, 16)  # rows and tokens on which a merged model is compared with its adapter
 
 
@@ -41,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_of(src: Path) -> Path:
-    """A run folder's newest complete checkpoint; any other folder as it is.
+    """A run folder's newest complete checkpoint; any other folder unchanged.
 
     Raises:
         ConversionRefused: a run that has diverged, or has no complete checkpoint; names it.
@@ -59,10 +63,10 @@ def checkpoint_of(src: Path) -> Path:
 
 
 def check_whole(folder: Path) -> None:
-    """Compare weights and configuration with the manifest that a checkpoint of a run has; others have none.
+    """Compare weights and configuration with the manifest that a checkpoint of a run has; other folders have none.
 
     Raises:
-        ConversionFailed: a file is missing or another; names it.
+        ConversionFailed: a file is missing or differs; names it.
     """
     if not (folder / "manifest.json").is_file():
         return
@@ -97,10 +101,10 @@ def is_adapter(folder: Path) -> bool:
 def base_of(adapter: Path, fetch: Callable[[str], Path] | None = None) -> Path:
     """The folder of an adapter's base model, which `base.json` finds where both have been moved together.
 
-    `fetch` finds one that is no folder here on the Hub; None: it is missing.
+    `fetch` finds a base that is not a local folder on the Hub; it returns None if the base is missing.
 
     Raises:
-        ConversionRefused: no base, one that is gone, or one with other weights than base.json says; an adapter that is
+        ConversionRefused: no base, a missing base, or one with other weights than base.json says; an adapter that is
             not a causal LM's, or not in safetensors.
     """
     config = read_json(adapter / ADAPTER_CONFIG)
@@ -139,7 +143,7 @@ def _weights_hash(folder: Path) -> str:
 
 @torch.no_grad()
 def merge(adapter: Path, base: Path, folder: Path) -> None:
-    """Write the base with the adapter merged into its weights to `folder`, in FP32, and the files beside the weights.
+    """Write the base with the adapter merged into its weights to `folder`, in FP32, and the files next to the weights.
 
     Raises:
         ConversionRefused: PEFT is not installed, or has no way to merge this kind of adapter.
@@ -154,7 +158,7 @@ def merge(adapter: Path, base: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
     try:
         with warnings.catch_warnings(), safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
-            warnings.simplefilter("ignore")  # of weights that are missing; they are refused here
+            warnings.simplefilter("ignore")  # about missing weights; they are refused here
             adapted = peft.PeftModel.from_pretrained(model, adapter).eval()
             have = set(file.keys())
             own = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
@@ -172,14 +176,14 @@ def merge(adapter: Path, base: Path, folder: Path) -> None:
     if not difference <= TOLERANCE * max(1.0, largest):
         raise ConversionFailed(f"{adapter}: merged in, it changes a logit by {difference:.1e}")
     merged.save_pretrained(folder)
-    for source in (base, adapter):  # what is beside the adapter comes last: its tokenizer may have a chat template
+    for source in (base, adapter):  # the adapter's files come last: its tokenizer may have a chat template
         for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
 
 
 def _check_adapter_names(file: Path, have: set[str], own: set[str], all_names: set[str]) -> None:
-    """Every weight of the adapter is there and is used: PEFT takes missing ones for untrained."""
+    """Every weight of the adapter is present and used: PEFT would take missing ones for untrained."""
     missing, unused = own - have, have - own - all_names
     if missing:
         raise ConversionFailed(f"{file}: {len(missing)} weights are missing, the first is {min(missing)}")

@@ -1,6 +1,6 @@
 """The stages around the model family as one package, and the command `periln`.
 
-An installed copy has the sub-packages in this folder. In a checkout they are the folders beside it: `periln.eval` is
+An installed copy has the sub-packages in this folder. In a checkout they are the folders next to it: `periln.eval` is
 `eval/`, `periln.runkit` is `runkit/`.
 """
 

@@ -1,7 +1,7 @@
 """A checkout runs its own code, whatever is installed: `python -m eval.report` is the checkout's `periln.eval.report`.
 
-The folders of a checkout are found twice, as `eval` and as `periln.eval`. Both names stand for one module, so nothing
-has two copies of its state, and `periln` is the folder beside them rather than an installed one.
+The folders of a checkout are found twice, as `eval` and as `periln.eval`. Both names mean one module, so nothing
+has two copies of its state, and `periln` is the folder next to them rather than an installed one.
 """
 
 import importlib
@@ -25,7 +25,7 @@ class _SameModule(SourceFileLoader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._own  # the import system has put the other name's there
+        module.__spec__ = self._own  # the import system put the other name's there
 
 
 class _Finder(MetaPathFinder):
@@ -52,7 +52,7 @@ def bind(folder: str) -> None:
     """Make `folder`, a package at the top of this checkout, another name of `periln.<folder>` of this checkout.
 
     Raises:
-        ImportError: another copy of `periln` has been imported already.
+        ImportError: another copy of `periln` is already imported.
     """
     init = HERE / "__init__.py"
     found = sys.modules.get("periln")

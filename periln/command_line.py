@@ -22,7 +22,7 @@ def overview() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. Returns its exit code; 2 for a verb that there is not."""
+    """Run a verb. Returns its exit code; 2 for an unknown verb."""
     return until_unread(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -46,7 +46,7 @@ def _run(words: list[str]) -> int:
 
 
 def run_verb(verb: Verb, words: list[str]) -> int:
-    """Run a verb with the words behind it."""
+    """Run a verb with the words after it."""
     arguments = importlib.import_module(arguments_of(verb.command))
     return start(verb.command, partial(arguments.parse, prog=f"periln {verb.name}"), arguments.check, words)
 

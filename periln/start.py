@@ -18,12 +18,12 @@ def start(
     check: Callable[[argparse.Namespace], None],
     argv: list[str] | None = None,
 ) -> int:
-    """Run the `main` of a command, `eval.report` say, and return its exit code.
+    """Run the `main` of a command, such as `eval.report`, and return its exit code.
 
-    An argument that cannot be is refused before the command's module is imported. Ctrl-C until then ends the process
-    at once: nothing has been begun, and an import has nothing to save. A package that the command needs and that is
-    not installed is named in one sentence with the extra that brings it. Where nobody reads the output any more
-    (`| head`), the command ends without a word.
+    An impossible argument is refused before the command's module is imported. Ctrl-C until then ends the process
+    at once: nothing has begun, and an import has nothing to save. A package that the command needs and that is
+    not installed is named in one sentence with the extra that brings it. When the output is no longer read
+    (`| head`), the command ends silently.
     """
     return until_unread(lambda: _started(command, parse, check, argv))
 

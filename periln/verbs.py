@@ -20,6 +20,7 @@ VERBS = (
     Verb("cure", "eval.fp16", "bench", "Rewrite a model so that it runs in FP16, the same function"),
     Verb("formats", "eval.formats", "bench", "Measure which number formats a causal LM survives"),
     Verb("retrofit", "scripts.retrofit", "train", "Give a trained checkpoint another norm placement"),
+    Verb("retrofit-report", "eval.retrofit", "bench", "Report what a retrofit costs and gives"),
     Verb("widen", "eval.widen", "gguf", "Widen a GGUF file to a model folder that every stage reads"),
     Verb("bounds", "eval.bounds", "bench", "Bound a model's gradients and residual steps"),
     Verb("figures", "eval.figures", "bench", "Redraw the paper's figures from run folders"),
@@ -28,12 +29,14 @@ VERBS = (
     Verb("prepare-data", "scripts.prepare_data", "data", "Turn text into a tokenizer and token shards"),
     Verb("pretrain", "scripts.pretrain", "train", "Pretrain the runs that recipes describe"),
     Verb("sweep", "scripts.sweep", "train", "Run placements x learning rates x seeds from one YAML"),
+    Verb("study", "scripts.study", "eval", "Give every claim of the paper a verdict, within a budget"),
     Verb("plan", "scripts.plan", "train", "Plan a recipe's parameters, FLOPs, memory and time"),
     Verb("gpu-check", "scripts.gpu_check", "data", "Check the trainer on a GPU in one call of six minutes"),
     Verb("coordinate-check", "scripts.coordinate_check", "train", "Check that rates hold at any width and depth"),
     Verb("benchmarks", "eval.benchmarks", "eval", "Score checkpoints on tasks of lm-evaluation-harness"),
     Verb("evaluate", "eval.evaluate", "eval", "Measure benchmarks, held-out loss and samples of checkpoints"),
     Verb("loss", "eval.loss", "eval", "Measure the loss on random documents"),
+    Verb("live", "eval.live", "bench", "Show running pretrainings and sweeps on a page of this machine"),
     Verb("watch", "eval.watch", "eval", "Score a run's checkpoints while it trains"),
     Verb("tables", "eval.tables", "eval", "Draw the paper's tables from your own runs"),
     Verb("sft", "sft.train", "sft", "Fine-tune on LIMA-format conversations"),
@@ -45,7 +48,7 @@ VERBS = (
     Verb("zoo", "model_cards.zoo", "train", "Write an index page of local checkpoints"),
 )
 # Commands without a verb, run with `python -m` alone.
-OTHERS = {"eval.bench": "eval", "scripts.bench": "train", "model_cards.paper": "train"}
+OTHERS = {"eval.bench": "eval", "eval.study": "bench", "scripts.bench": "train", "model_cards.paper": "train"}
 
 
 def extra_of(command: str) -> str:

@@ -1,6 +1,6 @@
 """Checkpoint folders: a Transformers model folder, whole or not there, with a manifest of sizes and hashes.
 
-Which checkpoint stands for a run is decided here, for every stage. Neither torch nor Transformers is imported to read.
+Which checkpoint represents a run is decided here, for every stage. Reading imports neither torch nor Transformers.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def write_checkpoint(
 ) -> Iterator[Path]:
     """Write a checkpoint: model with its code, tokenizer, what the block adds, and the manifest last.
 
-    `weights` stand in for the model's own state dict where that is sharded over processes.
+    `weights` replace the model's own state dict where that is sharded over processes.
 
     The residual dtype is taken out of the saved configuration: it belongs to the run, not to the checkpoint. The saved
     generation configuration ends an answer where the text or a turn ends: whatever is fine-tuned on conversations
-    from here, by whatever trainer, and every adapter, which has none of its own, stops by it.
+    from here, by any trainer, and every adapter, which has no such configuration, stops by it.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -66,7 +66,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig,
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
-    """The ids that end a generation: those that the model knows, and the text's and the turn's, if there are turns."""
+    """The ids that end a generation: the model's own, the text's and, if there are turns, the turn's."""
     known: int | list[int] | None = model.generation_config.eos_token_id
     turn = tokenizer.get_added_vocab().get(END_OF_TURN)
     if turn is None:
@@ -81,7 +81,7 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint so that a kill on the way leaves none that looks whole."""
+    """Remove a checkpoint so that a kill midway leaves nothing that looks whole."""
     hidden = path.with_name(f".{path.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
@@ -124,7 +124,7 @@ def latest_whole(run: RunFolder, tell: Callable[[str], None] = print) -> Path | 
 
 
 def checked(checkpoint: Path) -> Path:
-    """The checkpoint that a path names, unless it is damaged. Only a folder outside of runs may lack a manifest.
+    """The checkpoint that a path names, unless it is damaged. Only a folder outside a run may lack a manifest.
 
     Raises:
         UserError: what is wrong with it.
@@ -145,10 +145,10 @@ def named_best(run: RunFolder) -> Path | None:
 
 
 def chosen_checkpoint(run: RunFolder, tell: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint that stands for a run: a fine-tuning's chosen one, else the newest without damage.
+    """The checkpoint that represents a run: a fine-tuning's chosen one, else the newest without damage.
 
     Raises:
-        UserError: the chosen one is missing or damaged: another would not be the model that was chosen.
+        UserError: the chosen one is missing or damaged; another would not be the model that was chosen.
     """
     best = named_best(run)
     return checked(best) if best is not None else latest_whole(run, tell)

@@ -1,6 +1,6 @@
 """torch.compile with the numerics of the eager operators in half precision.
 
-Apart from `fp16`, for the compiler takes two seconds to import, and most runs do without it.
+Separate from `fp16`, since the compiler takes two seconds to import and most runs do not need it.
 """
 
 from typing import Any
@@ -55,7 +55,7 @@ class TensorCoreProducts(CustomGraphPass):
                 reader.replace_input_with(part, narrow)
 
     def uuid(self) -> bytes:
-        """Of this file: compiled code in the cache is of this very pass."""
+        """A hash of this file, so that cached compiled code belongs to this very pass."""
         return get_hash_for_files((__file__,))
 
 
@@ -67,8 +67,8 @@ def _on_cpu_in_half(x: Any) -> bool:
 def compile_options(mode: str, device: str) -> dict[str, Any]:
     """Options of torch.compile for a run in `mode` (`fp16`, `bf16`, `fp32`) on `device` (`cpu`, `cuda`).
 
-    In half precision fused operators would hand FP32 values to each other, so that a residual sum of 90,000, stored as
-    inf, reached the next norm and the statistics as 90,000: `emulate_precision_casts` rounds every result as the
+    In half precision fused operators would pass FP32 values to each other, so that a residual sum of 90,000, stored as
+    inf, would reach the next norm and the statistics as 90,000: `emulate_precision_casts` rounds every result as the
     eager operators do.
     """
     if mode == "fp32":

@@ -1,14 +1,14 @@
-"""Control tokens: the added tokens of a tokenizer that steer, which a text can spell and must never become.
+"""Control tokens: added tokens of a tokenizer that steer a model; a text may spell one, but must never become one.
 
 These are the added tokens that the tokenizer calls special, and those that are written as markup: in brackets, such as
-`<think>` or `[INST]`. Any other added token is a word of the vocabulary, and a text that has the word has the token; so
-has one with a run of blanks for which there is a token.
+`<think>` or `[INST]`. Any other added token is a word of the vocabulary, and a text that has the word has the token;
+the same holds for a run of blanks that is a token.
 
 Whoever encodes a text by itself reads it with a tokenizer that has no control tokens to find (`encoding.TextEncoder`).
-A chat template cannot: what it renders is one string of control tokens and content, encoded by whoever asked for it. So
+A chat template cannot: what it renders is one string of control tokens and content, encoded by its caller. So
 it writes a WORD JOINER behind the first character of every control token that a content spells, and the tokenizers that
-we make (`ignore_joiners`) read that as if the joiner were not there: a content has the same ids in a conversation as it
-has as a text. Any other tokenizer reads the joiner, a character without width, as its bytes.
+we make (`ignore_joiners`) read that as if the joiner were not there: a content has the same ids in a conversation
+as in a plain text. Any other tokenizer reads the joiner, a character without width, as its bytes.
 """
 
 import json
@@ -41,7 +41,7 @@ def control_tokens(tokenizer: Any) -> list[str]:
 
 
 def without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that reads every text as text: the ids are the same, but for those of control tokens, which no text has.
+    """A copy that reads every text as text: the ids are the same, except those of control tokens, which no text has.
 
     `encode_special_tokens` alone does not do that: it leaves the added tokens that are not called special, and the
     models that look up whole words or pieces (Unigram, WordLevel, WordPiece, a BPE with `ignore_merges`) find the
@@ -71,12 +71,12 @@ def without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _around(spelled: str) -> tuple[str, ...]:
-    """A spelled token in texts, in which a model may see it as a word or as a part of one."""
+    """Texts with a spelled token, in which a model may see it as a word or as part of one."""
     return spelled, f"a{spelled}a", f"a {spelled} a"
 
 
 def _read_as_text(tokenizer: Tokenizer, tokens: Sequence[str]) -> list[str]:
-    """Those of the tokens that a tokenizer which looks for no special tokens reads as text."""
+    """The tokens that a tokenizer reads as text if it does not look for special tokens."""
     plain = Tokenizer.from_str(tokenizer.to_str())
     plain.encode_special_tokens = True
 
@@ -94,10 +94,10 @@ def passes(token: str) -> int:
 
 
 def ignore_joiners(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
-    """Have a tokenizer drop the joiner of neutralized `tokens`, before anything else that it does to a text.
+    """Have a tokenizer drop the joiner of neutralized `tokens`, before it does anything else to a text.
 
-    A joiner anywhere else stays, and so does that of a token which the model would find in its own vocabulary. The
-    normalizer works on what is left when the added tokens were found, so nothing can become one of them.
+    A joiner anywhere else stays, and so does that of a token that the model would find in its own vocabulary. The
+    normalizer works on what is left after the added tokens are found, so nothing can become one of them.
     """
     tokens = _read_as_text(tokenizer, tokens)
     if not tokens:
@@ -111,7 +111,7 @@ def ignore_joiners(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
 
 
 def ignores_joiners(tokenizer: Any) -> bool:
-    """Whether a fast tokenizer drops the joiners of its control tokens, where it may."""
+    """Whether a fast tokenizer drops the joiners of its control tokens wherever it may."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     tokens = _read_as_text(tokenizer.backend_tokenizer, control_tokens(tokenizer))
     joined = [(token[0] + JOINER + token[1:], token) for token in tokens]
@@ -122,7 +122,7 @@ def check_control_tokens(tokenizer: Any, name: object) -> None:
     """See that content can be kept apart from the control tokens of `tokenizer`.
 
     Raises:
-        UserError: no token for conversations, or one that content could become all the same; names both.
+        UserError: a token for conversations is missing, or content could still become one; names both.
     """
     tokens = control_tokens(tokenizer)
     if missing := [token for token in ROLES if token not in tokens]:
@@ -147,14 +147,14 @@ def check_control_tokens(tokenizer: Any, name: object) -> None:
 
 
 def _is_found(tokenizer: Any, token: str) -> bool:
-    """Whether a content that spells the token becomes it although it is neutralized."""
+    """Whether a content that spells the token becomes it although neutralized."""
     number = tokenizer.convert_tokens_to_ids(token)
     texts = _around(token[0] + JOINER + token[1:])
     return any(number in tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
 
 
 def _slips_through(token: str, is_word: bool) -> str | None:
-    """How a content could become the token although it is neutralized, or (a word) take a part of a turn's; or None."""
+    """How a content could become the token although neutralized, or (a word) take part of a turn's token; or None."""
     if len(token) == 1 and not is_word:
         return "because no joiner fits into a single character"
     for role in ROLES:

@@ -1,8 +1,8 @@
-"""Texts as a model reads them: the ids of a text, in bounded memory, and what stands before and behind them.
+"""Texts as a model reads them: the ids of a text, in bounded memory, and what precedes and follows them.
 
 What begins a document is decided by the tokenizer's own post-processor. Preparation records it in the data's index;
-the tokenizer of every checkpoint does the same to a prompt, and nothing behind it; losses, samples and conversations
-ask here. Imports no torch and no transformers, for the sake of the processes that only encode.
+the tokenizer of every checkpoint does the same to a prompt, and adds nothing after it; losses, samples and
+conversations ask here. Imports no torch and no transformers, for the sake of the processes that only encode.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +22,11 @@ TRIES = 8  # places of each kind that are tried
 
 
 class TextEncoder:
-    """Ids of texts alone: no special token is added, and a control token that a text spells is only text.
+    """Ids of texts alone: no special token is added, and a control token spelled in a text is just text.
 
-    A text longer than `PIECE` is cut into pieces where the pre-tokenizer begins a new word in the whole text as in
-    the piece, which is tried for each cut; the ids are those of the whole. A tokenizer without such places (one that
-    writes a blank before every text, or knows no words) gets pieces that end with a line, if one does.
+    A text longer than `PIECE` is cut into pieces where the pre-tokenizer begins a new word in the whole text as well as
+    in the piece, which is tested for each cut; the ids are those of the whole. A tokenizer without such places (one
+    that writes a blank before every text, or knows no words) gets pieces that end with a line, where possible.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -37,7 +37,7 @@ class TextEncoder:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "TextEncoder":
-        """An encoder of its own for a tokenizer of Transformers, which stays as it is.
+        """A separate encoder for a tokenizer of Transformers, which is not changed.
 
         Raises:
             UserError: it is not a fast one.
@@ -47,7 +47,7 @@ class TextEncoder:
         return cls(tokenizer.backend_tokenizer)
 
     def __call__(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:
-        """The ids of each text, uint32; and whether they may differ from those of the text encoded in one go."""
+        """The ids of each text, uint32, and whether they may differ from those of the text encoded at once."""
         found: list[list[np.ndarray]] = [[] for _ in texts]
         differ = [False] * len(texts)
         group: list[str] = []
@@ -112,7 +112,7 @@ class TextEncoder:
         yield from (high - NEAR + begin for _, (begin, _) in words[-2 : -2 - TRIES : -1] if 0 < begin < NEAR)
 
     def _changes_nothing(self, text: str, start: int, cut: int) -> bool:
-        """Whether the text from `start`, where a cut before has made a beginning, has the same ids cut at `cut`.
+        """Whether the text from `start`, which begins at an earlier cut, has the same ids cut at `cut`.
 
         Pre-tokenizers read from left to right and look a character ahead, and a model sees a word by itself: so it
         is enough that the words up to the cut and behind it are those of the two parts. They are looked for from
@@ -135,15 +135,15 @@ class TextEncoder:
 
 
 def text_ids(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Text to its ids alone, for any tokenizer of Transformers; one that is not fast reads a text in one go."""
+    """Text to its ids alone, for any tokenizer of Transformers; one that is not fast reads a text at once."""
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         return TextEncoder.of(tokenizer).ids
     return lambda text: list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
-# --- what stands around a text ---------------------------------------------------------------------------------
+# --- what surrounds a text -------------------------------------------------------------------------------------
 def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer of Transformers puts before and behind a text by itself.
+    """The ids that a tokenizer of Transformers adds before and after a text.
 
     Raises:
         UserError: it does something else to a text.
@@ -156,7 +156,7 @@ def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def before_text(tokenizer: Any) -> list[int]:
-    """What a text follows that nothing stands before: what begins a document, or else the end of the one before."""
+    """The ids before the first text: what begins a document, or else the end of the previous document."""
     begin, _ = added_around(tokenizer)
     ends = [number for number in (tokenizer.eos_token_id, tokenizer.bos_token_id) if number is not None]
     return begin or ends[:1]
@@ -165,8 +165,8 @@ def before_text(tokenizer: Any) -> list[int]:
 def begin_documents_with(tokenizer: Any, begin: Sequence[int]) -> None:
     """Have a fast tokenizer put `begin` before a text, nothing behind it, and call its last token `bos_token`.
 
-    Nothing behind: what a prompt would end with is the end of the document that is to be continued. Where nothing
-    begins a document, `bos_token` is the token that ends the one before, which is what every library starts with.
+    Nothing after it: a prompt would then end with the end of the document that is to be continued. Where nothing
+    begins a document, `bos_token` is the token that ends the previous one, which is what every library starts with.
 
     Raises:
         UserError: the tokenizer is not a fast one.
@@ -181,7 +181,7 @@ def begin_documents_with(tokenizer: Any, begin: Sequence[int]) -> None:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=first, pair=first + second, special_tokens=special
         )
-        for flag in ("add_bos_token", "add_eos_token"):  # with these, a loaded tokenizer makes a post-processor anew
+        for flag in ("add_bos_token", "add_eos_token"):  # with these, a loaded tokenizer builds a new post-processor
             tokenizer.init_kwargs.pop(flag, None)
             setattr(tokenizer, f"_{flag}", False)
     start = begin[-1] if begin else tokenizer.eos_token_id

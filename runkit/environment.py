@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, device, threads, and the dtypes that were really seen."""
+"""What a run ran on: versions, commit, device, threads, and the dtypes actually seen."""
 
 import platform
 import subprocess
@@ -30,7 +30,7 @@ def _commit() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if not (root / ".git").exists():  # an installed copy, perhaps inside somebody else's repository
+    if not (root / ".git").exists():  # an installed copy, perhaps inside another repository
         return {"commit": None, "uncommitted_changes": None}
     changed = git("status", "--porcelain")
     return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": None if changed is None else bool(changed)}

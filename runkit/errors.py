@@ -1,12 +1,12 @@
-"""Errors for people, and the frame of every command line of the project.
+"""Errors for people, and the frame of every command line in the project.
 
 The exit codes, the same for every command:
 
     0    done
-    1    failed, or refused for the state of things: a folder of another run, a lock, a diverged run, a full disk
+    1    failed, or refused because of the state found: a folder of another run, a lock, a diverged run, a full disk
     2    bad usage or input: an argument, a recipe, a path that is missing or holds something else
     130  interrupted (SIGINT); what can be resumed was saved
-    141  nobody reads the output any more (`| head`)
+    141  the output is no longer read (`| head`)
     143  terminated (SIGTERM); likewise
 """
 
@@ -31,13 +31,13 @@ until_unread: Callable[[Callable[[], int | None]], int] = _PIPES["until_unread"]
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one sentence that names the field or the path."""
+    """Something the user can fix. The message is one sentence that names the field or the path."""
 
     exit_code = FAILURE
 
 
 class UsageError(UserError):
-    """A mistake in what was asked for: an argument, a recipe, or a path at which there is no such thing."""
+    """A mistake in what was asked for: an argument, a recipe, or a path where nothing suitable is."""
 
     exit_code = USAGE
 
@@ -67,7 +67,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults that say something: not None, a switch that is off, an empty list, or a file of ours."""
+    """Shows the defaults that say something: not None, a switch that is off, an empty list or one of our own files."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
@@ -94,7 +94,7 @@ def make_parser(prog: str, description: str, *examples: str) -> argparse.Argumen
         description: one sentence on what the command is for.
         examples: what may follow `prog`, a line each.
 
-    Options that few users need belong into `more_options(parser)`. `--stop-with-parent` and `--bar` are for commands
+    Options that few users need belong in `more_options(parser)`. `--stop-with-parent` and `--bar` are for commands
     that start others, and are not shown.
     """
     lines = "".join(f"\n  {prog} {words}" for words in examples)
@@ -102,7 +102,7 @@ def make_parser(prog: str, description: str, *examples: str) -> argparse.Argumen
     about = textwrap.fill(description, WIDTH) + heading + lines
     parser = _Parser(prog=prog, description=about, formatter_class=_Help)
     every = parser.add_argument_group(EVERY_COMMAND)
-    every.add_argument("--threads", type=int, metavar="N", help="CPU threads; as many as torch takes when left out")
+    every.add_argument("--threads", type=int, metavar="N", help="CPU threads; torch's own number when left out")
     every.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--stop-with-parent", type=int, help=argparse.SUPPRESS)  # a process id
     parser.add_argument("--bar", type=int, default=0, help=argparse.SUPPRESS)  # the progress bar's line, from 0
@@ -117,7 +117,7 @@ def more_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     """Run a command's main function and turn what it raises into one sentence and an exit code.
 
-    See the table on top. With `args.debug` the traceback is shown as well. Characters that the terminal's
+    See the table at the top. With `args.debug` the traceback is shown as well. Characters that the terminal's
     encoding lacks are written as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -156,6 +156,6 @@ def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse
 
 
 def _was_named(path: str | bytes | None, args: argparse.Namespace) -> bool:
-    """Whether a path is one that the command line names, not one of our own making."""
+    """Whether the command line names the path, rather than our code."""
     words = [word for value in vars(args).values() for word in (value if isinstance(value, list) else [value])]
     return path is not None and os.fsdecode(path) in {str(word) for word in words}

@@ -4,7 +4,7 @@
     summary.json, and changes.jsonl where a field was changed on a resume
 
 Tables, figures and cards are pure functions of it. Every file is written whole or not at all: into a
-temporary file (or folder) beside its place, synced, then renamed.
+temporary file (or folder) next to its place, synced, then renamed.
 """
 
 import errno
@@ -26,7 +26,7 @@ from periln.runkit.recipes import dump_yaml, read_yaml, to_mapping
 from periln.runkit.resume import Resumption, resumption
 
 T = TypeVar("T")
-CLAIM = {"recipe.yaml", "summary.json", "data.json"}  # what may stand in a folder before the first step
+CLAIM = {"recipe.yaml", "summary.json", "data.json"}  # what a folder may hold before the first step
 STATUSES = ("running", "completed", "diverged", "interrupted", "failed")
 
 
@@ -39,7 +39,7 @@ def room_for(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise UserError(f"no space on the disk: {path} could not be written; what stood there is kept") from error
+            raise UserError(f"no space on the disk: {path} could not be written; what was there is kept") from error
         raise
 
 
@@ -52,7 +52,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: what stood there before stays until the new one is whole."""
+    """Write a file atomically: the old one stays until the new one is whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,10 +73,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_if_free(path: Path, text: str) -> None:
-    """`write_text`, unless something else stands there.
+    """`write_text`, unless something else is there.
 
     Raises:
-        UserError: it does; it is left alone.
+        UserError: something else is there; it is left alone.
     """
     if path.exists():
         if path.is_dir() or path.read_bytes() != text.encode():
@@ -86,7 +86,7 @@ def write_if_free(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` for JSON. NaN and infinity are no JSON: give None."""
+    """`write_bytes` for JSON. NaN and infinity are not JSON: give None."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -108,7 +108,7 @@ def read_json(path: Path) -> Any:
 def write_folder(path: Path) -> Iterator[Path]:
     """Fill a folder under a temporary name; it appears at `path` only when the block ends without an error.
 
-    A folder that already stands at `path` is replaced, and removed after the rename.
+    A folder already at `path` is replaced, and removed after the rename.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a folder; it is left alone")
@@ -124,7 +124,7 @@ def write_folder(path: Path) -> Iterator[Path]:
 
 
 def check_room(path: Path, size: int, what: str) -> None:
-    """Refuse what the disk of `path`, which need not exist yet, has no room for.
+    """Refuse what does not fit on the disk of `path`, which need not exist yet.
 
     Raises:
         UserError: how much is needed, and how much is free.
@@ -171,7 +171,7 @@ def weights_hash(checkpoint: Path) -> str:
 
 
 def called(path: str | Path) -> str:
-    """A folder as a message calls it: as it was given, `.` and `..` by what they stand for."""
+    """A folder as a message calls it: as it was given, with `.` and `..` resolved."""
     return str(Path(path).resolve() if Path(path).name in ("", "..") else path)
 
 
@@ -203,10 +203,10 @@ class RunFolder:
 
     @property
     def began(self) -> bool:
-        """Whether anything stands here that is worth keeping.
+        """Whether the folder holds anything worth keeping.
 
         A command that was refused, or killed before its first step, leaves a claim at most: the recipe as `claim`
-        writes it, and what is said of a run before it begins. That holds nobody up.
+        writes it, and what is recorded about a run before it begins. That blocks nothing.
         """
         names = {
             file.relative_to(self.path).as_posix()
@@ -225,7 +225,7 @@ class RunFolder:
         """What `claim` does, without writing.
 
         Returns:
-            the recipe to go on with (`.recipe`), and what is another than when the run began.
+            the recipe to continue with (`.recipe`), and what differs from when the run began.
 
         Raises:
             UserError: the folder belongs to another recipe (the differing fields are named), or holds
@@ -246,17 +246,17 @@ class RunFolder:
         return found
 
     def claim(self, recipe: T, tell: Callable[[str], None] = print) -> T:
-        """Write the recipe, or check that the folder belongs to this very recipe; to be called with the lock held.
+        """Write the recipe, or check that the folder belongs to this very recipe; call it with the lock held.
 
-        What may change on a resume is told, written to recipe.yaml, and kept in changes.jsonl.
+        What may change on a resume is reported, written to recipe.yaml, and kept in changes.jsonl.
 
         Returns:
-            the recipe to go on with. Raises as `check_claim`.
+            the recipe to continue with. Raises as `check_claim`.
         """
         found = self.check_claim(recipe)
         text, file = dump_yaml(to_mapping(found.recipe)), self.path / "recipe.yaml"
         if not self.began and file.exists() and file.read_text(encoding="utf-8") != text:
-            tell(f"{self.path} held another recipe, of a run that never began: it is taken over")
+            tell(f"{self.path} held another recipe, of a run that never began: it is replaced")
             for name in CLAIM:
                 (self.path / name).unlink(missing_ok=True)
         for line in (*map(str, found.changes), *found.kept):
@@ -273,15 +273,15 @@ class RunFolder:
         return found.recipe
 
     def set_status(self, status: str, **more: Any) -> None:
-        """Write summary.json: the status, and whatever else is to be known at once about the run."""
+        """Write summary.json: the status, and whatever else should be visible at once."""
         if status not in STATUSES:
-            raise ValueError(f"status={status!r} is none of {STATUSES}")
+            raise ValueError(f"status={status!r} is not one of {STATUSES}")
         who = {"host": socket.gethostname(), "pid": os.getpid()} if status == "running" else {}
         write_json(self.path / "summary.json", {"status": status, **who, **more})
 
     @contextmanager
     def locked(self, wait_seconds: float = 0.0, tell: Callable[[str], None] = print) -> Iterator[None]:
-        """Hold the folder for writing. The lock dies with the process that holds it, however that ends.
+        """Hold the folder for writing. The lock dies with the process that holds it, however it ends.
 
         Raises:
             UserError: another live process holds it (after waiting `wait_seconds` for it to go).
@@ -299,7 +299,7 @@ class RunFolder:
                     if time.monotonic() >= deadline:
                         raise UserError(f"{self.path} is in use by {holder}; wait for it or stop it") from None
                     if not told:
-                        tell(f"waiting for {holder} to let go of {self.path}")
+                        tell(f"waiting for {holder} to release {self.path}")
                         told = True
                     time.sleep(0.2)
             file.truncate(0)
@@ -339,7 +339,7 @@ class RunFolder:
 
 
 def json_number(x: Any) -> Any:
-    """The value without NaN and infinity, which are no JSON: None in their place."""
+    """The value without NaN and infinity, which are not JSON: None instead."""
     if isinstance(x, dict):
         return {k: json_number(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):

@@ -1,6 +1,6 @@
-"""FP16 that is FP16 on a CPU too.
+"""Real FP16 on a CPU too.
 
-Accelerate's `mixed_precision="fp16"` does nothing on a CPU: it trains in FP32 without a word. And the CPU's
+Accelerate's `mixed_precision="fp16"` does nothing on a CPU: it silently trains in FP32. And the CPU's
 own FP16 matrix products run at a hundredth of its FP32 speed. `make_fp16_real` turns on what Accelerate left
 off (autocast and the loss scaler), and `HalfMatmul` gives matrix products the numerics of a GPU's tensor
 cores at about the speed of FP32: FP16 operands, products accumulated in FP32, the result rounded to FP16
@@ -38,7 +38,7 @@ def is_half(x: Any) -> bool:
 class HalfMatmul(TorchDispatchMode):
     """While active, every FP16 matrix product on the CPU is computed as tensor cores do it.
 
-    It stands below autograd and autocast, in the place of the kernels: a product with FP16 operands is
+    It works below autograd and autocast, in place of the kernels: a product with FP16 operands is
     computed from the same values in FP32, and its result rounded to FP16, so that the products of the backward
     pass, recomputed activations included, are treated like those of the forward pass. Fused attention is one
     product, as in a flash kernel: FP16 in, FP32 scores and softmax, FP16 out (its log-sum-exp stays FP32).
@@ -48,7 +48,7 @@ class HalfMatmul(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """True: torch.compile works under this mode, and does not look at it. (Else it runs everything eagerly.)"""
+        """True: torch.compile works under this mode, and ignores it. (Otherwise it runs everything eagerly.)"""
         return True
 
     def __torch_dispatch__(
@@ -74,11 +74,11 @@ def make_fp16_real(accelerator: Any, scaler_options: dict[str, Any] | None = Non
     """Make an `accelerate.Accelerator` with `mixed_precision="fp16"` train in FP16 on a CPU as on a GPU.
 
     Call it before `prepare`, and do forward and backward inside the context manager that it returns (on a GPU
-    that is an empty one; FP16 and BF16 products are kept from being summed in half precision). `scaler_options` go to
+    an empty one; FP16 and BF16 products are kept from being summed in half precision). `scaler_options` go to
     the CPU's `torch.amp.GradScaler`.
     """
     if accelerator.device.type == "cuda":
-        # Accumulate in FP32 there too, in either half precision: comparing the two is no use otherwise.
+        # Accumulate in FP32 there too, in either half precision: otherwise the two could not be compared.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if accelerator.mixed_precision != "fp16" or accelerator.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""What the clients of the Hugging Face Hub raise, as one sentence."""
+"""Errors of the Hugging Face Hub's clients, as one sentence."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def hub_reason(error: BaseException) -> str:
 
 
 def hub_error(said: str, error: BaseException) -> UserError:
-    """The sentence `said` with the Hub's reason: of usage where the Hub has no such thing, else a failure."""
+    """The sentence `said` with the Hub's reason: a usage error where the Hub has no such thing, else a failure."""
     reason = hub_reason(error)
     kind = UsageError if reason.startswith(("the Hub has ", "the Hub does not have ")) else UserError
     return kind(f"{said} {reason}")

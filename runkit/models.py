@@ -1,7 +1,7 @@
 """Which model a path or an id of the Hub means, and how its weights are loaded: one answer for every stage.
 
-What is damaged is named, and passed over or refused. Weights that the file lacks are refused, since Transformers fills
-them with random numbers; so are weights that the model has no place for.
+What is damaged is named, and passed over or refused. Missing weights are refused, since Transformers fills them
+with random numbers; so are weights that the model has no place for.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FoundModel:
     revision: str | None = None
 
     def checkpoint(self, tell: Callable[[str], None] = to_stderr) -> Path:
-        """The checkpoint that it stands for: see `runkit.checkpoints.chosen_checkpoint`.
+        """The checkpoint that represents it: see `runkit.checkpoints.chosen_checkpoint`.
 
         Raises:
             UserError: a run without a whole checkpoint, or a damaged one that was asked for.
@@ -58,7 +58,7 @@ class FoundModel:
         return found
 
     def checkpoints(self, tell: Callable[[str], None] = to_stderr) -> list[Path]:
-        """Every whole checkpoint of a run, oldest first; else the one. Raises as `checkpoint`."""
+        """Every whole checkpoint of a run, oldest first; otherwise the only one. Raises as `checkpoint`."""
         if not self.whole_run:
             return [checked(self.path)]
         found = list(whole_checkpoints(RunFolder(self.path), tell))[::-1]
@@ -66,12 +66,12 @@ class FoundModel:
 
     @property
     def is_chosen(self) -> bool:
-        """Whether best.json of a fine-tuning decides which checkpoint it stands for."""
+        """Whether best.json of a fine-tuning decides which checkpoint represents it."""
         return self.whole_run and named_best(RunFolder(self.path)) is not None
 
 
 def find_model(asked: str | Path, revision: str | None = None) -> FoundModel:
-    """The model that a path, else an id of the Hub, stands for.
+    """The model at a path, or else with an id of the Hub.
 
     Raises:
         UsageError: a revision of a local path.
@@ -82,7 +82,7 @@ def find_model(asked: str | Path, revision: str | None = None) -> FoundModel:
         found, commit = _download(str(asked), revision)
         return FoundModel(str(asked), found, revision=commit)
     if revision is not None:
-        raise UsageError(f"--revision {revision} is for models of the Hub, and {asked} is none")
+        raise UsageError(f"--revision {revision} is for models of the Hub, and {asked} is not one")
     path = path.resolve()
     if path.suffix == ".gguf" and path.is_file():
         raise UsageError(f"{asked} is GGUF: widen it first, periln widen {asked} OUT, and name OUT")
@@ -108,7 +108,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def check_loadable(checkpoint: Path) -> None:
-    """Refuse, before anything is imported, what cannot be loaded as a causal LM of plain weights.
+    """Refuse, before anything is imported, what cannot be loaded as a causal LM with plain weights.
 
     Raises:
         UserError: an adapter alone, no weights in safetensors, quantized weights, or a model of another kind.
@@ -127,7 +127,7 @@ def _no_weights(name: object, files: list[str], where: str = "") -> str:
     return f"{name} has no weights in safetensors; pickled ones (.bin, .pt) are not read"
 
 
-# Encoders whose configuration a causal head is put on without a word.
+# Encoders on which Transformers silently puts a causal head.
 ENCODERS = (
     *("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet"),
     *("roberta", "xlm-roberta"),
@@ -135,13 +135,13 @@ ENCODERS = (
 
 
 def check_kind(name: object, config: Any) -> None:
-    """Refuse, by its configuration, a model that is quantized, an encoder, or reads more than text.
+    """Refuse, by its configuration, a model that is quantized, is an encoder, or reads more than text.
 
     Raises:
         UsageError: which of these it is.
     """
     if not isinstance(config, dict):
-        raise UsageError(f"{name} has a config.json that is no mapping")
+        raise UsageError(f"{name} has a config.json that is not a mapping")
     kind = config.get("model_type")
     if (quantized := config.get("quantization_config")) is not None:
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
@@ -179,7 +179,7 @@ def load_causal_lm(
 
 
 def refuse_other_weights(name: object, info: dict[str, Any]) -> None:
-    """Refuse a model whose file lacks weights or holds others; `info` is what `from_pretrained` returns of them.
+    """Refuse a model whose file lacks weights or holds others; `info` is what `from_pretrained` reports about them.
 
     Raises:
         UserError: how many, and the first.
@@ -187,7 +187,9 @@ def refuse_other_weights(name: object, info: dict[str, Any]) -> None:
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} the first")
     if unexpected := sorted(info["unexpected_keys"]):
-        raise UserError(f"{name} holds {len(unexpected)} weights that the model has not, {unexpected[0]} the first")
+        raise UserError(
+            f"{name} holds {len(unexpected)} weights that the model does not have, {unexpected[0]} the first"
+        )
     if mismatched := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys", ())):
         raise UserError(
             f"{name} has {len(mismatched)} weights of another shape than the model, {mismatched[0]} the first"
@@ -195,10 +197,10 @@ def refuse_other_weights(name: object, info: dict[str, Any]) -> None:
 
 
 def not_loaded(name: object, error: Exception) -> UserError:
-    """What Transformers raised, in whichever way, as one sentence."""
+    """What Transformers raised, of whatever kind, as one sentence."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
-        return UserError(f"{name} brings code of its own, which is only run with --trust-remote-code: read it first")
+        return UserError(f"{name} brings its own code, which runs only with --trust-remote-code: read it first")
     return UserError(f"{name} cannot be loaded as a causal LM ({text[:200]})")
 
 
@@ -213,7 +215,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
             found = snapshot_download(name, revision=revision, local_files_only=True)
             return Path(found), Path(found).name
         info = HfApi().model_info(name, revision=revision)
-        # What stands in folders is another format of the same, or no part of the model.
+        # Folders hold the same weights in another format, or nothing of the model.
         files = [s.rfilename for s in info.siblings if "/" not in s.rfilename and s.rfilename.endswith(_FILES)]
         if not any(file.endswith(".safetensors") for file in files):
             raise UsageError(_no_weights(at, [s.rfilename for s in info.siblings]))
@@ -223,4 +225,4 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
     except UserError:
         raise
     except Exception as error:  # the Hub's client raises a dozen kinds; the user needs one sentence
-        raise hub_error(f"{at} is no folder here, and", error) from error
+        raise hub_error(f"{at} is not a folder here, and", error) from error

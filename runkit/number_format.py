@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """A number format. `dtype` is its name in torch; `unit_roundoff` is the largest relative error of a rounding to
-    nearest of a normal number, 2^-(stored fraction bits + 1).
+    """A number format. `dtype` is its name in torch; `unit_roundoff` is the largest relative error of rounding a
+    normal number to nearest, 2^-(stored fraction bits + 1).
 
     `infinities`: what rounds beyond the largest number becomes infinite; elsewhere it saturates. `integer`: the numbers
     are the integers up to the largest, symmetric (unit roundoff 1/2, of the number 1). `block`: how many numbers along
@@ -69,7 +69,7 @@ FP8_E5M2 = NumberFormat("FP8 E5M2", "float8_e5m2", 57344.0, 2.0**-14, 2.0**-3, 8
 FP4_E2M1 = NumberFormat("FP4 E2M1", "float4_e2m1fn_x2", 6.0, 1.0, 2.0**-2, 4)
 INT8 = NumberFormat("INT8", "int8", 127.0, 1.0, 2.0**-1, 8, integer=True)
 INT4 = NumberFormat("INT4", "int4", 7.0, 1.0, 2.0**-1, 4, integer=True)
-# An element format and a scale for each block: E8M0 is a power of two; E4M3 stands beside an FP32 scale of the tensor.
+# An element format and a scale for each block: E8M0 is a power of two; E4M3 goes with an FP32 scale of the tensor.
 MXFP8 = replace(FP8_E4M3, name="MXFP8", block=32, block_scale="E8M0")
 MXFP4 = replace(FP4_E2M1, name="MXFP4", block=32, block_scale="E8M0")
 NVFP4 = replace(FP4_E2M1, name="NVFP4", block=16, block_scale="E4M3")

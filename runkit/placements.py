@@ -5,6 +5,7 @@ Colours: Okabe and Ito's palette, safe for colour-blind eyes.
 
 import importlib.util
 import sys
+from dataclasses import fields
 from itertools import groupby
 from types import ModuleType
 from typing import Any
@@ -13,12 +14,12 @@ TABLE_NAME = "modeling_periln.placements"
 
 
 def _table() -> ModuleType:
-    """modeling_periln/placements.py, which needs the standard library alone; its package would import torch."""
+    """modeling_periln/placements.py, which needs only the standard library; its package would import torch."""
     if TABLE_NAME in sys.modules:
         return sys.modules[TABLE_NAME]
     found = importlib.util.find_spec("modeling_periln")
     if found is None or found.submodule_search_locations is None:
-        raise ModuleNotFoundError("modeling_periln is not installed beside periln", name="modeling_periln")
+        raise ModuleNotFoundError("modeling_periln is not installed with periln", name="modeling_periln")
     package = ModuleType("_placement_table")
     package.__path__ = list(found.submodule_search_locations)
     sys.modules.setdefault(package.__name__, package)
@@ -29,12 +30,30 @@ _ROWS = _table().PLACEMENTS
 PLACEMENTS: tuple[str, ...] = tuple(_table().PLACEMENT_NAMES)  # their order everywhere
 # One a row of the table, in its order; a placement beyond them gets OTHER_COLOUR and OTHER_MARKER.
 _PALETTE: tuple[str, ...] = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
-# Beyond it Tol's muted palette, and the first one's yellow, darkened: on white it cannot be read.
+# Then Tol's muted palette, and the first one's yellow, darkened: it cannot be read on white.
 _PALETTE += ("#332288", "#117733", "#882255", "#AA4499", "#44AA99", "#661100", "#6699CC", "#8C7A00", "#999933")
 _SHAPES = ("o", "s", "^", "D", "v", "P", "*", "<", ">", "p", "X", "H", "8", "1", "h", "2")
 OTHER_COLOUR, OTHER_MARKER = "#6E6E6E", "d"
 COLOURS = dict(zip(PLACEMENTS, _PALETTE, strict=False))
 MARKERS = dict(zip(PLACEMENTS, _SHAPES, strict=False))
+
+
+# The norms of a sublayer, by their letters in x <- C(alpha x + s B(f(c A(x)))).
+_LETTERS = {"A": "input_norm", "B": "output_norm", "C": "residual_norm"}
+_ENDS = ("embedding_norm", "final_norm")
+
+
+def _plain(row: Any) -> bool:
+    """Whether a row says only where the norms A, B and C and those of the two ends are."""
+    said = (f for f in fields(row) if f.name not in (*_LETTERS.values(), *_ENDS))
+    return all(getattr(row, f.name) == getattr(type(row)(), f.name) for f in said)
+
+
+# The first row with these norms alone: {"C": "post", "A": "pre", "AB": "peri", "B": "output", "AC": "pre_post", ...}.
+BY_NORMS: dict[str, str] = {}
+for _name, _row in _ROWS.items():
+    if _plain(_row):
+        BY_NORMS.setdefault("".join(letter for letter, norm in _LETTERS.items() if getattr(_row, norm)), _name)
 
 
 def has_embedding_norm(model: dict[str, Any], placement: str | None = None) -> bool:
@@ -48,7 +67,7 @@ def has_embedding_norm(model: dict[str, Any], placement: str | None = None) -> b
 
 
 def default_embedding_norm(model: dict[str, Any], placement: str | None = None) -> bool:
-    """The same as the placement alone has it, whatever the field `embedding_norm` says."""
+    """The same for the placement alone, whatever the field `embedding_norm` says."""
     own = model.get("norm_placement", placement)
     if isinstance(own, dict):
         return own.get("embedding_norm") not in (None, False)
@@ -70,8 +89,8 @@ def marker_of(placement: str) -> str:
 
 
 def placement_name(config: dict[str, Any], missing: str = "placement not recorded") -> str:
-    """The placement of a configuration, or of a recipe's model section; for a list of layers or a row of the user's
-    own, what it holds; `missing` where there is none.
+    """The placement of a configuration, or of a recipe's model section; for a list of layers or the user's
+    own row, what it holds; `missing` where there is none.
     """
     if names := config.get("layer_placements"):
         return " + ".join(f"{len(list(same))} {name}" for name, same in groupby(names))

@@ -11,14 +11,14 @@ from pathlib import Path
 from types import FrameType
 
 import periln
-from periln.runkit.errors import INTERRUPTED, TERMINATED
+from periln.runkit.errors import INTERRUPTED, TERMINATED, UsageError
 
 
 class StopRequest:
-    """Set by SIGINT or SIGTERM; asked for between two steps. A second SIGINT, two seconds later, interrupts at once.
+    """Set by SIGINT or SIGTERM; checked between two steps. A second SIGINT, two seconds later, interrupts at once.
 
-    Sooner, and SIGTERM at any time, it is the same request once more: a terminal signals a whole group of processes,
-    and a launcher that dies of it has its child sent another.
+    Sooner, and SIGTERM at any time, it repeats the same request: a terminal signals a whole group of processes, and
+    a launcher that dies from the signal has another sent to its child.
 
     `exit_code` is None until then, 130 after SIGINT, 143 after SIGTERM.
     """
@@ -43,20 +43,40 @@ class StopRequest:
 
 
 def python_m(command: str) -> list[str]:
-    """The first words of a child process that runs a command, `eval.benchmarks` say, of this copy of the code.
+    """The first words of a child process that runs a command, such as `eval.benchmarks`, of this copy of the code.
 
-    An installed copy does not look into the working folder, which may be a checkout.
+    An installed copy does not look in the working folder, which may be a checkout.
     """
     return [sys.executable, *([] if periln.IS_CHECKOUT else ["-P"]), "-m", f"periln.{command}"]
 
 
 def start_stage(args: argparse.Namespace) -> None:
-    """What every stage does first: heed `--threads` and `--stop-with-parent`."""
+    """What every stage does first: apply `--threads` and `--stop-with-parent`."""
     if args.threads is not None:
         import torch
 
         torch.set_num_threads(args.threads)
     stop_with_parent(args.stop_with_parent)
+
+
+def need_device(name: str, asked: str) -> None:
+    """Refuse a GPU where torch sees none; `asked` is the option or field that names it.
+
+    Raises:
+        UsageError: `name` is `cuda` or `cuda:N`, and there is no CUDA device.
+    """
+    import torch
+
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"{asked} was asked for, but torch sees no CUDA device")
+
+
+def quiet_transformers() -> None:
+    """Keep Transformers' progress bars and warnings out of a command's output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def stop_with_parent(parent: int | None, poll_seconds: float = 0.5) -> None:
@@ -85,7 +105,7 @@ def peak_rss() -> int:
 
 
 def reset_peak_rss() -> bool:
-    """Have `peak_rss` begin anew from what is resident now; False where the system has no such thing."""
+    """Have `peak_rss` begin anew from what is resident now; False where the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

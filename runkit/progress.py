@@ -1,4 +1,4 @@
-"""Progress bars at a terminal, one line for each process that runs beside another; lines of text in a log."""
+"""Progress bars at a terminal, one line for each of several processes; lines of text in a log."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ LOG_SECONDS = 30.0
 class LogBar(tqdm):
     """A bar for a file: each time it shows itself it adds a line, and it moves no cursor."""
 
-    # Of its own, so that another library's bar beside it, and `tqdm.write`, do not take it for a line to go around.
+    # A separate instance, so that another library's bar and `tqdm.write` do not treat it as a line to work around.
     _instances: WeakSet[Any] = WeakSet()
     monitor = None
 
@@ -34,9 +34,9 @@ class LogBar(tqdm):
 def progress_bar(
     args: argparse.Namespace, total: int | None, desc: str, unit: str, shown: bool = True, **more: Any
 ) -> tqdm:
-    """A bar on the line that `--bar` names, with an estimate of the time left; `more` goes to tqdm.
+    """A bar on the line that `--bar` names, with the estimated time left; `more` goes to tqdm.
 
-    Where no one watches (a log file) it says where it is every 30 seconds only, in a line without control characters:
+    In a log file it reports only every 30 seconds, in a line without control characters:
     a week of ten lines a second would fill a disk.
     """
     options: dict[str, Any] = {"smoothing": 0.05, "disable": not shown}

@@ -14,7 +14,7 @@ _BLOCK = 1 << 22
 
 
 def public(value: Any) -> Any:
-    """The value with absolute paths cut down to their last name; they say where, not what."""
+    """The value with absolute paths cut down to their last name; they say where something is, not what it is."""
     if isinstance(value, dict):
         return {public(key): public(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
@@ -32,7 +32,7 @@ def path_in(text: str) -> str | None:
 
 
 def local_roots(*paths: Path) -> list[str]:
-    """How the places where these files lie are written: each path as given and resolved, the home, the working folder.
+    """The ways in which local places are written: each path as given and resolved, the home, the working folder.
 
     A root of one name, such as `/root`, has a slash behind it, so that no other word matches.
     """
@@ -49,7 +49,7 @@ def secrets(*more: str | None) -> list[str]:
 
 
 def found_in(content: bytes | Path, roots: Iterable[str], tokens: Iterable[str]) -> str | None:
-    """What of these stands in bytes or in a file, in words that do not repeat a token; None where nothing does."""
+    """What of these is found in bytes or in a file, in words that do not repeat a token; None if nothing is."""
     needles = [(root.encode(), f"the local path {root}") for root in roots]
     needles += [(token.encode(), "an access token") for token in tokens]
     overlap = max((len(needle) for needle, _ in needles), default=0) + 64
@@ -63,7 +63,7 @@ def found_in(content: bytes | Path, roots: Iterable[str], tokens: Iterable[str])
 
 
 def _blocks(content: bytes | Path, overlap: int) -> Iterable[bytes]:
-    """The content piece by piece, each with the end of the one before it."""
+    """The content piece by piece, each with the end of the previous one."""
     if isinstance(content, bytes):
         yield content
         return

@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `2e-3` is a number (YAML 1.1 wants a dot) and no key stands twice."""
+    """Safe YAML in which `2e-3` is a number (YAML 1.1 requires a dot) and no key appears twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         if len(mapping) != len(node.value):
             names = [self.construct_object(key) for key, _ in node.value]
             twice = next(name for name in names if names.count(name) > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"field {twice!r} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"field {twice!r} appears twice", node.start_mark)
         return mapping
 
 
@@ -42,13 +42,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: no such file, or not readable.
-        UsageError: no YAML, no mapping, or a base that is no path or leads back to itself.
+        UsageError: no YAML, no mapping, or a base that is not a path or leads back to itself.
     """
     return _read_chain(Path(path), [])
 
 
 def _read_chain(path: Path, above: list[Path]) -> dict[str, Any]:
-    """`read_yaml` for the base of the last file of `above`, or for a file that is nobody's base."""
+    """`read_yaml` for the base of the last file of `above`, or for a file that is not a base."""
     if path.resolve() in [p.resolve() for p in above]:
         raise UsageError(f"base: the recipes lead in a circle: {' -> '.join(map(str, [*above, path]))}")
     try:
@@ -68,7 +68,7 @@ def _read_chain(path: Path, above: list[Path]) -> dict[str, Any]:
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with `changes` over it: sections are merged field by field, all else (lists too) is replaced.
 
-    `null` is a value like any other. For a section it means that nothing of the base's is kept: its fields have
+    `null` is a value like any other. For a section it means that nothing of the base is kept: its fields have
     their defaults again.
     """
     merged = dict(base)
@@ -91,7 +91,7 @@ def apply_overrides(mapping: dict[str, Any], assignments: list[str], schema: typ
     """A recipe's mapping with assignments such as `optimizer.learning_rate=1e-3` over it; values are YAML.
 
     Raises:
-        UsageError: no `field=value`, a field twice, a field of something that is no section, or one that the
+        UsageError: no `field=value`, a field twice, a field of something that is not a section, or one that the
             dataclass `schema` does not have (with the nearest that it has).
     """
     seen: set[str] = set()
@@ -99,7 +99,7 @@ def apply_overrides(mapping: dict[str, Any], assignments: list[str], schema: typ
         name, equals, text = assignment.partition("=")
         name = name.strip()
         if not equals or not all(name.split(".")):
-            raise UsageError(f"{assignment!r} is no assignment: write field=value or section.field=value")
+            raise UsageError(f"{assignment!r} is not an assignment: write field=value or section.field=value")
         if not text.strip():
             raise UsageError(f"{assignment!r} has no value: write {name}=null for none")
         if name in seen:
@@ -200,7 +200,7 @@ def _has_default(field: dataclasses.Field[Any]) -> bool:
 def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "") -> T:
     """Build the dataclass `cls` from a mapping. Sections are dataclasses; one that is `null` has its defaults.
 
-    A section declared as `Section | None` may be left out: there `null` is no section at all.
+    A section declared as `Section | None` may be left out: there `null` means no section.
 
     Raises:
         UsageError: unknown field (with the nearest known one), missing field, wrong type; the message names
@@ -209,7 +209,7 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "") -> T:
     if not isinstance(mapping, dict):
         raise UsageError(f"{where.rstrip('.') or 'the recipe'} must be a section with fields, not {mapping!r}")
     hints = typing.get_type_hints(cls)
-    fields: Any = cls  # a dataclass, which no type variable can say
+    fields: Any = cls  # a dataclass, which no type variable can express
     known = {f.name: f for f in dataclasses.fields(fields)}
     values: dict[str, Any] = {}
     for name, value in mapping.items():

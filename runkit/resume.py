@@ -1,8 +1,8 @@
-"""What may change between two starts of one run. Each field of a recipe says it where it is declared.
+"""What may change between two starts of one run. Each field of a recipe declares it.
 
-A run is decided by the fields of its recipe that decide its result, and by what its data are (a fingerprint), never
-by where they lie. Everything else may be another on a resume: how often checkpoints are written, which trackers
-listen, where folders stand.
+A run is identified by the fields of its recipe that decide its result, and by the content of its data (a fingerprint),
+never by where they are. Everything else may change on a resume: how often checkpoints are written, which trackers
+listen, where folders are.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from periln.runkit.recipes import differing_fields, from_mapping, merge, section
 RESULT = "result"  # may not change
 BITS = "bits"  # may change: the same computation, rounded in another way
 NOTHING = "nothing"  # may change
-PLACE = "place"  # may change: a path, beside a fingerprint of what lies there
+PLACE = "place"  # may change: a path, since a fingerprint says what is there
 
 T = TypeVar("T")
 
@@ -25,10 +25,10 @@ def setting(default: Any = MISSING, *, decides: str = RESULT, before: Any = MISS
     """A field of a recipe; a field declared without this decides the result.
 
     Args:
-        default: as in `dataclasses.field`; left out, the field has to be given.
-        decides: RESULT, BITS, NOTHING or PLACE: what a change of it on a resume would do.
+        default: as in `dataclasses.field`; without one, the field is required.
+        decides: RESULT, BITS, NOTHING or PLACE: what changing it on a resume would do.
         before: what runs did before the field existed, where that is not the default. A run whose recipe.yaml lacks
-            the field goes on like that. Of a section: the fields in which it differs from the section's defaults.
+            the field continues like that. For a section: the fields in which it differs from the section's defaults.
     """
     metadata = {"decides": decides} | ({} if before is MISSING else {"before": before})
     return field(default=default, metadata=metadata)
@@ -36,7 +36,7 @@ def setting(default: Any = MISSING, *, decides: str = RESULT, before: Any = MISS
 
 @dataclass(frozen=True)
 class Change:
-    """A field that is another now than when the run began."""
+    """A field that differs from when the run began."""
 
     name: str
     old: Any
@@ -54,12 +54,12 @@ class Change:
 
 @dataclass
 class Resumption(Generic[T]):
-    """A recipe beside the one that its run began with.
+    """A recipe compared with the one that its run began with.
 
     Attributes:
-        recipe: what to go on with.
-        changes: the fields that are others now, and may be.
-        kept: sentences on fields that the run's recipe.yaml lacks, and that stay as they were before they existed.
+        recipe: what to continue with.
+        changes: the fields that differ, and may.
+        kept: sentences about fields that the run's recipe.yaml lacks, which stay as they were before they existed.
         different: `field: old -> new` of the fields that may not change; with any, this is another run.
     """
 
@@ -92,7 +92,7 @@ def as_before(cls: type, old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare(found: Resumption[Any], cls: type, old: dict[str, Any], new: dict[str, Any], where: str) -> dict[str, Any]:
-    """Fill `found` from two mappings of one section; returns the mapping to go on with."""
+    """Fill `found` from two mappings of one section; returns the mapping to continue with."""
     fields, hints, settled = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls), dict(new)
     for name, one in fields.items():
         section, value = section_of(hints[name]), new[name]
@@ -131,7 +131,7 @@ def _usual(one: dataclasses.Field[Any]) -> Any:
 
 
 def _before(one: dataclasses.Field[Any]) -> Any:
-    """What runs did before the field existed; MISSING for a field that has always had to be given."""
+    """What runs did before the field existed; MISSING for a field that was always required."""
     if "before" not in one.metadata:
         return _usual(one)
     before, usual = one.metadata["before"], _usual(one)

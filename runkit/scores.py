@@ -1,6 +1,6 @@
-"""Which score of a model counts where its eval folder holds several of one task and metric: one rule for all readers.
+"""Which score of a model counts where its eval folder holds several for one task and metric: one rule for all readers.
 
-The score of the chosen checkpoint (best.json) counts, else that of the latest one; of those the one with the fewest
+The score of the chosen checkpoint (best.json) counts, else that of the latest one; among those the one with the fewest
 examples before an item, as the paper's are 0-shot; then the one on the most items; then the file whose name sorts last.
 """
 

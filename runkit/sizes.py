@@ -9,7 +9,7 @@ UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def size_value(name: str) -> float:
-    """`1.5B` as a number, infinity for a name that is none."""
+    """`1.5B` as a number, infinity for any other name."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([KMBT]?)\s*(?:\(.*\))?", str(name), re.IGNORECASE)
     return float(found[1]) * UNITS.get(found[2].upper(), 1.0) if found else float("inf")
 

@@ -1,4 +1,4 @@
-"""Gradient spikes: steps whose gradient norm stands far above those of the steps before."""
+"""Gradient spikes: steps whose gradient norm is far above those of the steps before."""
 
 import math
 from collections import deque
@@ -12,24 +12,24 @@ LEAST = 16  # norms that a window needs before anything counts as a spike
 
 @dataclass
 class Spikes:
-    """When a gradient norm counts as a spike: so many standard deviations above the mean of the steps before."""
+    """When a gradient norm counts as a spike: `sigmas` standard deviations above the mean of the steps before."""
 
     sigmas: float = 6.0
     window: int = 128  # steps
 
 
 class SpikeCounter:
-    """Says of each step whether its gradient norm is a spike, and counts them.
+    """Tells for each step whether its gradient norm is a spike, and counts the spikes.
 
-    A spike exceeds the mean of the finite norms among the `rules.window` steps before it (itself not counted) by
+    A spike exceeds the mean of the finite norms among the `rules.window` steps before it (excluding itself) by
     more than `rules.sigmas` of their (population) standard deviations. A window may be shorter than that, early in a
     run, but needs 16 finite norms (`rules.window` if that is less): the run's first steps are when spikes are most
-    frequent, and would be lost to a full window. A norm that is not finite (None) is no spike and enters no
+    frequent, and would be lost to a full window. A norm that is not finite (None) is not a spike and enters no
     statistic, but its step takes its place in the window. A spike does enter the windows of the steps after it:
     a run that goes up and stays there has one spike, not a thousand.
 
-    The rule is that of OLMo's SpikeScore (6 sigma, 128 steps) and of the report's tables. It remembers nothing that
-    is not in metrics.jsonl: after a resume, record the steps before it again.
+    The rule is that of OLMo's SpikeScore (6 sigma, 128 steps) and of the report's tables. Its state
+    follows from metrics.jsonl: after a resume, record the earlier steps again.
     """
 
     def __init__(self, rules: Spikes | None = None):
@@ -39,7 +39,7 @@ class SpikeCounter:
         self._window: deque[float | None] = deque(maxlen=self.rules.window)
 
     def record(self, grad_norm: float | None) -> bool:
-        """Enter the next step's gradient norm (before clipping); whether it is a spike."""
+        """Enter the next step's gradient norm (before clipping); returns whether it is a spike."""
         finite = grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None
         before = [norm for norm in self._window if norm is not None]
         spike = False

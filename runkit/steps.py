@@ -14,7 +14,7 @@ def _of(unit: str, **more: Any) -> Any:
 class StepRecord:
     """One line of metrics.jsonl. A number that is not finite is None, since JSON has no NaN.
 
-    From `tokens_per_second` on, a clock or an allocator decides: these are not the same in two runs.
+    From `tokens_per_second` on, a clock or an allocator decides: two runs differ in these.
     """
 
     step: int = _of("from 0")

@@ -1,4 +1,4 @@
-"""A study's folder: what the stage that trains its cells and the stage that judges them agree on.
+"""A study's folder: what the stage that trains its cells and the stage that judges them share.
 
     STUDY/plan.yaml      budget, sizes and cells, as chosen; paths relative to STUDY
     STUDY/claims.yaml    the claims: statistic, threshold, group
@@ -7,7 +7,7 @@
     STUDY/recipes/, logs/
     STUDY/cells/NAME/    a run folder, and in it cell.json: the cell's result, all that the verdicts read
 
-Exported, the results are lines of `cells.jsonl` beside plan.yaml, claims.yaml and frozen.json.
+Exported, the results are lines of `cells.jsonl` next to plan.yaml, claims.yaml and frozen.json.
 """
 
 import hashlib
@@ -38,14 +38,20 @@ def file_hash(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
+def check_untouched(folder: Path) -> None:
+    """Raise UserError where the folder holds a study that has run, or the records of one."""
+    ran = next((path.parent.name for path in folder.glob("cells/*/*")), None)
+    if ran is not None or (folder / CELLS).exists():
+        raise UserError(f"{folder} holds a study that has run ({ran or CELLS}): give another folder with --out")
+
+
 def freeze(folder: Path, plan: dict[str, Any], claims: str) -> None:
     """Write plan and claims, and their hashes.
 
     Raises:
-        UserError: the folder holds a study that has run.
+        UserError: see `check_untouched`.
     """
-    if (found := next(folder.glob("cells/*/*"), None)) is not None:
-        raise UserError(f"{folder} holds a study that has run ({found.parent.name}): give another folder with --out")
+    check_untouched(folder)
     write_text(folder / "plan.yaml", dump_yaml(plan))
     write_text(folder / "claims.yaml", claims)
     write_json(folder / "frozen.json", {name: file_hash(folder / name) for name in FROZEN})
@@ -64,7 +70,7 @@ class Study:
     records: Path | None = None
 
     def check(self) -> None:
-        """Raise UserError where plan or claims are missing or not what was frozen, or records are of another plan."""
+        """Raise UserError where plan or claims are missing or have changed, or the records belong to another plan."""
         if not (self.path / "frozen.json").exists():
             raise UserError(f"{self.path} holds no plan: periln study plan --budget 20m --out {self.path}")
         frozen = read_json(self.path / "frozen.json")
@@ -75,7 +81,7 @@ class Study:
             other = read_json(self.records / "frozen.json")
             for name in FROZEN:
                 if other.get(name) != frozen.get(name):
-                    raise UserError(f"{self.records} holds records of another study: its {name} is another")
+                    raise UserError(f"{self.records} holds records of another study: its {name} differs")
 
     @cached_property
     def plan(self) -> dict[str, Any]:
@@ -89,7 +95,7 @@ class Study:
 
     @property
     def cells(self) -> list[dict[str, Any]]:
-        """The plan's cells, most informative first."""
+        """The plan's cells, the most informative first."""
         return list(self.plan["cells"])
 
     def run_path(self, name: str) -> Path:
@@ -115,7 +121,7 @@ def read_results(file: Path) -> dict[str, dict[str, Any]]:
     """The results in a cells.jsonl, by the cell's name; none where there is no such file.
 
     Raises:
-        UserError: a line that is no result; names file and line.
+        UserError: a line that is not a result; names file and line.
     """
     if not file.exists():
         return {}
@@ -125,14 +131,14 @@ def read_results(file: Path) -> dict[str, dict[str, Any]]:
             result = json.loads(line)
             found[str(result["cell"])] = result
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{file}, line {number} is no cell's result: {error}") from error
+            raise UserError(f"{file}, line {number} is not a cell's result: {error}") from error
     return found
 
 
 def best_rates(plan: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, float | None]:
     """For each placement of E2 the rate of lowest held-out loss at the plan's first seed; None while one is missing.
 
-    As the paper chooses rates, at one seed. Where every rate diverged, the lowest rate.
+    Chosen at one seed, as in the paper. Where every rate diverged, the lowest rate.
     """
     rates: dict[str, float | None] = {}
     scans: dict[str, list[dict[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""The benchmark tasks, one row each: a further task is a further row here, and its mini twin in eval/tasks/.
+"""The benchmark tasks, one row each: a new task is a new row here, and its mini twin in eval/tasks/.
 
 Data sets as lm-eval 0.4.13 reads them. The order is that of every table.
 """
@@ -13,7 +13,7 @@ class Task:
     name: str
     title: str
     chance: float  # accuracy of guessing, percent
-    folder: str  # of lm_eval/tasks in which it stands
+    folder: str  # of lm_eval/tasks that holds it
     dataset: str  # repository of the Hub
     config: str
     split: str

@@ -1,7 +1,7 @@
-"""What no tokenizer should be given, found before one sees it: half a surrogate pair, an endless run of one kind.
+"""What no tokenizer should be given, found before one sees it: half of a surrogate pair, or an endless run of
+characters of one kind.
 
-Everything that reads text asks here, so that a text that preparation leaves out is not an error without a name
-elsewhere.
+All code that reads text asks here, so that a text that preparation leaves out does not fail obscurely elsewhere.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 UNDECODABLE, LONG_RUN = "undecodable", "long run"
 # Characters of one kind in a row. Ten million blanks make the regular expressions of `tokenizers` panic, and a BPE
-# takes time quadratic in the length of a word to train; nobody writes 20,000 letters without a space.
+# takes time quadratic in the length of a word to train; no real text has 20,000 letters without a space.
 LONGEST_RUN = 20_000
 _PROBE = 32
 _KINDS = tuple(re.compile(kind) for kind in (r"\s+", r"[^\W\d_]+", r"\d+", r"(?:[^\w\s]|_)+"))
@@ -18,8 +18,7 @@ _KINDS = tuple(re.compile(kind) for kind in (r"\s+", r"[^\W\d_]+", r"\d+", r"(?:
 def long_runs(text: str, longest: int = LONGEST_RUN) -> Iterator[tuple[int, int]]:
     """(start, stop) of every run of more than `longest` characters of one kind: blanks, letters, digits, others.
 
-    A run that long covers one of the places that are looked at, so the time is that of a few of every `longest`
-    characters.
+    A run that long covers one of the places examined, so only a few of every `longest` characters are read.
     """
     step = max(1, longest // 2)
     probe = min(_PROBE, step)
@@ -37,7 +36,7 @@ def long_runs(text: str, longest: int = LONGEST_RUN) -> Iterator[tuple[int, int]
 
 
 def _start(kind: re.Pattern[str], text: str, inside: int) -> int:
-    """Where the run begins that `inside` stands in or ends before."""
+    """Where the run begins that contains `inside` or ends before it."""
     while inside:
         back = max(0, inside - 4096)
         start = inside
@@ -50,7 +49,7 @@ def _start(kind: re.Pattern[str], text: str, inside: int) -> int:
 
 
 def without_long_runs(text: str, longest: int) -> Iterator[str]:
-    """The text in pieces none of which has a run of more than `longest` characters; they join to the text."""
+    """Pieces that join to the text, none with a run of more than `longest` characters."""
     begin = 0
     for start, stop in long_runs(text, longest):
         for cut in range(start + longest, stop, longest):

@@ -1,12 +1,12 @@
-"""How fast is PeriLlama beside Transformers' own models? `python -m scripts.bench --out bench/`
+"""How fast is PeriLlama compared with Transformers' own models? `python -m scripts.bench --out bench/`
 
 Every pair of models has the same weights (by `modeling_periln.convert`; the same tensors, since a product's time
 depends on where in memory they lie) and does the same work. A and B are measured in turn, in one process, in an order
 that alternates, so that a machine's slow minutes fall on both, and both are built anew every few pairs; what is
 reported is the ratio of the medians with a bootstrap interval over the pairs. Two cases compare a model with itself:
-what they are off 1 is the machine's noise, and no other ratio is known better. `bench.json` is written after each case.
-What is in it, of this machine and with as many pairs at least, is not measured again unless `--again` or other
-`--tokens` are given.
+their distance from 1 is the machine's noise, and no other ratio is more certain than that. `bench.json` is written
+after each case. What is in it, of this machine and with as many pairs at least, is not measured again unless `--again`
+or other `--tokens` are given.
 
 The training step is forward, loss, backward and AdamW; labels are the ids, no padding.
 """
@@ -40,6 +40,7 @@ from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from modeling_periln.conversions import export_recipe
 from modeling_periln.convert import to_native
 from modeling_periln.norms import PeriLlamaRMSNorm
+from modeling_periln.placements import PLACEMENTS
 from periln.runkit.environment import describe_environment
 from periln.runkit.errors import UsageError, UserError, did_you_mean
 from periln.runkit.folder import read_json, write_json, write_text
@@ -85,7 +86,7 @@ class Case:
 def build_model(case: Case, placement: str, device: torch.device) -> PeriLlamaForCausalLM:
     """A PeriLlama of the case's size in its dtype, from seed 0."""
     torch.manual_seed(0)
-    embedding_norm = False if placement == "peri" and case.native else None  # as HyperCLOVA X
+    embedding_norm = False if case.native and PLACEMENTS[placement].embedding_norm else None  # as HyperCLOVA X
     config = PeriLlamaConfig(**(case.sizes or SMALL), norm_placement=placement, embedding_norm=embedding_norm)
     return PeriLlamaForCausalLM(config).to(device, DTYPES[case.dtype])
 
@@ -159,6 +160,7 @@ def norm_pair(case: Case, device: torch.device) -> tuple[Callable[[], Any], Call
 
 
 def _cases() -> Iterator[Case]:
+    shared: dict[str, Any]
     for target, compiled in ((1.0, False), (0.97, True)):
         how = "compiled" if compiled else "eager"
         for dtype in DTYPES:
@@ -167,7 +169,7 @@ def _cases() -> Iterator[Case]:
                 shared = {"dtype": dtype, "compiled": compiled, "placements": (ours, None), "native": native}
                 yield Case(name, what, native, target, (2, 256), training_pair, **shared)
     what = "training step, peri, FP32, compiled, d 1024"
-    pair = {"compiled": True, "sizes": WIDE, "placements": ("peri", "pre")}
+    pair: dict[str, Any] = {"compiled": True, "sizes": WIDE, "placements": ("peri", "pre")}
     yield Case("peri-over-pre", what, "our own pre", 0.97, (1, 2048), training_pair, **pair)
     for batch in (1, 16):
         yield Case(
@@ -182,7 +184,7 @@ def _cases() -> Iterator[Case]:
         )
     shared = {"placements": ("pre", "pre")}
     yield Case("same-train", "training step, pre, FP32, eager", "itself", 0.0, (2, 256), training_pair, **shared)
-    same = {"new_tokens": 32} | shared
+    same: dict[str, Any] = {"new_tokens": 32} | shared
     yield Case("same-decode", "decoding, batch 1, FP32", "itself", 0.0, (1, 32), decoding_pair, **same)
     for other, target in (("plain", 1.0), ("F.rms_norm", 1.0), ("F.layer_norm", 0.0)):
         yield Case(f"norm-{other}", "RMSNorm, forward and backward", other, target, (8, 512), norm_pair)
@@ -341,7 +343,7 @@ def main(args: argparse.Namespace) -> None:
     wanted = args.cases or known
     for name in wanted:
         if name not in known:
-            raise UsageError(f"--cases {name!r} is no case{did_you_mean(name, known)}: use some of {known}")
+            raise UsageError(f"--cases {name!r} is not a case{did_you_mean(name, known)}: use some of {known}")
     environment = describe_environment(device)
     file = args.out / "bench.json"
     record: dict[str, Any] = {"environment": environment, "cases": {}}

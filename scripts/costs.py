@@ -45,7 +45,7 @@ def _layer_parameters(config: PeriLlamaConfig, plan: LayerPlan) -> tuple[int, in
 
 
 def _norm_parameters(config: PeriLlamaConfig, norm: Norm | None, size: int, learnable: bool = True) -> int:
-    """The learnable parameters of one norm: its gain, its bias, and what DyT and Derf learn beside them."""
+    """The learnable parameters of one norm: its gain, its bias, and what else DyT and Derf learn."""
     if norm is None:
         return 0
     kind, gain = norm.kind or config.norm_type, norm.gain or config.norm_gain

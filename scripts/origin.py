@@ -2,7 +2,7 @@
 
 A Llama, OLMo 2, HyperCLOVA X or GLM-4 is converted in memory. The model's configuration becomes the recipe's `model`,
 and the hash of its weights the recipe's `init_sha256`, so that the run folder alone says what the run began with: once
-it has a checkpoint of its own, the source may be gone.
+it has its own checkpoint, the source may be gone.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Text to token shards: `python -m scripts.prepare_data --source installed-python --out data/`.
 
-The work goes on in a hidden folder beside the result (`.data.<hash of the options>.work`) and is committed every few
+The work happens in a hidden folder next to the result (`.data.<hash of the options>.work`) and is committed every few
 seconds; a process killed at any moment is gone on from there by the same command. The result appears by a rename and
 is the same to the byte, whatever happened on the way and however many workers there were.
 
@@ -38,7 +38,7 @@ from periln.runkit.folder import read_json, room_for, sha256_of, write_folder, w
 from periln.runkit.process import start_stage
 from periln.runkit.progress import progress_bar
 from periln.runkit.texts import without_long_runs
-from periln.scripts.data.corpus import Batch, Corpus, Mark, Records
+from periln.scripts.data.corpus import Batch, Corpus, Mark, SideFiles
 from periln.scripts.data.documents import Source
 from periln.scripts.data.encoders import Encoded, Encoders
 from periln.scripts.data.local_files import InstalledPython
@@ -70,11 +70,11 @@ def prepare(
     bar: int | None = None,
     **more: Any,
 ) -> dict:
-    """Prepare `out`, whole or not at all; data that stands there with the same options is kept.
+    """Prepare `out`, whole or not at all; data already there with the same options is kept.
 
     Args:
         workers: tokenizing processes.
-        save_seconds: a kill costs at most so much work.
+        save_seconds: a kill costs at most this much work.
         tiktoken_file: a rank file, where tiktoken shall not fetch it.
         bar: line of the progress bar; None: no bar.
         more: other fields of `Options`.
@@ -125,7 +125,7 @@ def _pinned(work: Path, source: Source) -> dict[str, Any]:
 def _tokenizer(
     work: Path, source: Source, options: Options, tiktoken_file: str | None
 ) -> tuple[PreTrainedTokenizerFast, dict[str, list[int]]]:
-    """The tokenizer of this work, made once, and what stands around each document: its own special tokens.
+    """The tokenizer of this work, made once, and what surrounds each document: its own special tokens.
 
     The kept tokenizer does the first half of that, so that a prompt begins like a document and does not end like one.
     """
@@ -177,7 +177,7 @@ def _fill(
     tokenizer, document = _tokenizer(work, source, options, tiktoken_file)
     state = read_json(work / "state.json") if (work / "state.json").exists() else None
     mark = Mark(**state["mark"]) if state else Mark()
-    records = Records(work, mark.lengths)
+    records = SideFiles(work, mark.lengths)
     vocabulary = vocabulary_size(tokenizer)
     dtype, cut = token_dtype(vocabulary), state.get("cut", 0) if state else 0
     shards = ShardWriter(work, dtype, options.shard_tokens, state and state["shards"])

@@ -116,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def as_begun(recipe: Recipe, args: argparse.Namespace, is_main: bool) -> Recipe:
-    """The recipe with which its run folder goes on: fields younger than the run are as before they existed.
+    """The recipe with which its run folder continues: fields younger than the run are as before they existed.
 
     Raises:
         UserError: the folder belongs to another run, or is not what `--resume` expects (on the main rank).
@@ -139,7 +139,7 @@ def check_resume(run: RunFolder, mode: str) -> None:
     if mode == "never" and run.began:
         raise UserError(f"--resume never: {run.path} holds a run already ({run.status or 'no status'}): name another")
     if mode == "must" and not run.checkpoints():
-        raise UserError(f"--resume must: {run.path} has no checkpoint to go on from")
+        raise UserError(f"--resume must: {run.path} has no checkpoint to resume from")
 
 
 def _train_one(trainer: Trainer, stop: StopRequest, bar: tqdm) -> None:

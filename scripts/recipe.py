@@ -138,7 +138,7 @@ NUMBERS: dict[str, _Rule] = {
     "flight.files": _at_least(1),
 }
 _TOKENIZERS = "is the data's tokenizer's to say"
-NOT_THE_MODELS = {  # what a recipe's `model` cannot say, and why: it would be overruled without a word
+NOT_THE_MODELS = {  # what a recipe's `model` cannot say, and why: it would be overruled silently
     "residual_dtype": "belongs to the run: set precision.residual_dtype",
     "dtype": "belongs to the run, whose weights are FP32: set precision.mode",
     "torch_dtype": "belongs to the run, whose weights are FP32: set precision.mode",
@@ -172,14 +172,14 @@ class Recipe:
     # a checkpoint or a Hub id that the weights are from at the start (scripts/origin.py); null: drawn by the seed
     init_from: str | None = setting(None, decides=PLACE)  # init_sha256 says what lies there
     init_sha256: str | None = None  # of its weights; filled in
-    # a checkpoint or a Hub id whose predictions are learned in place of the text's tokens: the loss is KL(it || model)
+    # a checkpoint or a Hub id whose predictions are learned instead of the text's tokens: the loss is KL(it || model)
     distill_from: str | None = setting(None, decides=PLACE)  # distill_sha256 says what lies there
     distill_sha256: str | None = None  # of its weights; filled in
     # modules whose parameters are trained, by their last names (attn_output_norm, embed_tokens); null: all
     train_only: list[str] | None = None
     stage: Literal["pretrain"] = "pretrain"
     seed: int = 1
-    # sequences a forward pass and process; null: as many as there are
+    # sequences a forward pass and process; null: all of them
     micro_batch_size: int | None = setting(None, decides=BITS)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", decides=BITS)
     document_masking: bool = False  # True: no token attends to another document's
@@ -284,7 +284,7 @@ class Recipe:
             )
         for name in self.heldout_sets:
             if not re.fullmatch(r"[\w.-]+", str(name)):
-                raise UsageError(f"heldout_sets: {name!r} is no name: use letters, digits, '.', '_' and '-'")
+                raise UsageError(f"heldout_sets: {name!r} is not a name: use letters, digits, '.', '_' and '-'")
             if not isinstance(self.heldout_sets[name], str):
                 raise UsageError(f"heldout_sets.{name} must be the path of a file, not {self.heldout_sets[name]!r}")
         if self.heldout_sets and self.heldout_every is None:

@@ -1,7 +1,7 @@
-"""The model that an adapter belongs to, found again when the run folder that holds both has been moved.
+"""The model that an adapter belongs to, found again after the run folder that holds both was moved.
 
 PEFT's adapter_config.json names its base by an absolute path, as it must: PEFT would look for a relative one from the
-working folder. So base.json beside it names the same folder relative to the adapter, and the hash of its weights.
+working folder. So base.json next to it names the same folder relative to the adapter, and the hash of its weights.
 """
 
 import os
@@ -36,7 +36,7 @@ def is_adapter(checkpoint: Path) -> bool:
 
 
 def write_base(folder: Path, checkpoint: Path, base: Path) -> None:
-    """Write base.json into `folder`, for an adapter that will stand at `checkpoint`."""
+    """Write base.json into `folder`, for an adapter that will be at `checkpoint`."""
     path = Path(os.path.relpath(base.resolve(), checkpoint.resolve())).as_posix()
     write_json(folder / sources.BASE_RECORD, {"path": path, "weights_sha256": weights_hash(base)})
 
@@ -45,14 +45,15 @@ def base_of(checkpoint: Path) -> Path:
     """The folder of the model that an adapter was trained on: that of base.json, else that of adapter_config.json.
 
     Raises:
-        UserError: neither is there, or what is there has other weights.
+        UserError: neither exists, or it has other weights.
     """
     with _in_our_words():
         return sources.base_of(checkpoint)
 
 
 def name_base_again(checkpoint: Path) -> bool:
-    """Have an adapter that was moved together with its base name that by the path of today; whether it named another.
+    """Have an adapter that was moved together with its base name it by its present path; returns whether it named
+    another.
 
     Raises:
         UserError: see `base_of`.
@@ -63,14 +64,14 @@ def name_base_again(checkpoint: Path) -> bool:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """PEFT asks a model for `is_gradient_checkpointing`, of which Transformers warns whoever runs it."""
+    """Silence Transformers' warning about `is_gradient_checkpointing`, which PEFT asks a model for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
         yield
 
 
 def load_float32(checkpoint: Path) -> torch.nn.Module:
-    """A checkpoint in FP32; an adapter with its base around it.
+    """A checkpoint in FP32; an adapter on its base.
 
     Raises:
         UserError: see `base_of`.

@@ -13,7 +13,7 @@ from periln.sft.base import load_float32
 from periln.sft.tokens import IGNORED, Tokens
 
 FILE = "before_after.json"
-LOSS_CONVERSATIONS = 200  # the first so many
+LOSS_CONVERSATIONS = 200  # how many of the first
 NEW_TOKENS = 60
 QUESTIONS = (
     "How do I boil an egg?",
@@ -72,9 +72,9 @@ def record_before_after(
     device: torch.device,
     pulse: Callable[[], None],
 ) -> None:
-    """Write eval/before_after.json of two checkpoints, unless it stands there for these weights.
+    """Write eval/before_after.json of two checkpoints, unless it is there for these weights.
 
-    `pulse` is called between two pieces of work and may raise.
+    `pulse` is called between pieces of work and may raise.
     """
     file = run.path / "eval" / FILE
     hashes = {"before": weights_hash(before), "after": weights_hash(after)}

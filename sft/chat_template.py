@@ -2,8 +2,8 @@
 
     <|user|>SYSTEM (blank line) USER<|end_of_turn|><|assistant|>ANSWER<|end_of_turn|>...
 
-The vocabularies have no token for a system turn: its text stands before that of the user turn that follows it. Text
-parts of a content are joined. Whatever else a message may hold is refused, by role and index.
+The vocabularies have no token for a system turn: its text precedes that of the user turn that follows it. Text
+parts of a content are joined. Anything else in a message is refused, by role and index.
 """
 
 from collections.abc import Sequence

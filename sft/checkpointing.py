@@ -1,7 +1,7 @@
-"""Checkpoints of a fine-tuning: a model folder with the trainer's state beside the weights, all or nothing.
+"""Checkpoints of a fine-tuning: a model folder with the trainer's state next to the weights, all or nothing.
 
-The Trainer's own saving (pickles, written in place) is not used. What it would pickle stands here as safetensors and
-JSON: nothing in a checkpoint is ever unpickled, by us or by whoever gets it.
+The Trainer's own saving (pickles, written in place) is not used. What it would pickle is stored here as safetensors and
+JSON: nothing in a checkpoint is ever unpickled, by us or by anyone who gets it.
 """
 
 import shutil
@@ -51,7 +51,7 @@ def save(run: RunFolder, trainer: Any, tokenizer: PreTrainedTokenizerBase) -> Pa
     model, state = trainer.model, trainer.state
     base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
     kept = base.config.use_cache
-    base.config.use_cache = True  # the Trainer switches it off, and would leave it so in config.json
+    base.config.use_cache = True  # the Trainer switches it off, which config.json would then record
     path = run.checkpoint_path(state.global_step)
     try:
         with write_checkpoint(path, model, tokenizer) as folder:
@@ -71,7 +71,7 @@ def save(run: RunFolder, trainer: Any, tokenizer: PreTrainedTokenizerBase) -> Pa
                 "tokens": trainer._total_train_tokens,
             }
             write_json(inside / "state.json", more)
-            # What the Trainer reads back by itself; its history of logs is our metrics.jsonl.
+            # What the Trainer reads back itself; its log history is our metrics.jsonl.
             counters = ("global_step", "epoch", "max_steps", "num_train_epochs", "train_batch_size", "total_flos")
             when = ("logging_steps", "eval_steps", "save_steps")
             plain = TrainerState(**{name: getattr(state, name) for name in counters + when})
@@ -84,11 +84,11 @@ def save(run: RunFolder, trainer: Any, tokenizer: PreTrainedTokenizerBase) -> Pa
 def prune(
     run: RunFolder, step: int, steps_per_epoch: int, keep: int | None, epochs_too: bool, finished: bool = False
 ) -> None:
-    """Of the checkpoints up to `step`, remove those that nobody will ask for, and the trainer's state of those that
-    nobody will resume from.
+    """Of the checkpoints up to `step`, remove those that are no longer needed, and the trainer's state of those that
+    will not be resumed from.
 
-    The `STATES_KEPT` newest stay, whatever they are (of a finished run the newest alone), and of those at the end of
-    an epoch (`epochs_too`) the `keep` newest, or all. A kill on the way leaves only whole checkpoints.
+    The `STATES_KEPT` newest stay, whatever they are (of a finished run only the newest), and of those at the end of
+    an epoch (`epochs_too`) the `keep` newest, or all. A kill midway leaves only whole checkpoints.
     """
     checkpoints = [path for path in run.checkpoints() if step_of(path) <= step]
     newest = checkpoints[-1 if finished else -STATES_KEPT :]
@@ -105,7 +105,7 @@ def _drop_state(path: Path) -> None:
     try:
         manifest = read_json(path / "manifest.json")
     except UserError:
-        return  # damaged: whoever wants it is told so
+        return  # damaged: its reader will report that
     kept = {name: entry for name, entry in manifest.items() if not name.startswith(f"{STATE}/")}
     if kept != manifest:
         write_json(path / "manifest.json", kept)
@@ -116,7 +116,7 @@ def _drop_state(path: Path) -> None:
 def latest_resumable(run: RunFolder, tell: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is whole and has the trainer's state; damaged ones are named and passed over."""
     for left_over in run.checkpoints_path.glob(".step_*"):
-        shutil.rmtree(left_over)  # of a save or a removal that was killed
+        shutil.rmtree(left_over)  # left by a save or a removal that was killed
     for path in reversed(run.checkpoints()):
         damage = damage_of(path)
         if damage is not None:

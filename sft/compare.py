@@ -29,7 +29,7 @@ METRIC = "acc"
 
 
 def scores_of(run: RunFolder, weights: str) -> dict[str, dict[str, Any]]:
-    """task -> its row of `acc` for these weights; of several the one that counts by `runkit.scores`."""
+    """task -> its row of `acc` for these weights; of several, the one that counts by `runkit.scores`."""
     rows = [
         {key: record.get(key) for key in ("num_fewshot", "limit", "file")} | row
         for record in run.evaluations()
@@ -41,7 +41,7 @@ def scores_of(run: RunFolder, weights: str) -> dict[str, dict[str, Any]]:
 
 
 def _before(run: RunFolder, weights: str) -> dict[str, dict[str, Any]]:
-    """The scores of what was fine-tuned: in the run around it, or in the checkpoint's folder beside it."""
+    """The scores of the model that was fine-tuned: in the run around it, or in the checkpoint's folder."""
     beside = run.path.resolve()
     beside = beside.with_name(beside.name.removesuffix("-lora").removesuffix("-sft"))
     return scores_of(RunFolder(run.path.parent), weights) or scores_of(RunFolder(beside), weights)

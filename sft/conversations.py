@@ -28,7 +28,7 @@ ROLE_NAMES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Conversations:
-    """What is trained on: chat messages, the name of each one's row, and where they are from."""
+    """The training data: chat messages, the name of each one's row, and their source."""
 
     messages: list[list[dict[str, str]]]
     rows: list[int]  # row numbers in the source, from 1
@@ -46,7 +46,7 @@ class Conversations:
         """Write a .jsonl with the one column `messages`, as the `trl sft` command line reads it.
 
         Raises:
-            UserError: the file is there and holds something else.
+            UserError: the file exists and holds something else.
         """
         lines = (json.dumps({"messages": one}, ensure_ascii=False) + "\n" for one in self.messages)
         write_if_free(path, "".join(lines))
@@ -166,10 +166,10 @@ def _lima_rows(revision: str | None) -> tuple[list[dict[str, Any]], str | None]:
 
 
 def load_conversations(data: str, multi_turn: bool = False, revision: str | None = None) -> Conversations:
-    """The conversations of `hub`, `mini` or a .jsonl; those of a source `...multi_turn` only where asked for.
+    """The conversations of `hub`, `mini` or a .jsonl; those of a source `...multi_turn` only if asked for.
 
     Raises:
-        UserError: a data set that cannot be had, or a malformed row; names it.
+        UserError: a data set that is not available, or a malformed row; names it.
     """
     if data == "hub":
         name, (rows, revision) = LIMA, _lima_rows(revision)

@@ -1,4 +1,4 @@
-"""LoRA through PEFT: adapters for a model, and merged back into one that needs no PEFT."""
+"""LoRA through PEFT: adapters for a model, and merging them into one that needs no PEFT."""
 
 import dataclasses
 from pathlib import Path
@@ -22,11 +22,11 @@ TOLERANCE = 1e-5  # of the largest logit, or of 1
 def resolved(lora: Lora, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, knows_turns: bool) -> Lora:
     """The section `peft` for a model of this configuration: names are checked, `auto` is replaced by rows.
 
-    `knows_turns`: whether the model has been trained on conversations before. One that has not must learn what the
+    `knows_turns`: whether the model has been trained on conversations before. Otherwise it must learn what the
     turn tokens mean, and to end a turn: no adapter of an attention matrix can raise the logit of an untrained row.
 
     Raises:
-        UsageError: a name that no module has, an id that is no row, or a matrix that embedding and head share.
+        UsageError: a name that no module has, an id that is not a row, or a matrix that embedding and head share.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -35,7 +35,7 @@ def resolved(lora: Lora, config: PreTrainedConfig, tokenizer: PreTrainedTokenize
     names = {name for name, _ in model.named_modules()}
     rows = lora.trainable_token_indices
     if rows == "auto":
-        # What an adapter is on, or is trained whole, learns these rows by itself.
+        # A matrix with an adapter, or trained whole, learns these rows itself.
         others = [*(lora.target_modules or []), *(lora.modules_to_save or [])]
         ids = tokenizer.convert_tokens_to_ids(list(ROLES))
         free = [name for name in ([embedding] if tied else [embedding, head]) if name not in others]
@@ -69,14 +69,14 @@ def _name_of(model: PreTrainedModel, module: torch.nn.Module) -> str:
 
 
 def stops_at_turns(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a generation of this checkpoint, and so of an adapter on it, ends where a turn ends."""
+    """Whether generation from this checkpoint, and so from an adapter on it, ends where a turn ends."""
     file = checkpoint / "generation_config.json"
     ends = read_json(file).get("eos_token_id") if file.exists() else None
     return tokenizer.convert_tokens_to_ids(END_OF_TURN) in (ends if isinstance(ends, list) else [ends])
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
-    """The model with adapters that alone are trained; what they start from follows from the seed.
+    """The model with adapters, which alone are trained; their initial values follow from the seed.
 
     Raises:
         UsageError: no module has one of the names of `target_modules`.
@@ -99,7 +99,7 @@ def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         raise UsageError(f"peft.target_modules: {' '.join(str(error).split())[:300]}") from error
     head = adapted.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
-        head.bias = None  # TRL asks for it, and PEFT's wrapper knows of the weight alone
+        head.bias = None  # TRL asks for it, and PEFT's wrapper has only the weight
     return adapted
 
 
@@ -117,7 +117,8 @@ def merge(checkpoint: Path, out: Path) -> tuple[float, float]:
         the largest difference of a logit before and after, and the largest logit, on random tokens.
 
     Raises:
-        UserError: no adapter, one whose base model is gone, or a merged model that computes something else; names the
+        UserError: no adapter, one whose base model is missing, or a merged model that computes something else; names
+        the
             path.
     """
     if not is_adapter(checkpoint):

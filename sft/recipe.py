@@ -9,7 +9,7 @@ from periln.runkit.resume import BITS, NOTHING, PLACE, setting
 
 @dataclass
 class Lora:
-    """The recipe's section `peft`: low-rank adapters in place of the weights themselves."""
+    """The recipe's section `peft`: low-rank adapters instead of the weights themselves."""
 
     r: int = 16
     alpha: int = 32
@@ -21,7 +21,7 @@ class Lora:
     trainable_token_indices: Literal["auto"] | list[int] | dict[str, list[int]] | None = setting("auto", before=None)
 
     def check(self) -> None:
-        """Raise UsageError for a value that cannot be; names field and value."""
+        """Raise UsageError for an impossible value; names field and value."""
         if self.r < 1 or self.alpha < 1:
             raise UsageError(f"peft.r and peft.alpha must be at least 1, not {self.r} and {self.alpha}")
         if not 0 <= self.dropout < 1:
@@ -49,7 +49,7 @@ class Recipe:
     data: str = setting("hub", decides=PLACE)  # data_sha256 says what lies there
     # the Hub's commit; filled in where the recipe does not pin one
     data_revision: str | None = setting(None, decides=NOTHING)
-    data_sha256: str = ""  # of the conversations as they were read; filled in
+    data_sha256: str = ""  # of the conversations as read; filled in
     include_multi_turn: bool = False  # the paper takes the single-turn rows
     epochs: int = 15
     batch_size: int = 128
@@ -63,7 +63,7 @@ class Recipe:
     seed: int = 1
     peft: Lora | None = None  # null: all weights are trained
     save_strategy: Literal["epoch", "end"] = setting("epoch", decides=NOTHING)
-    # steps; more checkpoints to resume from, of which only the newest stay
+    # steps; extra checkpoints to resume from, of which only the newest stay
     save_every: int | None = setting(None, decides=NOTHING)
     keep: int | None = setting(None, decides=NOTHING)  # epoch checkpoints that stay, the newest; null: all
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
@@ -72,7 +72,7 @@ class Recipe:
     device: Literal["cpu", "cuda"] = setting("cpu", decides=BITS)
 
     def check(self) -> None:
-        """Raise UsageError for a value that cannot be; names field and value."""
+        """Raise UsageError for an impossible value; names field and value."""
         for name in ("epochs", "batch_size", "max_length"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -5,8 +5,8 @@
 The score of a checkpoint is the plain mean of `acc` over OpenBookQA, CommonsenseQA, RTE and MNLI; of equal ones the
 earlier epoch's wins. The paper (Peri-LN, arXiv 2502.02732) names the tasks, but no aggregate.
 
-Each evaluation is a process of its own (`python -m eval.benchmarks`), whose result stays in RUN/selection/: started
-again after an interruption, what is there is not computed again.
+Each evaluation is a separate process (`python -m eval.benchmarks`), whose result stays in RUN/selection/: after an
+interruption, what is there is not computed again.
 """
 
 import sys
@@ -67,14 +67,14 @@ def find_run(path: Path) -> RunFolder:
             if run.status != "completed":
                 raise UserError(f"{folder} is not completed (status: {run.status or 'not started'})")
             return run
-    raise UsageError(f"{path} is no fine-tuning run and holds none (sft/recipe.yaml with stage: sft)")
+    raise UsageError(f"{path} is not a fine-tuning run and holds none (sft/recipe.yaml with stage: sft)")
 
 
 def candidates(run: RunFolder) -> list[Candidate]:
     """The checkpoints at the ends of epochs, the earliest first.
 
     Raises:
-        UserError: there are none, or one is damaged: a choice among the others would not be the one asked for.
+        UserError: there are none, or one is damaged: a choice among the rest would not be what was asked for.
     """
     steps = run.summary.get("steps_per_epoch") or 0
     found = [Candidate(step_of(p) // steps, p) for p in run.checkpoints() if steps and step_of(p) % steps == 0]
@@ -98,11 +98,11 @@ def evaluation(*words: object) -> list[str]:
 
 
 def run_evaluation(command: list[str], stop: StopRequest) -> None:
-    """Run an evaluation to its end; a signal that reaches us is handed on to it.
+    """Run an evaluation to its end; a signal that reaches us is passed on to it.
 
     Raises:
         StoppedBySignal: we were asked to stop.
-        UserError: the evaluation failed; it has said why itself.
+        UserError: the evaluation failed, and has reported why.
     """
     child = subprocess.Popen([*command, "--stop-with-parent", str(os.getpid())], start_new_session=True)
     told = False
@@ -112,7 +112,7 @@ def run_evaluation(command: list[str], stop: StopRequest) -> None:
             told = True
         time.sleep(0.05)
     if stop.exit_code is not None:
-        raise StoppedBySignal(stop.exit_code, "stopped; start the selection again and it goes on from here")
+        raise StoppedBySignal(stop.exit_code, "stopped; start the selection again to resume from here")
     if code:
         error = UserError(f"the evaluation failed (exit code {code}); see above")
         error.exit_code = code if code in (1, 2) else 1
@@ -126,7 +126,7 @@ class Selection:
         self.run, self.args, self.stop = run, args, stop
         self.tasks = TASKS[args.suite]
         self.folder = run.path / "selection"
-        self.merged: set[Path] = set()  # models of adapters that were written for their scores alone
+        self.merged: set[Path] = set()  # models of adapters, written only to be scored
         self.options: list[object] = ["--batch-size", args.batch_size, "--device", args.device]
         if args.limit is not None:
             self.options += ["--limit", args.limit]
@@ -134,7 +134,7 @@ class Selection:
             self.options += ["--threads", args.threads]
 
     def score(self, one: Candidate) -> dict[str, Any]:
-        """An epoch's `acc` on each task and their mean, from its record in selection/ if it is there."""
+        """An epoch's `acc` on each task and their mean, from its record in selection/ if there is one."""
         file = self.folder / f"{self.args.suite}-{one.path.name}.json"
         if not self._is_result(file, one):
             asked = [one.weights, metadata.version("lm-eval"), *map(str, self.options)]
@@ -144,7 +144,7 @@ class Selection:
             asked = ("--tasks", ",".join(self.tasks), "--out", fresh, *self.options)
             run_evaluation(evaluation(self._loadable(one), *asked), self.stop)
             write_json(file, read_json(fresh) | {"epoch": one.epoch, "selected_from": one.weights})
-            for done in self.folder.glob(f".{file.stem}-*.json"):  # and what another selection left half done
+            for done in self.folder.glob(f".{file.stem}-*.json"):  # and what another selection left unfinished
                 done.unlink()
         record = read_json(file)
         acc = {r["task"]: r["value"] for r in record["results"] if r["metric"] == METRIC}
@@ -162,7 +162,7 @@ class Selection:
         }
 
     def _loadable(self, one: Candidate) -> Path:
-        """The checkpoint, or of an adapter the merged model, which stays only as long as it is needed."""
+        """The checkpoint, or for an adapter the merged model, which stays only as long as needed."""
         if not (one.path / ADAPTER).exists():
             return one.path
         from periln.sft import lora
@@ -201,7 +201,7 @@ class Selection:
         }
         model = self._loadable(winner)
         write_json(self.run.path / BEST, record)
-        for copy in self.merged - {model}:  # they have served; one that stood there before stays
+        for copy in self.merged - {model}:  # no longer needed; one that was there before stays
             shutil.rmtree(copy, ignore_errors=True)
         run_evaluation(evaluation(model, "--tasks", self.args.suite, *self.options), self.stop)
         bar.update(1)

@@ -3,8 +3,8 @@
     pip install "transformers[serving]"
     python -m sft.serve runs/NAME/sft/checkpoints/step_00000120 --port 8000
 
-All words are those of `transformers serve` (`--help` shows them). By itself that command looks for a model's class
-in Transformers alone and does not find one that is registered or brought along as remote code; here it is told.
+All options are those of `transformers serve` (`--help` shows them). On its own that command looks for a model's class
+only in Transformers, and does not find one that is registered or comes as remote code; here it does.
 """
 
 import sys
@@ -28,7 +28,7 @@ from periln.runkit.models import check_loadable, find_model, is_local
 
 
 def resolve(words: list[str]) -> None:
-    """Put the checkpoint that a run folder stands for into `words`.
+    """Replace a run folder in `words` by its checkpoint.
 
     Raises:
         UsageError: without the server's packages.
@@ -38,7 +38,7 @@ def resolve(words: list[str]) -> None:
     if named is not None and Path(named).is_dir():
         folder = find_model(named).checkpoint()
         check_loadable(folder)
-        words[0] = str(folder)  # the server knows no run folders
+        words[0] = str(folder)  # the server does not know run folders
         if not (folder / "chat_template.jinja").exists():
             raise UsageError(f"{folder} has no chat template (chat_template.jinja): serve a fine-tuned checkpoint")
     elif named is not None and not is_local(named.partition("@")[0]):
@@ -50,7 +50,7 @@ def resolve(words: list[str]) -> None:
 
 
 def warn_of_old_template(words: list[str]) -> None:
-    """Say on stderr that a chat template of ours is one that parses contents, and knows no system turn."""
+    """Warn on stderr of an old chat template of ours, which parses contents and has no system turn."""
     file = Path(words[0]) / "chat_template.jinja" if words else Path()
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if END_OF_TURN in text and "raise_exception" not in text:

@@ -1,4 +1,4 @@
-"""Conversations as tokens: what the loss is taken on, what is cut off, and what is left out."""
+"""Conversations as tokens: what the loss counts, what is cut off, and what is left out."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ IGNORED = -100
 
 
 def chat_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
-    """A checkpoint's tokenizer with our chat template in place of its own, if it has one.
+    """A checkpoint's tokenizer with our chat template instead of its own, if it has one.
 
     Raises:
         UserError: no tokenizer, or one that lacks the tokens of the template or could take content for a control
@@ -33,12 +33,12 @@ def chat_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
         raise UsageError(f"{checkpoint} has no tokenizer (tokenizer_config.json)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except Exception as error:  # a tokenizer.json that is missing or damaged shows itself in many ways
+    except Exception as error:  # a missing or damaged tokenizer.json fails in many ways
         raise UserError(
             f"the tokenizer of {checkpoint} cannot be read ({' '.join(str(error).split())[:200]})"
         ) from error
     check_control_tokens(tokenizer, checkpoint)
-    # One that Transformers builds anew from its vocabulary, whatever tokenizer.json says, would forget it again.
+    # A tokenizer that Transformers rebuilds from its vocabulary, whatever tokenizer.json says, would lose it again.
     if type(tokenizer) is PreTrainedTokenizerFast and not ignores_joiners(tokenizer):
         ignore_joiners(tokenizer.backend_tokenizer, control_tokens(tokenizer))
     begin = "".join(tokenizer.convert_ids_to_tokens(added_around(tokenizer)[0]))
@@ -57,7 +57,7 @@ def knows_turns(checkpoint: Path) -> bool:
 class Tokens:
     """Conversations as they are trained on: `ids` and `labels` (IGNORED where no loss is taken), a list each.
 
-    `truncated` are the rows of which the end is cut off, `dropped` those of which no assistant's token is left.
+    `truncated` are the rows whose end is cut off, `dropped` those without any assistant's token left.
     """
 
     ids: list[list[int]] = field(default_factory=list)
@@ -97,7 +97,7 @@ def tokenize(conversations: Conversations, tokenizer: PreTrainedTokenizerBase, m
 
 
 def marked(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[str]:
-    """The first conversations as text, with >>> and <<< around what the loss is taken on."""
+    """The first conversations as text, with >>> and <<< around what the loss counts."""
     for ids, labels in zip(tokens.ids[:count], tokens.labels[:count], strict=True):
         text, run, trained = "", [], False
         for token, label in [*zip(ids, labels, strict=True), (None, None)]:

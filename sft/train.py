@@ -1,9 +1,9 @@
-"""Fine-tune checkpoints on conversations through TRL, in FP16 that is FP16.
+"""Fine-tune checkpoints on conversations through TRL, in real FP16.
 
     python -m sft.train --config sft/recipes/lima.yaml --model RUN_OR_CHECKPOINT...
 
-Each result is a run folder of its own, `sft/` (with --peft `sft-lora/`) inside the run that it starts from. Killed or
-interrupted, it goes on from its newest checkpoint when it is started again, and ends as if nothing had happened.
+Each result is its own run folder, `sft/` (with --peft `sft-lora/`) inside the run that it starts from. Killed or
+interrupted, it resumes from its newest checkpoint when started again, and ends as if nothing had happened.
 """
 
 import sys
@@ -28,7 +28,6 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
 from periln.runkit.checkpoints import chosen_checkpoint, damage_of
@@ -36,7 +35,7 @@ from periln.runkit.errors import StoppedBySignal, UsageError, UserError
 from periln.runkit.folder import RunFolder, called, read_json, room_for, weights_hash, write_json
 from periln.runkit.fp16 import make_fp16_real
 from periln.runkit.models import check_loadable, find_model, load_causal_lm
-from periln.runkit.process import StopRequest, start_stage
+from periln.runkit.process import StopRequest, need_device, quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
 from periln.runkit.steps import final_loss
@@ -53,7 +52,7 @@ from periln.sft.trainer import ExactTrainer, Recorder, arguments
 
 @dataclass
 class Job:
-    """One fine-tuning that was found possible: nothing of it is written yet."""
+    """One fine-tuning that passed all checks, with nothing written yet."""
 
     recipe: Recipe
     checkpoint: Path
@@ -70,7 +69,7 @@ class Job:
 
 def _build_trainer(job: Job, recorder_bar: tqdm, stop: StopRequest, scratch: str) -> ExactTrainer:
     recipe = job.recipe
-    # An absolute path: it is what an adapter names as its base.
+    # An absolute path, as an adapter names its base by it.
     model = load_causal_lm(job.checkpoint.resolve(), torch.float32)
     model.config.residual_dtype = recipe.residual_dtype
     if recipe.peft is not None:
@@ -105,7 +104,7 @@ def fine_tune(job: Job, bar: tqdm, stop: StopRequest) -> None:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         trainer = _build_trainer(job, bar, stop, scratch)
         stack.callback(trainer.recorder.close)
-        # TRL's fp16 on a CPU is FP32 unless this is done; on a GPU nothing is changed.
+        # Without this, TRL's fp16 on a CPU is FP32; on a GPU it changes nothing.
         stack.enter_context(make_fp16_real(trainer.accelerator, {"init_scale": recipe.initial_loss_scale}))
         trainer.train_from(checkpoint)
     step, recorder, model = trainer.state.global_step, trainer.recorder, trainer.model
@@ -145,7 +144,7 @@ def _interrupted(job: Job, stop: StopRequest, known: dict) -> None:
     raise StoppedBySignal(stop.exit_code, f"stopped after step {known['step']} of {job.run.path}; saved")
 
 
-# --- what is asked for, and whether it can be had ------------------------------------------------------------
+# --- what is asked for, and whether it is possible ------------------------------------------------------------
 def _source_of(path: Path, name: str) -> tuple[Path, Path] | None:
     """(checkpoint, folder for the result) of a run or checkpoint folder; None for a diverged run."""
     path = Path(called(path))
@@ -158,12 +157,12 @@ def _source_of(path: Path, name: str) -> tuple[Path, Path] | None:
     check_loadable(checkpoint)
     if found.whole_run:
         return checkpoint, path / name
-    run = path.parent.parent  # a checkpoint of a run writes to the run; any other to a folder beside it
+    run = path.parent.parent  # a run's checkpoint writes to the run; any other to a folder next to it
     return path, run / name if (run / "recipe.yaml").exists() else path.with_name(f"{path.name}-{name}")
 
 
 def load_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe's file with what the flags say.
+    """The recipe's file with the flags applied.
 
     Raises:
         UsageError, UserError: names the field.
@@ -172,8 +171,7 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
     if args.peft and recipe.peft is None:
         recipe.peft = Lora()
     recipe.check()
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device: cuda was asked for, but torch sees no CUDA device")
+    need_device(recipe.device, "device: cuda")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("sft.train runs in one process: start it without torchrun or accelerate launch")
     return recipe
@@ -221,7 +219,7 @@ def plan(recipe: Recipe, path: Path, conversations: Conversations, name: str) ->
 
 
 def _is_over(run: RunFolder) -> bool:
-    """Whether a run has ended and what it ended with is still there, whole."""
+    """Whether a run has ended and its result is still there, whole."""
     last = run.checkpoints()[-1:]
     return run.status == "diverged" or (run.finished and bool(last) and damage_of(last[0]) is None)
 
@@ -232,7 +230,7 @@ def _run_job(job: Job, bar: tqdm, stop: StopRequest) -> None:
         try:
             if name_base_again(adapter):  # stock PEFT looks for the base nowhere else
                 tqdm.write(f"{adapter}: its base has moved, adapter_config.json names it again")
-        except UserError:  # damaged: whoever needs it is told so
+        except UserError:  # damaged: its reader will report that
             pass
     if _is_over(run):
         bar.update(job.steps)
@@ -242,7 +240,7 @@ def _run_job(job: Job, bar: tqdm, stop: StopRequest) -> None:
     if job.recipe.peft is not None and not lora.stops_at_turns(job.checkpoint, job.tokenizer):
         tqdm.write(
             f"{job.checkpoint}: its generation_config.json does not end an answer with the turn, and an adapter has "
-            "none of its own: merge the adapter (--merge), or give generate() both ends"
+            "none itself: merge the adapter (--merge), or give generate() both ends"
         )
     run.set_status("running")
     try:
@@ -254,12 +252,12 @@ def _run_job(job: Job, bar: tqdm, stop: StopRequest) -> None:
         try:
             run.set_status("failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
         except (OSError, UserError):
-            pass  # a full disk, say: the error itself is what counts
+            pass  # on a full disk, for example: the original error counts
         raise
 
 
 def merge_adapter(run: RunFolder) -> None:
-    """Write `merged/` of a LoRA run: of the checkpoint that was selected (best.json), else of its last."""
+    """Write `merged/` of a LoRA run: of the selected checkpoint (best.json), else of the last."""
     whole = chosen_checkpoint(run, tqdm.write)
     if whole is None:
         raise UserError(f"{run.path} has no whole checkpoint to merge")
@@ -275,8 +273,7 @@ def main(args: argparse.Namespace) -> None:
     start_stage(args)
     check(args)
     recipe = load_recipe(args)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     disable_progress_bars()
     if args.merge and recipe.peft is None:
         raise UsageError("--merge: only adapters are merged; give --peft too")

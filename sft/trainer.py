@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer as a run of ours: records every step, saves whole checkpoints, resumes bit for bit."""
+"""TRL's SFTTrainer as one of our runs: records every step, saves whole checkpoints, resumes bit for bit."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def arguments(recipe: Recipe, scratch: str) -> SFTConfig:
 
 
 def one_device(config: SFTConfig) -> SFTConfig:
-    """Keep the Trainer to one GPU: by itself it takes all of them (DataParallel), which multiplies the batch."""
+    """Keep the Trainer to one GPU: otherwise it takes all of them (DataParallel), which multiplies the batch."""
     config._n_gpu = min(config.n_gpu, 1)
     return config
 
@@ -84,7 +84,7 @@ class Recorder(TrainerCallback):
         self._scale, self._start, self._found_inf, self._tokens = 1.0, 0.0, False, 0
 
     def go_to(self, step: int) -> None:
-        """Drop the records from `step` on, and count on from those before it.
+        """Drop the records from `step` on, and continue counting from those before it.
 
         Raises:
             UserError: records are missing.
@@ -186,8 +186,8 @@ class Flow(TrainerCallback):
 def head_through_logits(model: torch.nn.Module) -> Iterator[Callable | None]:
     """The loss to give TRL for a model with an adapter on its head, or None.
 
-    TRL multiplies by the head's own weight, which leaves such an adapter out, and so refuses it; given a loss, it
-    takes the model's logits. Within the context it is shown the head under the adapter.
+    TRL multiplies by the head's own weight, which would leave such an adapter out, and so refuses it; given a loss,
+    it takes the model's logits. Within the context it is shown the head under the adapter.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, BaseTunerLayer):

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ FLOORS = {
     "eval.records": {"runkit"},
     "eval.arguments": {"runkit"},
     "eval.targets": {"runkit", "modeling_periln"},
-    "eval.texts": {"runkit", "eval.arguments"},
+    "eval.texts": {"runkit", "modeling_periln", "eval.arguments"},
     "eval.structure": {"runkit", "modeling_periln"},
     "eval.scoring": {"runkit", "eval.targets", "eval.arguments"},
     "eval.options": {"runkit", "eval.arguments", "eval.scoring"},
@@ -25,6 +27,7 @@ FLOORS = {
     "eval.report": {
         *("runkit", "eval.arguments", "eval.records", "eval.tables", "eval.text_table", "eval.figures"),
     },
+    "eval.live": {"runkit", "eval.arguments", "eval.records", "eval.figures"},
     "eval.bounds": {
         *("runkit", "eval.arguments", "eval.structure", "eval.texts", "eval.targets", "eval.records"),
         "eval.text_table",
@@ -33,6 +36,10 @@ FLOORS = {
         *("runkit", "modeling_periln", "eval.structure", "eval.texts", "eval.targets", "eval.records"),
         *("eval.text_table", "eval.bounds", "eval.arguments"),
     },
+    "eval.study": {
+        *("runkit", "eval.arguments", "eval.records", "eval.structure", "eval.texts", "eval.targets", "eval.bounds"),
+        "eval.stability",
+    },
     "eval.fp16": {
         *("runkit", "modeling_periln", "eval.arguments", "eval.structure", "eval.texts", "eval.targets"),
         "eval.stability",
@@ -40,6 +47,10 @@ FLOORS = {
     "eval.formats": {
         *("runkit", "eval.arguments", "eval.structure", "eval.texts", "eval.targets", "eval.records"),
         *("eval.text_table", "eval.figures", "eval.fp16"),
+    },
+    "eval.retrofit": {
+        *("runkit", "eval.arguments", "eval.structure", "eval.texts", "eval.targets", "eval.stability"),
+        *("eval.text_table", "eval.figures", "eval.formats"),
     },
     "scripts.gpus": set(),
     "scripts.costs": {"modeling_periln"},
@@ -74,6 +85,9 @@ FLOORS = {
     },
     "scripts.coordinate_check": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.parametrization", "scripts.training"),
+    },
+    "scripts.study": {
+        *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs"),
     },
     "scripts.demo": {"runkit", "modeling_periln", "scripts.recipe", "scripts.data"},
     "scripts.push": {"runkit", "model_cards"},
@@ -192,3 +206,14 @@ def test_the_recipes_of_contributing_name_files_that_exist_three_at_most():
         steps = re.findall(r"(?<!\w)(\d)\. ", recipe)
         assert named and len(steps) <= 3, recipe
         assert not [name for name in named if "NAME" not in name and not (ROOT / name).exists()]
+
+
+def test_the_address_of_the_project_is_one_field():
+    address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
+    texts = [ROOT / name for name in tracked if name.endswith((".py", ".md", ".toml", ".yml", ".yaml", ".cff", ".j2"))]
+    assert texts or not (ROOT / ".git").exists()
+    holding = [file.name for file in texts if file.exists() and address.removeprefix("https://") in file.read_text()]
+    assert holding in (["pyproject.toml"], [])

@@ -1,4 +1,4 @@
-"""Redraw docs/results/published.md from the records beside it: `python docs/results/redraw.py`.
+"""Redraw docs/results/published.md from the records next to it: `python docs/results/redraw.py`.
 
 The records are numbers that `make test-published` or the commands in them wrote; no weights are read.
 """

@@ -8,7 +8,10 @@ from periln.runkit.errors import UsageError, make_parser
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.bench") -> argparse.Namespace:
     parser = make_parser(
-        prog, "Compare the speed of evaluation with lm-eval's own HFLM.", "runs/demo/NAME --tasks mini"
+        prog,
+        "Compare the speed of evaluation with lm-eval's own HFLM. The speed of training and decoding is scripts.bench; "
+        "`periln bench` is the stability bench, eval.stability.",
+        "runs/demo/NAME --tasks mini",
     )
     parser.add_argument("target", metavar="TARGET", help="a run folder, a checkpoint or an id of the Hub")
     parser.add_argument("--tasks", default="mini", metavar="A,B,...", help="any of lm-eval's that are log-likelihoods")

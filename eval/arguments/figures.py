@@ -12,7 +12,7 @@ EXPLAINED = "\n".join(f"  {name:9} {title}" for name, title in TITLES.items())
 
 
 def names_of(text: str) -> list[str]:
-    """The figures that were asked for, in the order of the catalogue; `all` is all of them.
+    """The figures asked for, in the order of the catalogue; `all` means all of them.
 
     Raises:
         UsageError: there is no such figure; names it, and the nearest.
@@ -23,7 +23,7 @@ def names_of(text: str) -> list[str]:
         if name not in known:
             parts = [key for key in TITLES if key.rstrip("abcd") == name]
             hint = f" (it has parts: {', '.join(parts)})" if parts else did_you_mean(name, known)
-            raise UsageError(f"FIG {name!r} is no figure that is drawn{hint}: {', '.join(known)}")
+            raise UsageError(f"FIG {name!r} is not a figure{hint}: {', '.join(known)}")
     return list(TITLES) if "all" in asked else [name for name in TITLES if name in asked]
 
 
@@ -31,7 +31,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.figures") -
     about = "Redraw the Peri-LN paper's figures from run folders: PNG, SVG and a caption each."
     parser = make_parser(prog, about, "all runs/", "3a,4,headroom runs/NAME --out figures/")
     parser.epilog = f"figures:\n  all       every figure the runs have records for\n{EXPLAINED}"
-    parser.add_argument("fig", metavar="FIG", help="a figure's number, several with commas between, or all")
+    parser.add_argument("fig", metavar="FIG", help="a figure's number, several separated by commas, or all")
     parser.add_argument(
         "runs",
         metavar="RUN",

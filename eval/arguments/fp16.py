@@ -6,8 +6,9 @@ from pathlib import Path
 from periln.eval.arguments.shared import check_data, check_least, check_model, check_new_folder, check_tokenizer
 from periln.eval.fp16.families import EPSILON_OF
 from periln.runkit.errors import UsageError, make_parser, more_options
+from periln.runkit.number_format import FP16
 
-TOKENS = 256  # a sample, where nothing else is asked for
+TOKENS = 256  # a sample, by default
 
 
 def parse(argv: list[str] | None = None, prog: str = "python -m eval.fp16") -> argparse.Namespace:
@@ -32,11 +33,11 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.fp16") -> a
     add("--backward-samples", type=int, default=2, help="the first of them, for gradients")
     add("--fp16-samples", type=int, default=1, help="samples that run in FP16, the hardest first")
     add("--seed", type=int, default=0, help="of the choice of samples")
-    add("--margin", type=float, default=2.0, metavar="BITS", help="bits between peaks and 65504")
+    add("--margin", type=float, default=2.0, metavar="BITS", help=f"bits between peaks and {FP16.limit}")
     add("--loss-scale", type=float, default=1.0, help="of the backward pass that must stay finite")
     add("--backward", action=argparse.BooleanOptionalAction, default=True, help="look at gradients too")
     add("--keep-eps", action="store_true", help="leave the one epsilon of a family without slots as it is")
-    add("--scale-sums", action="store_true", help="where norms stand on the stream: a factor for each sum")
+    add("--scale-sums", action="store_true", help="where norms are on the stream: a factor for each sum")
     add("--tolerance", type=float, default=1e-2, help="largest difference of logits, of the largest logit")
     add("--revision", help="of a Hub id: branch, tag or commit")
     add("--trust-remote-code", action="store_true", help="run code that the model's repository carries")

@@ -8,13 +8,13 @@ from periln.runkit.models import is_local
 from periln.runkit.tasks import SUITES
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")  # auto: as saved
-TOKENS = 256  # a sample of text, where nothing else is asked for
+TOKENS = 256  # a sample of text, by default
 SCORINGS = ("plain", "shared")
-TEXTS = ("wikitext", "random")  # what --data calls by name
+TEXTS = ("wikitext", "random")  # the texts that --data knows by name
 
 
 def task_names(text: str) -> list[str]:
-    """`A,B,...` as a list; the name of a suite stands for its tasks."""
+    """`A,B,...` as a list; the name of a suite means its tasks."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise UsageError("--tasks names no task")
@@ -42,7 +42,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="tasks of your own, as .yaml files for lm-eval, of which the code is run; may be given several times",
+        help="your own tasks, as .yaml files for lm-eval, whose code is run; may be given several times",
     )
     more.add_argument("--num-fewshot", type=int, default=0, help="examples before each item")
     more.add_argument("--batch-size", default="16", help="requests a batch, or auto: as many as the memory holds")
@@ -61,14 +61,14 @@ def add_model_options(parser: argparse.ArgumentParser, more: argparse._ArgumentG
     parser.add_argument(
         "--out", type=Path, metavar="PATH", help="folder for results, or a .json for one target's; else the run's eval/"
     )
-    parser.add_argument("--again", action="store_true", help="compute what is there already once more")
+    parser.add_argument("--again", action="store_true", help="compute again what is already there")
     more.add_argument("--revision", help="branch, tag or commit, for models of the Hub")
-    more.add_argument("--trust-remote-code", action="store_true", help="run the code that a model brings along")
+    more.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with a model")
     more.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as saved")
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Refuse a value of `add_settings` that cannot be; names it."""
+    """Refuse an impossible value of `add_settings`; names it."""
     if args.limit is not None and (args.limit <= 0 or (args.limit >= 1 and args.limit != int(args.limit))):
         raise UsageError(f"limit must be at least 1 item a task, or a share of them below 1, not {args.limit:g}")
     if args.num_fewshot < 0:
@@ -89,17 +89,17 @@ def check_data(data: str) -> None:
     """Refuse a --data that is neither a name, nor `hf:NAME`, nor a file or folder here."""
     if data not in TEXTS and not data.startswith("hf:") and not Path(data).exists():
         near = did_you_mean(data, TEXTS)
-        raise UsageError(f"--data {data!r} is no file, and none of {', '.join(TEXTS)}, hf:NAME{near}")
+        raise UsageError(f"--data {data!r} is not a file, and none of {', '.join(TEXTS)}, hf:NAME{near}")
 
 
 def check_model(asked: str) -> None:
-    """Refuse a model that is neither a path here nor spelt as an id of the Hub."""
+    """Refuse a model that is neither a path here nor an id of the Hub."""
     if is_local(asked) and not Path(asked).exists():
         raise UsageError(f"{asked} does not exist and is not an id of the Hub")
 
 
 def check_tokenizer(asked: str | None) -> None:
-    """Refuse a --tokenizer that is neither a path here nor spelt as an id of the Hub."""
+    """Refuse a --tokenizer that is neither a path here nor an id of the Hub."""
     if asked is not None and is_local(asked) and not Path(asked).exists():
         raise UsageError(f"--tokenizer {asked} does not exist and is not an id of the Hub")
 
@@ -111,6 +111,6 @@ def check_new_folder(out: Path, ask: str) -> None:
 
 
 def check_folder(out: Path) -> None:
-    """Refuse a file where a folder is to be."""
+    """Refuse a file where a folder is expected."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is not a folder")

@@ -7,7 +7,7 @@ from periln.eval.arguments.shared import TOKENS, check_data, check_folder, check
 from periln.runkit.errors import UsageError, make_parser, more_options
 
 DTYPES = ("float32", "bfloat16", "float16")
-# How many samples each part has where nothing else is asked for.
+# How many samples each part has by default.
 FULL = {"samples": 1000, "backward_samples": 32, "skip_samples": 16, "fp16_samples": 4}
 QUICK = {"samples": 16, "backward_samples": 1, "skip_samples": 1, "fp16_samples": 1}
 QUICK_SKIP_TOKENS = 128  # of the sample on which layers are skipped
@@ -26,12 +26,13 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.stability")
     add("--explain", type=Path, metavar="RUN", help="only tell what happened in a run, from its records")
     add("--data", default="wikitext", help="wikitext, hf:NAME[:CONFIG[:SPLIT]], a file or folder of text, or random")
     add("--quick", action=argparse.BooleanOptionalAction, default=None,
-        help=f"{QUICK['samples']} samples in place of {FULL['samples']}, and as few in the other parts; the default "
+        help=f"{QUICK['samples']} samples instead of {FULL['samples']}, and fewer in the other parts; the default "
         "where no run is given")  # fmt: skip
     add("--samples", type=int, help=f"samples for the forward pass; {_counts('samples')}")
     add("--tokens", type=int, metavar="N", help=f"tokens a sample; {TOKENS}, or what the model takes, when left out")
-    add("--out", type=Path, metavar="DIR", help="results of DIR/NAME; ./stability for what is no run, when left out")
+    add("--out", type=Path, metavar="DIR", help="results in DIR/NAME; when left out, ./stability for what is not a run")
     add("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
+    add("--last", action="store_true", help="of a run the last checkpoint alone, and none of one that has diverged")
     add("--again", action="store_true", help="measure again what has been measured")
     add = more_options(parser).add_argument
     add("--seed", type=int, default=0, help="which samples are drawn")

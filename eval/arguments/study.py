@@ -27,7 +27,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.study") -> 
 def check(args: argparse.Namespace) -> None:
     """Raise UsageError for what can be refused before anything is loaded."""
     if not args.study.is_dir():
-        raise UsageError(f"{args.study} is no folder: give a study or its records")
+        raise UsageError(f"{args.study} is not a folder: give a study or its records")
     if (args.verb == "measure") != (args.cell is not None):
         raise UsageError("--cell belongs to measure, which needs it")
     if args.verb == "export" and args.records is None:

@@ -18,17 +18,17 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.tables") ->
         "runs/ --format latex",
     )
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders, or folders of runs")
-    parser.add_argument("--scores", type=Path, metavar="FILE", help="a CSV with a row a seed, in place of runs")
+    parser.add_argument("--scores", type=Path, metavar="FILE", help="a CSV with a row a seed, instead of runs")
     parser.add_argument("--format", choices=FORMATS, default="terminal", help="CSV holds one table, see --table")
     parser.add_argument(
         "--table", choices=TABLES, action="append", help="only this one (repeatable); for CSV means when left out"
     )
-    parser.add_argument("--compare-paper", action="store_true", help="set the paper's Table 2 beside ours")
+    parser.add_argument("--compare-paper", action="store_true", help="show the paper's Table 2 next to ours")
     parser.add_argument("--metric", choices=METRICS, default="acc", help="where a task has it; acc elsewhere")
     parser.add_argument("--suite", choices=tuple(SUITES), help="only this suite; all that were evaluated when left out")
     parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals of paired differences")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write there and not to the terminal")
-    parser.add_argument("--overwrite", action="store_true", help="replace what stands at --out")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to the terminal")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     return parser.parse_args(argv)
 
 

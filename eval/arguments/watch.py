@@ -18,7 +18,11 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.watch") -> 
         "--tasks", default=",".join(SUITES["hub"]), metavar="A,B,...", help="any of lm-eval's, mini, or your own"
     )
     parser.add_argument(
-        "--wait", type=float, default=60, metavar="SECONDS", help="for a run that has stopped, or not begun, to go on"
+        "--wait",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="for a run that has stopped, or not begun, to continue",
     )
     add_settings(parser)
     return parser.parse_args(argv)
@@ -27,6 +31,6 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.watch") -> 
 def check(args: argparse.Namespace) -> None:
     """Raise UsageError for what can be refused before anything is loaded."""
     if args.revision or args.out:
-        raise UsageError("--revision and --out are not for a watch: a run's results stand in its eval/")
+        raise UsageError("--revision and --out are not for a watch: a run's results are in its eval/")
     task_names(args.tasks)
     check_settings(args)

@@ -1,1 +1,1 @@
-"""Bounds on what a residual step, a gradient or an FP16 tensor can reach, and where each model stands below them."""
+"""Bounds on what a residual step, a gradient or an FP16 tensor can reach, and how far below them each model is."""

@@ -14,7 +14,7 @@ and an MLP's is by its rows (|act(g) u| <= |g u|). With a norm in place C (Post-
 each add. A sublayer that reads the stream without a norm (OLMo 2, Post-LN) is bounded by the stream's own bound, which
 is finite but loose.
 
-The bounds are of exact arithmetic and hold for token ids (not for embeddings given in their place). A pass in FP16
+The bounds are of exact arithmetic and hold for token ids (not for embeddings given instead). A pass in FP16
 rounds: each row's `fp16_factor`, (1 + 2^-11)^n for the n roundings since the last norm, is the room that needs (a sum
 in FP32 counts as a part of one, see `reach.py`); norms' statistics must be in FP32, sums of products accumulated in
 FP32, and the weights be those that the pass uses. What is left out is underflow.
@@ -71,8 +71,8 @@ def certify(
 
     Args:
         model: in FP32 (or the FP16 weights widened to it); it is run twice on a few tokens to learn its structure.
-        measured: the largest |value| seen, by (layer, sublayer, tensor), for the column beside the bound.
-        anatomy: the model's, if it is known already.
+        measured: the largest |value| seen, by (layer, sublayer, tensor), for the column next to the bound.
+        anatomy: the model's, if already known.
         tell: called after the embedding, each sublayer, and the head.
 
     Returns:
@@ -89,7 +89,7 @@ def certify(
     rows = _Rows(measured or {})
     stream = _embedding(anatomy, rows)
     tell()
-    waiting: Reach | None = None  # the first branch of a parallel layer, until the one add
+    waiting: Reach | None = None  # the first branch of a parallel layer, until the common add
     for sublayer in anatomy.sublayers:
         branch = _branch(sublayer, anatomy.hidden_size, inside[sublayer.name], stream, rows)
         branch = None if branch is None else branch.scaled(sublayer.multiplier)
@@ -144,7 +144,7 @@ def _branch(s: Sublayer, size: int, inside: Inside | Unknown, stream: Reach | No
 
 
 def _attention(s: Sublayer, m: Attention, given: Reach, reads: str, rows: _Rows) -> Reach:
-    """Values, and W_o of a convex combination of them in every head."""
+    """Values, and W_o applied to a convex combination of them in every head."""
     heads, size = len(m.of_head), m.values.shape[1]
     flat, bias = m.values.flatten(0, 1), None if m.value_bias is None else m.value_bias.flatten()
     roundings = given.roundings_of(m.values.shape[-1])
@@ -176,7 +176,7 @@ def _definite(gram: torch.Tensor) -> bool:
 
 
 def _mlp(s: Sublayer, m: Gated, given: Reach, reads: str, rows: _Rows) -> Reach:
-    """The hidden units, and W_down of them."""
+    """The hidden units, and W_down applied to them."""
     # An activation in plain operations is rounded three times; both factors of a product read the rounded input.
     once = given.roundings_of(m.gate.shape[1])
     roundings = once + 3 if m.up is None else 2 * once + 4
@@ -244,7 +244,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "unbounded": unbounded,
         "above_limit": [{k: r[k] for k in ("layer", "sublayer", "tensor", "bound")} for r in above],
         "certified": not unbounded and not above,
-        "not_bounded_here": "queries, keys and attention logits; gradients; embeddings given in place of token ids",
+        "not_bounded_here": "queries, keys and attention logits; gradients; embeddings given instead of token ids",
         "rounding": "bounds are of exact arithmetic; times fp16_factor they hold for a pass in FP16 with norm "
         "statistics and accumulation in FP32",
     }

@@ -1,4 +1,4 @@
-"""Bounds beside what they bound, token by token: the paper's propositions, residual steps, and the certificate.
+"""Bounds and what they bound, token by token: the paper's propositions, residual steps, and the certificate.
 
 python -m eval.bounds RUN_OR_CHECKPOINT_OR_HUB_ID --out DIR
 """
@@ -8,7 +8,6 @@ import math
 
 import pandas as pd
 import torch
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.arguments.bounds import check
 from periln.eval.bounds.certificate import certify
@@ -21,9 +20,8 @@ from periln.eval.targets import find_measured
 from periln.eval.text_table import Table, to_markdown, to_terminal
 from periln.eval.texts.samples import find_samples
 from periln.runkit.environment import describe_environment
-from periln.runkit.errors import UsageError
 from periln.runkit.folder import json_number, write_folder, write_json, write_text
-from periln.runkit.process import start_stage
+from periln.runkit.process import need_device, quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 
 NOTES = (
@@ -91,10 +89,8 @@ def _table(name: str, rows: pd.DataFrame) -> Table:
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
     check(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    need_device(args.device, "--device cuda")
+    quiet_transformers()
     model = find_measured(args.model, args.revision)
     checkpoint = model.chosen
     network = checkpoint.load(torch.float32, args.device, args.trust_remote_code)

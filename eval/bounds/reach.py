@@ -22,7 +22,7 @@ from periln.eval.structure.norms import NormFacts
 from periln.runkit.number_format import FP16
 
 SUMMED = 8000.0  # terms whose sum in FP32 is off by less than one rounding to FP16
-ROWS = 4096  # of a large matrix that are in FP64 at once
+ROWS = 4096  # rows of a large matrix that are in FP64 at once
 EXACT_SPECTRUM = 1024  # largest side whose spectral norm is taken from eigenvalues
 
 
@@ -39,12 +39,12 @@ class Reach:
 
     @classmethod
     def of_box(cls, box: torch.Tensor, length: float, roundings: float) -> "Reach":
-        """A box, with a length if a better one than the box's own is known."""
+        """A box, with a length if one better than the box's own is known."""
         length = min(length, box.norm().item())
         return cls(box.clamp(max=length), length, torch.zeros_like(box), torch.ones_like(box), length, roundings)
 
     def roundings_of(self, terms: int) -> float:
-        """Those of a product with a matrix row of so many terms."""
+        """The roundings of a product with a matrix row of `terms` terms."""
         return self.roundings + 1 + terms / SUMMED
 
     @property
@@ -61,7 +61,7 @@ class Reach:
         return Reach(k * self.box, k * self.length, centre, gain, self.radius, self.roundings + 1)
 
     def plus(self, other: "Reach") -> "Reach":
-        """Every sum of a vector of each."""
+        """The set of sums of a vector of each."""
         roundings = max(self.roundings, other.roundings) + 1
         return Reach.of_box(self.box + other.box, self.length + other.length, roundings)
 

@@ -131,11 +131,11 @@ def token_steps(
     batches: Iterable[torch.Tensor],
     tick: Callable[[int], None] = lambda n: None,
 ) -> pd.DataFrame:
-    """A row for every add and every token of `batches` (ids (B, S)): what it did, beside what it could have done.
+    """A row for every add and every token of `batches` (ids (B, S)): what it did, and what it could have done.
 
     Columns: layer, sublayer, sample, position; |x|, |x'| (`sum`), |x' - alpha x| (`step`), `angle` in units of pi,
     `std` and `std_sum` over the token's entries; by the step `shortest`, `longest`, `widest`, `least_std`, `most_std`;
-    by all steps up to it, from the token's own embedding, `longest_so_far` and `most_std_so_far`; and whether all of
+    by all steps up to it, from the token's embedding, `longest_so_far` and `most_std_so_far`; and whether all of
     these bounds `held`.
     """
     watch, frames, start = _Watch(anatomy), [], 0
@@ -213,7 +213,7 @@ def summary(rows: pd.DataFrame, steps: list[Step]) -> pd.DataFrame:
 
 
 def said(steps: list[Step], summed: pd.DataFrame) -> list[str]:
-    """What the steps' bounds say of a model, in sentences."""
+    """What the steps' bounds say about a model, in sentences."""
     free = [s for s in steps if math.isinf(s.reach)]
     if free:
         return [f"{len(free)} of {len(steps)} adds have no bound: see the certificate for the reasons."]

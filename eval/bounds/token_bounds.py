@@ -1,7 +1,7 @@
 """Proposition 3.1 on a real model, token by token: what bounds the gradient of each module's last matrix.
 
 Token t adds the outer product of dL/da_t and h_t to dL/dW2 (a = W2 h + b, the module's output), whose Frobenius norm is
-|dL/da_t| |h_t|. Between a and the sum x + s B(a) stands the output norm B, if there is one, and after the sum the norm
+|dL/da_t| |h_t|. Between a and the sum x + s B(a) is the output norm B, if there is one, and after the sum the norm
 C; a norm's Jacobian at n has a norm of at most max|gamma| / sqrt(mean n^2 + eps) <= max|gamma| sqrt(D) / |n| (for
 LayerNorm n is the centred vector). With |dL/dx| measured, x the stream after the add and its norm C:
 
@@ -9,9 +9,9 @@ LayerNorm n is the centred vector). With |dL/dx| measured, x the stream after th
     B          |dL/dW2|_F,t  <=  s |dL/dx_t| max|gamma_B| sqrt(D) |h_t| / |a_t|               (peri, output; D.2)
     C          |dL/dW2|_F,t  <=  s |dL/dx_t| max|gamma_C| sqrt(D) |h_t| / |alpha x_t + s a_t| (post, pre_post; D.3)
 
-with both factors where both norms stand. The loss is the sum over tokens, so that |dL/dx| of a token does not shrink
-with the length of a text. The paper's form has 2 in the place of |dL/dx|, and another 2 for the Jacobian: it is given
-beside, and nothing makes it hold on a real model (`broken_assumptions`).
+with both factors where both norms exist. The loss is the sum over tokens, so that |dL/dx| of a token does not shrink
+with the length of a text. The paper's form has 2 in place of |dL/dx|, and another 2 for the Jacobian: it is given
+too, but nothing makes it hold on a real model (`broken_assumptions`).
 """
 
 import math
@@ -54,7 +54,7 @@ class _Watch:
         self.s = s
         self.seen: dict[str, torch.Tensor] = {}
         self.handles: list[Any] = []
-        # Before any hook is there: finding out what a norm computes runs it.
+        # Before any hook exists: finding out what a norm computes runs it.
         self.output, self.residual = (None if n is None else n.facts for n in (s.output_norm, s.residual_norm))
         matrix = s.output_projection.module
         self.handles.append(matrix.register_forward_pre_hook(lambda m, args: self._keep("h", args[0], False)))
@@ -83,12 +83,12 @@ def token_bounds(
     `gradient_error`: the difference of the summed outer products from autograd's dL/dW2 of the batch, relative.
 
     Raises:
-        UserError: no sublayer has an output matrix and an add of its own.
+        UserError: no sublayer has an output matrix and its own add.
     """
     model, frames, start = anatomy.model, [], 0
     watched = [s for s in anatomy.sublayers if s.output_projection is not None and s.residual_add is not None]
     if not watched:
-        raise UserError(f"{type(model).__name__} has no sublayer with an output matrix and an add of its own")
+        raise UserError(f"{type(model).__name__} has no sublayer with an output matrix and its own add")
     was = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(True)
     watches: list[_Watch] = []
@@ -169,7 +169,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def broken_assumptions(anatomy: Anatomy) -> list[str]:
-    """The assumptions of D.1 to D.3 that this model does not keep, each with what it does in their place."""
+    """The assumptions of D.1 to D.3 that this model breaks, each with what it does instead."""
     mlps = [s for s in anatomy.sublayers if s.kind == "mlp"]
     act = next((type(m).__name__ for m in mlps[0].module.modules() if "act" in type(m).__name__.lower()), None)
     relu = any(isinstance(m, nn.ReLU) for m in mlps[0].module.modules())
@@ -180,12 +180,12 @@ def broken_assumptions(anatomy: Anatomy) -> list[str]:
     gains = [n.facts.gain for s in mlps for n in (s.output_norm, s.residual_norm) if n is not None]
     vector = [g for g in gains if g is not None and g.min() != g.max()]
     facts = (
-        (True, f"the logits are not the stream: a head ({anatomy.head_name}) stands between, so |dL/dx_L| is not <= 2"),
+        (True, f"the logits are not the stream: a head ({anatomy.head_name}) is in between, so |dL/dx_L| is not <= 2"),
         (anatomy.final_norm is not None, "a final norm divides the gradient by the size of the stream"),
         (not relu, f"the MLP's activation is {act or 'not a ReLU'}, not a ReLU"),
         (gated, "the MLP is gated: h is a product"),
         (not biases, "the MLP's output matrix has no bias"),
-        (bool(vector), "gamma is a vector: its largest |entry| stands in the bound"),
+        (bool(vector), "gamma is a vector: the bound has its largest |entry|"),
         (True, "there are many tokens: a token's stream also gets gradients from the losses of later tokens"),
         (len(anatomy.sublayers) > 1, "there are more sublayers: only the last one's stream is the last stream"),
     )

@@ -21,7 +21,7 @@ from periln.runkit.progress import progress_bar
 
 
 def write_drawing(drawing: FigureFiles, out: Path) -> list[Path]:
-    """Write the images and, beside them, title and caption; returns the images' paths."""
+    """Write the images and, next to them, title and caption; returns the images' paths."""
     files = [out / f"figure_{drawing.name}.{kind}" for kind in drawing.images]
     for file, data in zip(files, drawing.images.values(), strict=True):
         write_bytes(file, data)
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
     for rate in args.learning_rate or []:
         if rate not in rates:
             known = ", ".join(f"{r:g}" for r in rates) or "there is none"
-            raise UsageError(f"--learning-rate {rate:g} is none of the runs': {known}")
+            raise UsageError(f"--learning-rate {rate:g} is not a rate of these runs: {known}")
     whole = "all" in args.fig.lower().split(",")
     view = view_of(frames, args.learning_rate)
     found = (

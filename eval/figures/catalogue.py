@@ -1,4 +1,4 @@
-"""The figures there are, as data: the paper's by its numbers, and five that the paper has not."""
+"""The figures, as data: the paper's by its numbers, and five that the paper does not have."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ _PRETRAIN = training.PRETRAIN
 class Entry:
     """A figure: what the paper's shows, and how it is drawn; its title is in `TITLES`.
 
-    `sizes` are the paper's, drawn where the runs have them; `like` names a figure that shows the same of other sizes,
-    so that `all` draws this one only for runs of its own sizes. `plain`: runs that change something about their
-    placement (gamma frozen, ...) are left out where there are others, as in the paper.
+    `sizes` are the paper's, drawn where the runs have them; `like` names a figure that shows the same for other sizes,
+    so that `all` draws this one only for runs of its sizes. `plain`: runs that change something about their
+    placement (gamma frozen, ...) are left out if there are others, as in the paper.
     """
 
     paper: str
@@ -87,7 +87,7 @@ CATALOGUE: dict[str, Entry] = {
         plain=True,
     ),
     "3a": Entry(
-        "The paper's Figure 3(a) shows the pretraining loss across learning rates, 400M to 3.2B; Post-LN stands apart "
+        "The paper's Figure 3(a) shows the pretraining loss across learning rates, 400M to 3.2B; Post-LN is shown "
         "there, in Figure 8.",
         f"{_RATES}; a panel a model size.",
         sweeps.by_size,
@@ -168,12 +168,12 @@ CATALOGUE: dict[str, Entry] = {
         sweeps.tokens,
     ),
     "13": Entry(
-        "The paper's Figure 13 shows the exploration of learning rates at sequence length 2,048 in place of 8,192.",
+        "The paper's Figure 13 shows the exploration of learning rates at sequence length 2,048 instead of 8,192.",
         f"{_RATES}; a panel a sequence length.",
         sweeps.sequence_length,
     ),
     "14": Entry(
-        "The paper's Figure 14 shows the exploration of learning rates with 30 % warm-up in place of 10 %.",
+        "The paper's Figure 14 shows the exploration of learning rates with 30 % warm-up instead of 10 %.",
         f"{_RATES}; a panel a warm-up.",
         sweeps.warmup,
     ),

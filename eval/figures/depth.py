@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import cm
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator
 
 from periln.eval.figures.layer_rows import layer_rows, source_words
@@ -22,6 +23,7 @@ from periln.eval.figures.pieces import (
     whole_numbers,
     wrapped,
 )
+from periln.eval.figures.plots import Plot, depth_lines, step_lines
 from periln.eval.figures.selection import (
     MODELS,
     View,
@@ -41,7 +43,7 @@ STREAM = ("embedding", "attn", "mlp")
 
 
 def panels(view: View, most: int = MOST_ROWS) -> tuple[list[tuple[str, View]], str]:
-    """What stands below each other: sizes and learning rates; and what was done about many, in words."""
+    """The rows of a figure: sizes and learning rates; and what was done about many, in words."""
     several = len(sizes(view)) > 1
     rows = []
     for size in sizes(view):
@@ -82,19 +84,25 @@ def _first_and_last(view: View, rows: pd.DataFrame, stats: tuple[str, str], name
     used = view.where(run=set(rows.run))
     legend(figure, used, average="mean of the seeds")
     lost = sorted(set(data[0].run[~np.isfinite(data[0].y)]))
-    return figure, data[0], words, lost
+    panels_ = [{"title": "", "y": name, "log": True} for name in names]
+    lines = [line for i, all_steps in enumerate(data) for line in depth_lines(used, all_steps, i)]
+    plot = {"kind": "lines", "x": depth, "panels": panels_, "lines": lines}
+    return figure, data[0], words, lost, plot
 
 
 def hidden_state(view: View) -> Chart:
     """Figures 5, 10, 11: mean |x| and variance of the stream by layer, at initialization and at the end."""
     rows = layer_rows(view, "stream", "mean |x| and variance of the hidden state", ("mean_abs", "variance"), edges=True)
     rows = rows[rows.sublayer.isin(STREAM)]
-    figure, data, words, _ = _first_and_last(view, rows, ("mean_abs", "variance"), ("mean |x|", "variance"), DEPTH)
+    figure, data, words, _, plot = _first_and_last(
+        view, rows, ("mean_abs", "variance"), ("mean |x|", "variance"), DEPTH
+    )
     return Chart(
         figure,
         "The residual stream after every sublayer (for Post-LN: after its norm), 0 is what enters layer 1; log axes. "
         f"{source_words(view, rows)} {first_and_last(data)}{words} {_cross(view, data)}{seeds_words(view, data.run)}"
         f"{view.names}",
+        plot,
     )
 
 
@@ -106,13 +114,14 @@ def gradient_by_layer(view: View) -> Chart:
     if rows.empty:
         raise NotRecorded("Needs the gradient of each layer's parameters (tensor `gradient`, sublayer `layer`).")
     names = ("gradient norm", "gradient variance")
-    figure, data, words, lost = _first_and_last(view, rows, ("norm", "variance"), names, "layer")
+    figure, data, words, lost, plot = _first_and_last(view, rows, ("norm", "variance"), names, "layer")
     left_out = "Where a gradient was not finite at that step, nothing is drawn. " if lost else ""
     return Chart(
         figure,
         f"Norm and variance of the gradient of each {'layer' if len(whole) else 'sublayer'}'s parameters, without the "
         f"loss scale, before clipping; log axes. {source_words(view, rows)} {first_and_last(data)}{words} "
         f"{_cross(view, data)}{left_out}{seeds_words(view, data.run)}{view.names}",
+        plot,
     )
 
 
@@ -159,6 +168,12 @@ def growth(view: View) -> Chart:
         f"Entry-wise variance of the stream over depth, a line a recorded step ({recorded_steps(data)}),{most} "
         f"mean of the seeds that did not diverge; log axis.{gone} {rates_words(used)} {source_words(used, rows)} "
         f"{seeds_words(used, data.run)}{used.names}",
+        {
+            "kind": "lines",
+            "x": DEPTH,
+            "panels": [{"title": "", "y": "variance of the stream", "log": True}],
+            "lines": depth_lines(used, data, 0),
+        },
     )
 
 
@@ -214,6 +229,20 @@ def output_gamma(view: View) -> Chart:
     return Chart(
         figure,
         f"The mean over channels of every output norm's gamma at the recorded steps ({recorded_steps(rows)}), a line a "
-        "layer, averaged over the seeds that did not diverge. Only placements with output norms have one. "
+        "layer, averaged over the seeds that did not diverge. Only placements with output norms have a gamma. "
         f"{seeds_words(used, rows.run)}{used.names}",
+        _gamma_plot(used, rows, colours, norm),
     )
+
+
+def _gamma_plot(view: View, rows: pd.DataFrame, colours, norm) -> Plot:
+    """The same for a page: a line a run and layer."""
+    lines = []
+    for i, sublayer in enumerate(("attn", "mlp")):
+        for layer, of in rows[rows.sublayer == sublayer].groupby("layer"):
+            data = pd.DataFrame({"run": of.run, "x": of.step.astype(float), "y": of.value.astype(float)})
+            found = step_lines(view, data, i, more={"layer": int(layer)})
+            lines += [line | {"c": to_hex(colours(norm(layer)))} for line in found]
+    names = ("gamma after attention", "gamma after the MLP")
+    panels_ = [{"title": "", "y": name, "log": False} for name in names]
+    return {"kind": "lines", "x": "step", "steps": True, "panels": panels_, "lines": lines}

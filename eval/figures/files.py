@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from periln.eval.figures.catalogue import CATALOGUE, Entry
 from periln.eval.figures.pieces import NotRecorded, image_bytes, settings
+from periln.eval.figures.plots import Plot
 from periln.eval.figures.selection import View, of_size, plain_placements, sizes, view_of
 from periln.eval.figures.titles import TITLES
 from periln.eval.records.frames import Frames
@@ -16,7 +17,10 @@ from periln.eval.records.frames import Frames
 
 @dataclass(frozen=True)
 class FigureFiles:
-    """One figure: what is drawn, in words, and its images by kind; or, without images, what it needs."""
+    """One figure: its description and its images by kind; or, without images, what it needs.
+
+    `plot` has its numbers, where a page can draw it itself (`plots.py`).
+    """
 
     name: str
     title: str
@@ -24,6 +28,7 @@ class FigureFiles:
     alt: str
     words: str
     images: dict[str, bytes]
+    plot: Plot | None = None
 
     @property
     def numbered(self) -> bool:
@@ -38,15 +43,17 @@ class FigureFiles:
 def draw_files(name: str, view: View, kinds: Sequence[str] = ("png",)) -> FigureFiles:
     """One figure of the catalogue; where its records are missing it has no images, and `words` say what it needs."""
     entry = CATALOGUE[name]
+    plot = None
     with settings():
         try:
             chosen, note = _sized(entry, view)
             chosen, changed = plain_placements(chosen) if entry.plain else (chosen, "")
             chart = entry.draw(chosen)
+            plot = chart.plot
             words, images = chart.caption + changed + note, {kind: image_bytes(chart.figure, kind) for kind in kinds}
         except NotRecorded as error:
             words, images = str(error), {}
-    return FigureFiles(name, TITLES[name], entry.paper, entry.alt, words, images)
+    return FigureFiles(name, TITLES[name], entry.paper, entry.alt, words, images, plot)
 
 
 def _sized(entry: Entry, view: View) -> tuple[View, str]:
@@ -63,7 +70,7 @@ def _wanted(name: str, view: View) -> str:
         recipes = " and ".join(f"scripts/recipes/{size.lower()}-*.yaml" for size in entry.sizes)
         return (
             f"Needs models of {' or '.join(entry.sizes)} (python -m scripts.pretrain --config, {recipes}); "
-            f"Figure {entry.like} is the same figure for the sizes there are."
+            f"Figure {entry.like} is the same figure for the sizes at hand."
         )
     if name == "rates" and view.runs.learning_rate.nunique() == 1:
         return "Only one learning rate was run: Figures 3b and 3c show it."
@@ -73,7 +80,7 @@ def _wanted(name: str, view: View) -> str:
 def all_figures(
     frames: Frames, kinds: Sequence[str] = ("png",), rates: Sequence[float] | None = None
 ) -> Iterator[FigureFiles]:
-    """Every figure in order; those that only repeat another at sizes that are not there are left out, with the reason.
+    """Every figure in order; those that only repeat another at missing sizes are left out, with the reason.
 
     `rates` keeps the runs with these learning rates.
     """

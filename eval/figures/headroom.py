@@ -1,5 +1,7 @@
 """What is left below FP16's largest number: over depth, and as a map of layers and steps."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib import cm
@@ -22,6 +24,7 @@ from periln.eval.figures.pieces import (
     whole_numbers,
     wrapped,
 )
+from periln.eval.figures.plots import MOST_STEPS, depth_lines, keys_of, numbers, spread, style_of
 from periln.eval.figures.selection import View, at_best_rate, rate_names, rates_words, seeds_words, sizes
 from periln.eval.records.derived import by_depth
 from periln.eval.records.words import recorded_steps
@@ -33,7 +36,7 @@ MOST_BITS = 16
 
 
 def _peaks(view: View) -> pd.DataFrame:
-    """max |x| rows of the three tensors; what is not finite stands as infinity."""
+    """max |x| rows of the three tensors; what is not finite becomes infinity."""
     parts, missing = [], None
     for tensor in TENSORS:
         try:
@@ -43,7 +46,7 @@ def _peaks(view: View) -> pd.DataFrame:
     if not parts and missing is not None:
         raise missing
     rows = pd.concat(parts, ignore_index=True)
-    rows = rows[rows.sublayer.isin(STREAM)]  # not what stands behind the final norm
+    rows = rows[rows.sublayer.isin(STREAM)]  # not what follows the final norm
     return rows.assign(value=rows.value.where(np.isfinite(rows.value), np.inf))
 
 
@@ -66,16 +69,32 @@ def peaks_by_layer(view: View) -> Chart:
         row[0].set_ylabel(f"{title}\nlargest |x|")
         _bits_axis(row[2])
     axes[-1, 1].set_xlabel(DEPTH)
+    panels_ = [{"title": "", "y": f"largest |x|, {name}", "log": True} for name in TENSORS.values()]
+    largest = (
+        rows.groupby(["run", "tensor", "layer", "sublayer"], as_index=False).value.max().assign(stat="max_abs", step=0)
+    )
+    lines = []
+    for i, tensor in enumerate(TENSORS):
+        data = by_depth(largest, "max_abs", tensor)
+        lines += depth_lines(used, data.assign(y=data.y.where(np.isfinite(data.y), 2 * FP16.largest)), i)
     axes[0, 0].set_ylim(top=4 * FP16.largest)
     line = plain(FP16.limit, color="black", linewidth=1.4, linestyle="--")
     legend(figure, used, more=[line], average="largest of the seeds")
-    beyond = " A value that was not finite stands above the line, at 131008." if np.isinf(rows.value).any() else ""
+    beyond = " A value that was not finite is drawn above the line, at 131008." if np.isinf(rows.value).any() else ""
     return Chart(
         figure,
         f"The largest |x| of each layer over all recorded steps ({recorded_steps(rows)}) and, thick, over the seeds "
         "that did not diverge; the dashed line is FP16's largest number, the right axis the bits that are left. The "
         "residual sum is taken before a Post-LN norm, the module output before an output norm."
         f"{beyond} {source_words(view, rows)}{words} {seeds_words(used, rows.run)}{used.names}",
+        {
+            "kind": "lines",
+            "x": DEPTH,
+            "combine": "max",
+            "limit": {"y": FP16.largest, "name": FP16.limit},
+            "panels": panels_,
+            "lines": [{key: value for key, value in line.items() if key != "t"} for line in lines],
+        },
     )
 
 
@@ -139,11 +158,34 @@ def headroom_map(view: View) -> Chart:
     return Chart(
         figure,
         f"FP16 headroom, log2({FP16.limit} / max |x|): the least over stream, residual sum and module output, and "
-        f"over seeds, at the recorded steps ({recorded_steps(rows)}); attention stands at the half, the MLP at the "
+        f"over seeds, at the recorded steps ({recorded_steps(rows)}); attention is at the half, the MLP at the "
         f"whole number, 0 is what enters layer 1. The darker, the less is left. All panels have the same "
         f"steps; what is grey was not recorded, as after a run's end. {source_words(used, rows)}{words} "
         f"{seeds_words(used, rows.run)}{used.names}",
+        {"kind": "map", "name": "bits left", "most": MOST_BITS, "maps": _maps(used, rows)},
     )
+
+
+def _bits(rows: pd.DataFrame) -> tuple[list[float], list[float], np.ndarray]:
+    """Steps, depths and the least bits (depth, step); NaN where nothing was recorded, -inf for what is infinite."""
+    depth = rows.layer.astype(float) - 0.5 * (rows.sublayer == "attn")
+    field = rows.assign(depth=depth).pivot_table(index="depth", columns="step", values="value", aggfunc="max")
+    with np.errstate(divide="ignore"):  # infinity: minus infinitely many bits
+        bits = np.log2(FP16.largest / field.clip(lower=1e-30).to_numpy(float))
+    return list(field.columns), list(field.index), bits
+
+
+def _maps(view: View, rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """The same for a page: a map a run; an overflow is -1."""
+    maps = []
+    for _, run in view.runs.iterrows():
+        of = rows[rows.run == run.run]
+        worst = of.step[of.value == of.value.max()]  # stays, whichever steps are left out
+        steps, depths, bits = _bits(of[of.step.isin({*spread(sorted(of.step.unique()), 2 * MOST_STEPS), *worst[:1]})])
+        values = [numbers(np.where(line < 0, -1.0, line), 3) for line in bits]
+        maps.append({"x": numbers(steps, 9), "y": numbers(depths), "v": values, "k": keys_of(view, run)})
+        maps[-1] |= style_of(view, run)
+    return maps
 
 
 def _same_steps(axes: list[Axes]) -> bool:
@@ -157,12 +199,9 @@ def _same_steps(axes: list[Axes]) -> bool:
 
 def _map(ax: Axes, rows: pd.DataFrame, palette: mcolors.Colormap, norm: mcolors.Normalize) -> np.ndarray:
     """Draw one map; returns its bits (depth, step), NaN where nothing was recorded."""
-    depth = rows.layer.astype(float) - 0.5 * (rows.sublayer == "attn")
-    field = rows.assign(depth=depth).pivot_table(index="depth", columns="step", values="value", aggfunc="max")
-    with np.errstate(divide="ignore"):  # infinity: minus infinitely many bits
-        bits = np.log2(FP16.largest / field.clip(lower=1e-30).to_numpy(float))
+    steps, depths, bits = _bits(rows)
     over = bits < 0
-    x, y = _edges(list(field.columns)), _edges(list(field.index))
+    x, y = _edges(steps), _edges(depths)
     ax.set_facecolor(NOT_MEASURED)
     ax.pcolormesh(x, y, np.ma.masked_invalid(np.where(over, np.nan, bits)), cmap=palette, norm=norm)
     ax.pcolormesh(x, y, np.ma.masked_where(~over, over), cmap=mcolors.ListedColormap([OVERFLOW]))

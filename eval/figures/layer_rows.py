@@ -27,7 +27,7 @@ def _concat(frames: Iterable[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
 
 
 def bench_folder(frames: Frames, run: str) -> Path | None:
-    """Where the stability bench's records of a run stand, or those of a model that is no run."""
+    """The folder of the stability bench's records of a run, or of a model that is not a run."""
     folder = frames.folders.get(run)
     return folder if folder is None or frames.recipes[run].get("stage") == STAGE else folder / "eval" / "stability"
 
@@ -54,7 +54,7 @@ def angle_rows(view: View) -> pd.DataFrame:
 
 
 def bench_report(frames: Frames, run: str) -> dict[str, Any]:
-    """stability.json of a run; empty where the bench has not looked at it."""
+    """stability.json of a run; empty where the bench has not measured it."""
     folder = bench_folder(frames, run)
     file = folder and folder / "stability.json"
     found = read_json(file) if file and file.exists() else {}
@@ -67,9 +67,9 @@ def layer_rows(
     """Rows of one tensor's statistics, with a column `source`: `bench` or `trainer`.
 
     A run's rows come from one source: the bench's where it has several steps from as early to as late as the trainer's,
-    or more of them. With `edges` only the first and the last step are wanted, and each is the bench's where
+    or more of them. With `edges` only the first and the last step are wanted, and each is the bench's if
     it has that step (or, for the last, one in the last tenth), else the trainer's. With `both` the rows of the two are
-    given together: for what is the largest of all.
+    given together: for the largest of all.
 
     Raises:
         NotRecorded: neither has any; `what` says in words what is missing.
@@ -100,7 +100,7 @@ def layer_rows(
 
 
 def _covers(bench: pd.DataFrame, trainer: pd.DataFrame) -> bool:
-    """Whether the bench's rows tell a course over steps as well as the trainer's: from start to end, or more steps."""
+    """Whether the bench's rows cover the steps as well as the trainer's: from start to end, or more steps."""
     if bench.empty or trainer.empty:
         return len(bench) > 0
     steps = bench.step.nunique(), trainer.step.nunique()

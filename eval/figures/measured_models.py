@@ -1,4 +1,4 @@
-"""Models that the stability bench measured outside of any run, as rows beside the runs'.
+"""Models that the stability bench measured outside of any run, as rows next to the runs'.
 
 `python -m eval.stability MODEL --out OUT` writes OUT/NAME/stability.json with its tables. Such a model has no recipe,
 no learning rate and no training: figures of hidden states, gradients, angles and headroom show it, the others do not.
@@ -16,11 +16,11 @@ from periln.runkit.errors import UserError
 from periln.runkit.folder import read_json
 
 STAGE = "model"
-NO_RATE = 0.0  # in the place of a learning rate
+NO_RATE = 0.0  # instead of a learning rate
 
 
 def _found(root: Path) -> list[Path]:
-    """The folders with a stability.json that stand in no run."""
+    """The folders with a stability.json outside any run."""
     files = sorted(root.rglob("stability.json")) if root.is_dir() else []
     return [f.parent for f in files if not (f.parent.parent.parent / "recipe.yaml").exists()]
 
@@ -28,7 +28,7 @@ def _found(root: Path) -> list[Path]:
 def load_measured(roots: Sequence[Path]) -> Frames:
     """`load_all` of the run folders under `roots`, and the models that were measured into folders there.
 
-    A copy of a run's own records, as `eval.stability RUN --out OUT` makes it, is left out where the run is there.
+    A copy of a run's own records, as `eval.stability RUN --out OUT` makes it, is left out if the run is included.
 
     Raises:
         UserError: see `load`; a folder that holds neither; or a damaged stability.json.

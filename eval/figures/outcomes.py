@@ -19,7 +19,7 @@ HELDOUT, TRAINING = "held-out loss", "final training loss"
 @dataclass(frozen=True)
 class Outcomes:
     """`rows`: run, series, name, learning_rate, seed, status, loss (nats a token), headroom (bits, minus infinity for
-    an overflow, NaN where nothing was recorded). `loss` names which loss that is, `words` what was left out."""
+    an overflow, NaN where nothing was recorded). `loss` names the loss, `words` what was left out."""
 
     rows: pd.DataFrame
     loss: str
@@ -47,7 +47,7 @@ class Outcomes:
 
     @property
     def compared(self) -> pd.DataFrame:
-        """The runs that are compared: those at the main rate; each series at its best rate where no two share one."""
+        """The runs to compare: those at the main rate, or each series at its best rate if no two share one."""
         done, rate = self.finished[self.finished.loss.notna()], self.main_rate
         at = self.at(rate) if rate is not None else self.rows
         if done.series.nunique() < 2 or at[at.run.isin(done.run)].series.nunique() > 1:
@@ -62,23 +62,23 @@ class Outcomes:
 
 
 def title_of(view: View, series: str) -> str:
-    """A series as a sentence calls it: `Peri-LN, gamma frozen` for `peri, gamma frozen`."""
+    """A series as a sentence names it: `Peri-LN, gamma frozen` for `peri, gamma frozen`."""
     head, comma, rest = view.label(series).partition(",")
     return TITLES.get(head, head) + comma + rest
 
 
 def outcomes_of(view: View) -> Outcomes:
-    """The runs of the view that compare: of one size (that of most runs) and one protocol."""
+    """The runs of the view that can be compared: of one size (that of most runs) and one protocol."""
     runs = view.of(view.runs[view.runs.stage != STAGE])
     if runs.runs.empty:
         return Outcomes(pd.DataFrame(columns=_COLUMNS), TRAINING)
     usual, words = common_protocol(runs)
     size = usual.runs["size"].value_counts().index[0]
     if usual.runs["size"].nunique() > 1:
-        words += f" Of the sizes there are, that with most runs: {size}."
+        words += f" Of the sizes, the one with most runs: {size}."
     usual, changed = plain_placements(usual.where(size=size))
     rows = pd.DataFrame([_row(usual, run) for _, run in usual.runs.iterrows()], columns=_COLUMNS)
-    # One kind of loss for all: a held-out loss does not compare with one of training.
+    # One kind of loss for all: a held-out loss cannot be compared with a training loss.
     done = rows[rows.status == "completed"]
     heldout = len(done) > 0 and done.heldout.notna().all()
     rows["loss"] = rows.heldout if heldout else rows.training

@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from periln.eval.figures.outcomes import Outcomes, outcomes_of
 from periln.eval.figures.pieces import DPI, WIDTH, Chart, NotRecorded
+from periln.eval.figures.plots import Plot, numbers
 from periln.eval.figures.selection import View, rate_name
 
 FINISHED, PARTLY, LOST, OPEN = "#D3E8DC", "#FBE9C6", "#F3CFC1", "#EEEEEE"
@@ -16,7 +18,7 @@ MOST_RATES = 6
 
 
 def overview(view: View) -> Chart:
-    """Loss and least headroom of every series at one learning rate, and how many of its runs finished at each."""
+    """Loss and least headroom of every series at one learning rate, and how many of its runs finished at each rate."""
     found = outcomes_of(view)
     if found.rows.empty or not (found.rows.loss.notna().any() or found.rows.headroom.notna().any()):
         raise NotRecorded(
@@ -53,7 +55,27 @@ def overview(view: View) -> Chart:
         "least bits between the largest |x| of stream, residual sums and module outputs and FP16's largest number at "
         "the steps at which a run recorded it; a cross is a run that diverged or overflowed. Right: runs that finished "
         f"of those that were started, by learning rate.{some}{found.words}",
+        _plot(view, found, series, names),
     )
+
+
+def _plot(view: View, found: Outcomes, series: list[str], names: dict[str, str]) -> Plot:
+    """The same for a page: a run is a dot, whose rate and seed can be chosen; an overflow is -1e30."""
+    compared, runs = set(found.compared.run), []
+    for row in found.rows.itertuples(index=False):
+        values = {"loss": row.loss, "headroom": max(row.headroom, -1e30)}
+        keys = {"series": view.label(row.series), "rate": float(row.learning_rate), "seed": str(row.seed)}
+        run = {"run": row.run, "k": keys, "status": row.status, "compared": row.run in compared}
+        runs.append(run | {"lost": row.status == "diverged"} | dict(zip(values, numbers(values.values()), strict=True)))
+    panels = [
+        {"key": "loss", "title": found.loss, "x": "nats a token (less is better)", "unit": "nats a token"},
+        {"key": "headroom", "title": "least FP16 headroom", "x": "bits (more is safer)", "unit": "bits"},
+    ]
+    rows = [{"series": view.label(s), "name": names[s], "c": to_hex(view.looks[s].colour)} for s in series]
+    rate = float(found.compared.learning_rate.iloc[0]) if found.same_rate else None
+    rates = [float(rate) for rate in found.rates]
+    plot = {"kind": "dots", "rate": rate, "rates": rates, "own": not found.same_rate}
+    return plot | {"panels": panels, "rows": rows, "runs": runs}
 
 
 def _dots(ax: Axes, view: View, rows: pd.DataFrame, series: list[str], column: str) -> None:

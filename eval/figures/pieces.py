@@ -1,4 +1,4 @@
-"""What every figure is made of: axes, lines with their marks, legends, and the bytes of a finished figure."""
+"""The parts of every figure: axes, lines with their marks, legends, and the bytes of a finished figure."""
 
 import io
 import textwrap
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from periln.eval.figures.plots import Plot
 from periln.eval.figures.selection import View
 from periln.runkit.figure_style import STYLE
 
@@ -25,15 +26,16 @@ DEPTH_CROSS = "Dotted: a run that diverged, with a cross at its last finite valu
 
 
 class NotRecorded(Exception):
-    """A figure cannot be drawn from these runs; the message says what it needs and what makes that."""
+    """A figure cannot be drawn from these runs; the message says what it needs and which command makes that."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A finished figure and, in words, what stands in it."""
+    """A finished figure, its description in words, and its numbers where a page can draw it (`plots.py`)."""
 
     figure: Figure
     caption: str
+    plot: Plot | None = None
 
 
 def grid(rows: int, columns: int, row_height: float = 2.35, **kwargs) -> tuple[Figure, np.ndarray]:
@@ -55,7 +57,7 @@ def settings() -> AbstractContextManager[None]:
 
 
 def plain(label: str, **style) -> Line2D:
-    """A legend entry that stands for no data of its own."""
+    """A legend entry without data."""
     return Line2D([], [], label=label, **({"color": DARK} | style))
 
 
@@ -70,7 +72,7 @@ def legend(
 ) -> None:
     """One legend above the figure: the placements, then what lines and marks mean.
 
-    `rates` are the learning rates that a series has alone: they stand beside its name.
+    `rates` are the learning rates of series with only one: they are shown next to its name.
     """
     runs = view.runs[view.runs.series.isin(series)] if series is not None else view.runs
     handles = []
@@ -119,7 +121,7 @@ def wrapped(title: str, columns: int) -> str:
 
 
 def hide_empty(axes: np.ndarray, used: int) -> None:
-    """Hide what a grid has beyond its panels, and label the axes above."""
+    """Hide the cells of a grid beyond its panels, and label the axes above."""
     for i, ax in enumerate(axes.flat):
         if i >= used:
             ax.set_visible(False)
@@ -139,7 +141,7 @@ def log_axis(ax: Axes) -> None:
 
 
 def rate_axis(ax: Axes, rates: Sequence[float]) -> None:
-    """A log axis of learning rates, labelled at the rates that were run while they have room."""
+    """A log axis of learning rates, labelled at the rates that were run as far as there is room."""
     ax.set_xscale("log")
     ticks = sorted(set(rates))
     low, high = ticks[0], ticks[-1]
@@ -169,7 +171,7 @@ def at_least(ax: Axes, span: float) -> None:
 
 
 def step_colours(steps: Sequence[float]) -> tuple[mpl.colors.Colormap, mpl.colors.Normalize]:
-    """A colour scale over what is ordered (steps, layers): light is early; the palest yellow is left out."""
+    """A colour scale for ordered things (steps, layers): light is early; the palest yellow is left out."""
     low, high = min(steps), max(steps)
     span = (high - low) or 1
     return mpl.colormaps["viridis_r"], mpl.colors.Normalize(low - 0.25 * span, high if high > low else low + span)

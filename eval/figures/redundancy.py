@@ -15,6 +15,7 @@ from periln.eval.figures.measured_models import STAGE
 from periln.eval.figures.pieces import DPI, WIDTH, Chart, NotRecorded, curves, legend, whole_numbers, wrapped
 from periln.eval.figures.selection import View, at_best_rate, rates_words, seeds_words, sizes
 from periln.eval.records.words import listed
+from periln.runkit.placements import BY_NORMS
 
 CAPTION = (
     "Angular distance, in units of pi: 0 is the same direction, 0.5 a right angle. Above, between the streams before "
@@ -33,7 +34,7 @@ def _at(view: View, last: bool) -> tuple[View, pd.DataFrame]:
 def _draw(used: View, rows: pd.DataFrame, when: str) -> Chart:
     rows = rows[rows.run.isin(used.runs.run)]
     if not np.isfinite(rows.value.astype(float)).any():
-        raise NotRecorded("None of the angular distances is finite: the checkpoints' hidden states are not.")
+        raise NotRecorded("None of the angular distances is finite, since the checkpoints' hidden states are not.")
     several = len(sizes(used)) > 1
     cells = list(used.runs.groupby(["size", "series"], sort=False))
     columns = min(3, len(cells))
@@ -81,7 +82,7 @@ def _pairs(ax: Axes, rows: pd.DataFrame, norm: mcolors.Normalize) -> None:
 
 
 def _from_the_start(view: View) -> View:
-    """The runs whose first measured checkpoint is their start, or has a later one beside it.
+    """The runs whose first measured checkpoint is their start, or that have a later one too.
 
     Raises:
         NotRecorded: there is none.
@@ -117,7 +118,7 @@ def distances(last: bool) -> Callable[[View], Chart]:
 
 
 def frozen(view: View) -> Chart:
-    """Figure 7(d): Peri-LN with gamma frozen at 1 beside Peri-LN and Pre-LN, at the end."""
+    """Figure 7(d): Peri-LN with gamma frozen at 1, with Peri-LN and Pre-LN, at the end."""
     used, rows = _at(view, last=True)
     if not used.runs.frozen.any():
         raise NotRecorded(
@@ -125,7 +126,7 @@ def frozen(view: View) -> Chart:
             "python -m scripts.pretrain --config scripts/recipes/400m-peri-frozen-gamma.yaml, then "
             "python -m eval.stability on it."
         )
-    placements = set(used.runs.placement[used.runs.frozen]) | {"pre"}
+    placements = set(used.runs.placement[used.runs.frozen]) | {BY_NORMS["A"]}
     used = used.where(placement=placements)
     drawn = _draw(used, rows, "at the end")
     return Chart(drawn.figure, f"{drawn.caption} Measured at step {listed(rows.step)}.")

@@ -1,6 +1,6 @@
 """Which runs a figure shows, under what name, and how they look.
 
-A series is what a figure tells apart by colour and line: a placement, and what its runs change about it (gamma
+A series is what a figure distinguishes by colour and line: a placement, and what its runs change about it (gamma
 frozen, LayerNorm, ...). Size, tokens, sequence length and warm-up are panels, never series.
 """
 
@@ -21,10 +21,10 @@ from periln.runkit.placements import OTHER_COLOUR, colour_of, default_embedding_
 from periln.runkit.sizes import PAPER_SIZES, count_text, paper_size
 
 LONGEST_LABEL = 44
-MODELS = "measured models"  # in the place of a learning rate
+MODELS = "measured models"  # instead of a learning rate
 _OWN_COLOURS = (OTHER_COLOUR, "#222222", "#9C6B4E", "#5B4FA2")
 _OWN_MARKERS = ("d", "p", "X", "<", ">", "H")
-_SHADES = ((0, 0.0), (0, 0.5), (1, 0.45), (0, 0.75))  # towards black or white, by how much
+_SHADES = ((0, 0.0), (0, 0.5), (1, 0.45), (0, 0.75))  # how far towards black or white
 _STYLES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
 
 
@@ -41,12 +41,12 @@ class Look:
 
 @dataclass(frozen=True)
 class View:
-    """Runs to draw: `runs` has a row a pretraining run, in the order in which everything shows them."""
+    """Runs to draw: `runs` has a row a pretraining run, in the order used everywhere."""
 
     frames: Frames
     runs: pd.DataFrame
     looks: dict[str, Look]
-    short: dict[str, str]  # series whose names are too long for a legend, with what they are called there
+    short: dict[str, str]  # series whose names are too long for a legend, with their names there
 
     def label(self, series: str) -> str:
         return self.short.get(series, series)
@@ -63,7 +63,7 @@ class View:
 
     @property
     def names(self) -> str:
-        """What the short labels stand for, as a sentence; empty where there is none."""
+        """The meaning of the short labels, as a sentence; empty if there are none."""
         used = [f"{self.short[s]}: {s}" for s in self.runs.series.unique() if s in self.short]
         return f" {'; '.join(used)}." if used else ""
 
@@ -96,7 +96,7 @@ def _changes(model: dict[str, Any], placement: str) -> list[str]:
 def sizes_of(runs: pd.DataFrame) -> pd.Series:
     """The model size of each run: the paper's name where it fits, else parameters without embeddings, else the shape.
 
-    Runs of one shape have one size, though a norm more or less, or a frozen one, changes their parameters a little.
+    Runs of one shape have one size, though an extra, missing or frozen norm changes their parameters a little.
     """
     counts = runs.parameters_non_embedding.fillna(runs.parameters)
     shapes = runs[["num_layers", "hidden_size", "intermediate_size"]].apply(
@@ -115,7 +115,7 @@ def sizes_of(runs: pd.DataFrame) -> pd.Series:
             names[shape] = f"{first.num_layers:g} layers x {first.hidden_size:g}"
         else:
             names[shape] = "size not recorded"
-    for shape, name in list(names.items()):  # two shapes with as many parameters are two sizes
+    for shape, name in list(names.items()):  # two shapes with equally many parameters are two sizes
         if list(names.values()).count(name) > 1 and name not in PAPER_SIZES:
             first = runs[shapes == shape].iloc[0]
             names[shape] = f"{name} ({first.num_layers:g} x {first.hidden_size:g})"
@@ -123,7 +123,7 @@ def sizes_of(runs: pd.DataFrame) -> pd.Series:
 
 
 def _model_sizes(models: pd.DataFrame) -> pd.Series:
-    """One size for all measured models, so that they stand in one panel."""
+    """One size for all measured models, so that they share one panel."""
     counts = [count_text(n) for n in models.parameters.dropna().sort_values()]
     ends = " to ".join(dict.fromkeys([*counts[:1], *counts[-1:]]))
     return pd.Series(f"{ends} parameters" if ends else "size not recorded", index=models.index, dtype=object)
@@ -162,7 +162,7 @@ def looks_of(runs: pd.DataFrame) -> dict[str, Look]:
             marker = _OWN_MARKERS[len(own) % len(_OWN_MARKERS)]
             own.append(placement)
         for i, series in enumerate(sorted(same.series.unique(), key=lambda s: (s != placement, s))):
-            # A variant is the placement's colour, darker or paler: told from it by its dashes as well.
+            # A variant is the placement's colour, darker or paler, and has other dashes.
             towards, share = _SHADES[i % len(_SHADES)]
             rgb = tuple(c + (towards - c) * share for c in mpl.colors.to_rgb(colour))
             looks[series] = Look(rgb, marker, _STYLES[i % len(_STYLES)])
@@ -182,9 +182,9 @@ def view_of(frames: Frames, rates: Sequence[float] | None = None) -> View:
     long = [series for series in runs.series.unique() if len(series) > LONGEST_LABEL]
     looks = looks_of(runs)
     order = {series: i for i, series in enumerate(looks)}
-    # By rate first, as everywhere; within it the variants of a placement stand together.
+    # By rate first, as everywhere; within a rate, the variants of a placement are adjacent.
     runs = runs.assign(order=runs.series.map(order)).sort_values(["learning_rate", "order"], kind="stable")
-    if rates:  # measured models have none: they stay out
+    if rates:  # measured models have none, and are left out
         runs = runs[runs.learning_rate.isin(rates)]
     return View(frames, runs, looks, {series: f"own placement {i}" for i, series in enumerate(long, start=1)})
 
@@ -193,7 +193,7 @@ def view_of(frames: Frames, rates: Sequence[float] | None = None) -> View:
 
 
 def sizes(view: View) -> list[str]:
-    """The sizes there are, smallest first."""
+    """The sizes, smallest first."""
     runs = view.runs.assign(n=view.runs.parameters_non_embedding.fillna(view.runs.parameters).fillna(0))
     return list(runs.groupby("size").n.max().sort_values(kind="stable").index)
 
@@ -248,12 +248,12 @@ def at_best_rate(view: View) -> View:
 
 
 def rate_name(rate: float) -> str:
-    """A learning rate as panels call it, or what stands in its place."""
+    """A learning rate as panels show it, or what replaces it."""
     return MODELS if rate == NO_RATE else rate_text(rate)
 
 
 def rate_names(rate: float) -> list[str]:
-    """A learning rate as a part of a panel's title; nothing where there is none."""
+    """A learning rate as part of a panel's title; nothing if there is none."""
     return [] if rate == NO_RATE else [rate_text(rate).removeprefix("learning ")]
 
 
@@ -271,7 +271,7 @@ def rates_words(view: View) -> str:
 
 
 def _rows(frame: pd.DataFrame) -> list[Any]:
-    # `size` is an attribute of every tuple of pandas only as a column's name: itertuples keeps it.
+    # `size` is an attribute only because itertuples keeps the column's name.
     return list(frame.itertuples(index=False))
 
 

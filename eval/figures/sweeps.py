@@ -8,12 +8,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from periln.eval.figures.pieces import Chart, NotRecorded, at_least, grid, hide_empty, legend, plain, rate_axis, wrapped
+from periln.eval.figures.plots import Plot, numbers, style_of
 from periln.eval.figures.selection import View, common_protocol, seeds_words, sizes
 from periln.eval.figures.training import metrics_of
+from periln.runkit.placements import BY_NORMS
 from periln.runkit.sizes import count_text
 
 LEAST_RATES = 3  # of a curve over learning rates
-LEAST_SPAN = 0.1  # nats a token on the axis of losses: less would blow up what seeds differ by
+LEAST_SPAN = 0.1  # nats a token on the axis of losses: a smaller span would magnify the seeds' differences
 FINAL = (
     "Final loss: the mean of the finite training losses in the last tenth of a run's recorded steps. Dots are runs, "
     "lines means over the seeds that did not diverge; a cross on the upper edge is a run that diverged."
@@ -21,7 +23,7 @@ FINAL = (
 
 
 def _enough(rows: Sequence[tuple[str, View]]) -> tuple[list[tuple[str, View]], str]:
-    """The panels with the rates of a curve; and, in words, which are left out.
+    """The panels with enough rates for a curve; and, in words, which are left out.
 
     Raises:
         NotRecorded: no panel has them.
@@ -34,12 +36,12 @@ def _enough(rows: Sequence[tuple[str, View]]) -> tuple[list[tuple[str, View]], s
     raise NotRecorded(
         f"Needs {LEAST_RATES} learning rates or more in one panel, for a curve, and the runs have {len(rates)} "
         f"({', '.join(f'{rate:g}' for rate in rates)}): python -m scripts.sweep run "
-        "scripts/recipes/sweeps/paper-400m.yaml. Figures overview and rates show what there is."
+        "scripts/recipes/sweeps/paper-400m.yaml. The figures overview and rates show these."
     )
 
 
 def _draw(view: View, rows: Sequence[tuple[str, View]], same: bool = False) -> Chart:
-    """A panel a row; `same`: they compare, and share their axis of losses."""
+    """A panel a row; `same`: they are comparable, and share their axis of losses."""
     metrics = metrics_of(view)
     used = view.where(run=set(metrics.run))
     rows = [(title, of) for title, of in rows if used.runs.run.isin(of.runs.run).any()]
@@ -61,7 +63,23 @@ def _draw(view: View, rows: Sequence[tuple[str, View]], same: bool = False) -> C
     open_ = (
         f" {len(unfinished)} of the runs are not finished; their losses are those so far." if len(unfinished) else ""
     )
-    return Chart(figure, f"{FINAL}{open_}{left} {seeds_words(used, used.runs.run)}{used.names}")
+    return Chart(figure, f"{FINAL}{open_}{left} {seeds_words(used, used.runs.run)}{used.names}", _plot(rows))
+
+
+def _plot(rows: Sequence[tuple[str, View]]) -> Plot:
+    """The same for a page: a line a series and seed, marks where a run diverged."""
+    lines = []
+    for i, (_, of) in enumerate(rows):
+        for (_, seed), same in of.runs.groupby(["series", "seed"], sort=False, dropna=False):
+            alive = same[(same.status != "diverged") & same.final_loss.notna()].sort_values("learning_rate")
+            lost = [[float(rate), "diverged"] for rate in same.learning_rate[same.status == "diverged"]]
+            keys = {"series": of.label(same.series.iloc[0]), "seed": str(seed)}
+            line = {"p": i, "x": numbers(alive.learning_rate), "y": numbers(alive.final_loss), "k": keys, "m": lost}
+            lines.append(line | style_of(of, same.iloc[0].replace("diverged", "")))
+    panels = [{"title": title, "y": "final training loss", "log": False} for title, _ in rows]
+    rates = sorted({float(rate) for _, of in rows for rate in of.runs.learning_rate})
+    plot = {"kind": "lines", "x": "learning rate", "x_log": True, "marks": True, "ticks": rates}
+    return plot | {"panels": panels, "lines": lines}
 
 
 def _panel(ax: Axes, view: View, runs: pd.DataFrame) -> None:
@@ -87,7 +105,7 @@ def by_size(view: View, post_only: bool = False) -> Chart:
     metrics_of(view)
     usual, words = common_protocol(view)
     if post_only:
-        usual = usual.where(placement="post")
+        usual = usual.where(placement=BY_NORMS["C"])
         if usual.runs.empty:
             raise NotRecorded(
                 "Needs Post-LN runs at several learning rates: "
@@ -95,7 +113,7 @@ def by_size(view: View, post_only: bool = False) -> Chart:
             )
     rows = [(size, usual.where(size=size)) for size in sizes(usual)]
     drawn = _draw(usual, rows)
-    return Chart(drawn.figure, drawn.caption + words)
+    return Chart(drawn.figure, drawn.caption + words, drawn.plot)
 
 
 def post_by_size(view: View) -> Chart:
@@ -105,7 +123,7 @@ def post_by_size(view: View) -> Chart:
 def by_setting(
     column: str, name: Callable[[float], str], paper: Callable[[float], bool], sentence: str
 ) -> Callable[[View], Chart]:
-    """Figures 12 to 14: a panel for each value of a setting; `paper` says whether a value is one of the paper's."""
+    """Figures 12 to 14: a panel for each value of a setting; `paper` tells whether a value is one of the paper's."""
 
     def draw(view: View) -> Chart:
         metrics_of(view)

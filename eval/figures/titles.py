@@ -1,4 +1,4 @@
-"""The figures there are, by name, in their order. No imports, so that the command line can list them at once."""
+"""The figures by name, in order. No imports, so that the command line can list them at once."""
 
 TITLES = {
     "overview": "Loss, headroom and survival at a glance",

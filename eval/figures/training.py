@@ -23,13 +23,17 @@ from periln.eval.figures.pieces import (
     plain,
     whole_numbers,
 )
+from periln.eval.figures.plots import Plot, every_of, step_lines
 from periln.eval.figures.selection import View, at_best_rate, common_protocol, rates_words, seeds_words, sizes
 from periln.eval.records.derived import spikes
 from periln.eval.records.words import recorded_steps
+from periln.runkit.placements import BY_NORMS
 
 SKIP_MARKERS = {"probe": "|", "backward": "x", "forward": "D"}
 NAMES = {"loss": "training loss (nats a token)", "grad_norm": "gradient norm"}
 PRETRAIN = "python -m scripts.pretrain --config"
+PRE, PERI, OUTPUT = BY_NORMS["A"], BY_NORMS["AB"], BY_NORMS["B"]
+MOST_MARKS = 200  # of spikes and skipped steps of a run, on a page
 LAST_SHARE = 1 / 6  # the paper's Figures 20 to 22 show the last 5B of 30B tokens
 
 
@@ -73,6 +77,7 @@ def _draw(
                 cut |= _cut_explosions(ax, data, of.runs)
     for ax in axes[-1]:
         ax.set_xlabel("step")
+    shown = {run for _, of in rows for run in of.runs.run}
     used = view.where(run=set(metrics.run))
     legend(figure, used, markers=False, average="mean of the seeds", rates=rates)
     said = [f"Every step is drawn, unsmoothed ({recorded_steps(metrics)})."]
@@ -84,7 +89,20 @@ def _draw(
         said.append("Values that were not finite are left out; a cross is the last finite one of a run that diverged.")
     if cut:
         said.append("Losses above 1.5 times the largest of the runs that did not diverge are cut off.")
-    return Chart(figure, " ".join([*said, seeds_words(used, metrics.run)]) + used.names)
+    plot = _plot(view.where(run=shown), metrics, keys)
+    return Chart(figure, " ".join([*said, seeds_words(used, metrics.run)]) + used.names, plot)
+
+
+def _plot(view: View, metrics: pd.DataFrame, keys: Sequence[str]) -> Plot:
+    """The same for a page: a panel a quantity."""
+    metrics = metrics[metrics.run.isin(view.runs.run)]
+    every, panels_, lines = every_of(metrics.step), [], []
+    for i, key in enumerate(keys):
+        many = f", {'largest' if key == 'grad_norm' else 'mean'} of {every} steps" if every > 1 else ""
+        panels_.append({"title": "", "y": NAMES[key] + many, "log": key == "grad_norm"})
+        data = metrics.rename(columns={"step": "x", key: "y"})[["run", "x", "y"]]
+        lines += step_lines(view, data, i, largest=key == "grad_norm")
+    return {"kind": "lines", "x": "step", "steps": True, "panels": panels_, "lines": lines}
 
 
 def _cut_explosions(ax: Axes, data: pd.DataFrame, runs: pd.DataFrame) -> bool:
@@ -102,7 +120,7 @@ def every_rate(view: View) -> Chart:
     metrics_of(view)
     rows, words = panels(view, most=8)
     drawn = _draw(view, rows, ("loss", "grad_norm"))
-    return Chart(drawn.figure, drawn.caption + words)
+    return Chart(drawn.figure, drawn.caption + words, drawn.plot)
 
 
 def best(keys: Sequence[str]):
@@ -122,7 +140,7 @@ def _compared(used: View, keys: Sequence[str], words: str = "", share: float = 1
     note = "learning rates differ: each at its own best" if own else ""
     rows = [("\n".join(filter(None, [size if several else "", note])), used.where(size=size)) for size in sizes(used)]
     drawn = _draw(used, rows, keys, share, own)
-    return Chart(drawn.figure, f"{drawn.caption} {rates_words(used)}{words}")
+    return Chart(drawn.figure, f"{drawn.caption} {rates_words(used)}{words}", drawn.plot)
 
 
 def _own_rates(used: View) -> dict[str, str] | None:
@@ -137,7 +155,7 @@ def _own_rates(used: View) -> dict[str, str] | None:
 
 
 def _sides(view: View, needed: Sequence[pd.DataFrame], sentence: str) -> View:
-    """The runs of several sides at sizes where every needed side is there."""
+    """The runs of several sides at the sizes that every required side has."""
     common = set.intersection(*(set(side["size"]) for side in needed))
     if not common:
         raise NotRecorded(sentence)
@@ -151,7 +169,7 @@ def _usual(view: View) -> tuple[View, str]:
 
 
 def frozen_gamma(view: View) -> Chart:
-    """Figure 4: the output norms' gamma kept at 1, beside learned gamma and Pre-LN."""
+    """Figure 4: the output norms' gamma kept at 1, with learned gamma and Pre-LN."""
     usual, words = _usual(view)
     runs = usual.runs
     frozen = runs[runs.frozen]
@@ -161,11 +179,12 @@ def frozen_gamma(view: View) -> Chart:
     )
     if frozen.empty:
         raise NotRecorded(sentence)
-    # The paper leaves the embedding norm out on both sides; so that one thing differs, take what the frozen runs have.
+    # The paper leaves the embedding norm out on both sides; so that only one thing differs, take what the frozen runs
+    # have.
     same = runs.embedding_norm.isin(frozen.embedding_norm.unique()) & runs.placement.isin(frozen.placement)
     learned = runs[same & ~runs.frozen & (runs.norm_type == "rmsnorm")]
     used = _sides(usual, (frozen, learned), sentence)
-    pre = runs[(runs.series == "pre") & runs["size"].isin(used.runs["size"])]
+    pre = runs[(runs.series == PRE) & runs["size"].isin(used.runs["size"])]
     used = usual.of(runs[runs.run.isin([*used.runs.run, *pre.run])])
     has = "with" if frozen.embedding_norm.all() else "without"
     return _compared(at_best_rate(used), ("loss", "grad_norm"), f" The runs are {has} a norm on the embedding.{words}")
@@ -184,7 +203,7 @@ def switched(column: str, values: Sequence, sentence: str):
         ]
         if not kept:
             raise NotRecorded(sentence)
-        peri = [same for same in kept if same.placement.iloc[0] == "peri"]
+        peri = [same for same in kept if same.placement.iloc[0] == PERI]
         used = usual.of(runs[runs.run.isin(pd.concat(peri or kept).run)])
         return _compared(at_best_rate(used), ("loss", "grad_norm"), words)
 
@@ -192,11 +211,11 @@ def switched(column: str, values: Sequence, sentence: str):
 
 
 def olmo2(view: View) -> Chart:
-    """Figures 20 to 22: output norms with QK-norm (OLMo 2) beside Peri-LN, over the last steps."""
+    """Figures 20 to 22: output norms with QK-norm (OLMo 2) and Peri-LN, over the last steps."""
     usual, words = _usual(view)
     runs = usual.runs
-    output = runs[(runs.placement == "output") & (runs.qk_norm != "none")]
-    peri = runs[runs.series == "peri"]
+    output = runs[(runs.placement == OUTPUT) & (runs.qk_norm != "none")]
+    peri = runs[runs.series == PERI]
     sentence = (
         "Needs a run of the placement output with QK-norm (OLMo 2 style) and one of peri: "
         f"{PRETRAIN} scripts/recipes/400m-olmo2.yaml and 400m-peri.yaml."
@@ -244,7 +263,24 @@ def spikes_and_loss_scale(view: View) -> Chart:
         "their standard deviations), the skipped steps by kind, and a cross where it diverged. Below, the loss scale; "
         f"lines of several widths, so that equal scales can be told apart ({recorded_steps(metrics)}).{words} "
         f"{seeds_words(used, metrics.run)}{used.names}",
+        _events_plot(used, metrics),
     )
+
+
+def _events_plot(view: View, metrics: pd.DataFrame) -> Plot:
+    """The same for a page: the gradient norm with marks at spikes and skipped steps, and the loss scale."""
+    plot = _plot(view, metrics, ("grad_norm",))
+    for line in plot["lines"]:
+        of = metrics[metrics.run == line["run"]]
+        skipped = of[of.skip_kind.notna()]
+        marks = [[int(step), "spike of the gradient norm"] for step in spikes(of)]
+        marks += [[int(step), f"skipped: {kind}"] for step, kind in zip(skipped.step, skipped.skip_kind, strict=True)]
+        line["m"] = sorted(marks)[:MOST_MARKS]
+    scale = metrics.rename(columns={"step": "x", "loss_scale": "y"})[["run", "x", "y"]]
+    if scale.y.notna().any():
+        plot["panels"].append({"title": "", "y": "loss scale", "log": True})
+        plot["lines"] += step_lines(view, scale, 1)
+    return plot
 
 
 def _skip_mark(kind: str) -> Line2D:

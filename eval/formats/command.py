@@ -10,22 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.arguments.formats import FULL, QUICK, check, check_records
 from periln.eval.formats.cured import cure_in_place, rows_that_change
 from periln.eval.formats.emulate import Emulation, seen_in_a_pass
-from periln.eval.formats.files import Records
+from periln.eval.formats.files import FormatsFolder
 from periln.eval.formats.locate import Located, locate
 from periln.eval.formats.measure import LOGIT_BYTES, Reference, measure_recipe, measure_reference, usual_batch
 from periln.eval.formats.publish import publish
 from periln.eval.formats.recipes import BLOCK, GROUPS, TARGETS, WEIGHTS, Recipe, Scaled, chosen
 from periln.eval.formats.words import AS_IT_IS, CURED, PLACES
 from periln.eval.targets import Model, find_measured
-from periln.eval.texts.samples import Samples, find_samples
+from periln.eval.texts.samples import Samples, find_samples, sample_sizes
 from periln.runkit.environment import describe_environment
-from periln.runkit.errors import UsageError
-from periln.runkit.process import peak_rss, start_stage
+from periln.runkit.process import need_device, peak_rss, quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 
 Job = tuple[str, Recipe]  # variant and row
@@ -39,18 +37,10 @@ def _tokenizer(args: argparse.Namespace, model: Model) -> tuple[Any, str]:
 
 
 def usual_folder(model: Model) -> Path:
-    """Where the results go if nothing else is asked for: a run's into the run, a folder a checkpoint."""
+    """Where the results go by default: a run's into the run, one folder for each checkpoint."""
     if model.run is None:
         return Path("formats") / model.name
     return model.run / "eval" / "formats" / f"step_{model.chosen.step:08d}"
-
-
-def sample_sizes(tokenizer: Any, samples: Samples) -> list[int]:
-    """Bytes of the text that every sample predicts; its tokens where there is no tokenizer."""
-    if tokenizer is None:
-        return [samples.ids.shape[1] - 1] * len(samples.ids)
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return [max(1, len(tokenizer.decode(row[1:].tolist(), **options).encode())) for row in samples.ids]
 
 
 def _load(args: argparse.Namespace, model: Model) -> nn.Module:
@@ -61,7 +51,7 @@ def _load(args: argparse.Namespace, model: Model) -> nn.Module:
 
 
 def _timed(work: Callable[[], object]) -> float:
-    """Seconds of the second of two times: the first pays for what is made once."""
+    """Seconds of the second of two calls; the first includes one-time costs."""
     work()
     started = time.monotonic()
     work()
@@ -70,7 +60,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def _seconds(located: Located, samples: Samples, rows: Sequence[Recipe]) -> float:
-    """How long the rows will take, from one sample as it is, one with all but the weights rounded, and the weights."""
+    """How long the rows will take, from an unrounded sample, one with all but the weights rounded, and the weights."""
     model, ids = located.model, samples.ids[:1].to(next(located.model.parameters()).device)
     every = {t: Scaled("MXFP8", BLOCK) for t in TARGETS if t not in located.missing}
     flowing = {t: cell for t, cell in every.items() if t != WEIGHTS}
@@ -90,7 +80,7 @@ def _seconds(located: Located, samples: Samples, rows: Sequence[Recipe]) -> floa
 
 
 def _memory(located: Located, samples: Samples, batch: int) -> float:
-    """Bytes at most: what is taken by now, a rounded copy of the products' weights, logits of a batch and of the
+    """Bytes at most: what is in use now, a rounded copy of the products' weights, logits of a batch and of the
     reference, and a matrix in double precision twice.
     """
     logits = 4 * located.vocabulary * samples.ids.shape[1]
@@ -114,11 +104,13 @@ def _announce(located: Located, samples: Samples, batch: int, rows: Sequence[Rec
 class _Formats:
     """One model and its records."""
 
-    def __init__(self, args: argparse.Namespace, model: Model, records: Records, samples: Samples, sizes: list[int]):
+    def __init__(
+        self, args: argparse.Namespace, model: Model, records: FormatsFolder, samples: Samples, sizes: list[int]
+    ):
         self.args, self.model, self.records, self.samples, self.sizes = args, model, records, samples, sizes
 
     def jobs(self) -> list[Job]:
-        """The rows that were asked for and are not there."""
+        """The rows that were asked for and are missing."""
         a = self.args
         rows = chosen(a.full, a.targets or GROUPS, a.formats or ())
         found: list[Job] = [(AS_IT_IS, row) for row in rows]
@@ -127,7 +119,7 @@ class _Formats:
         return [(variant, row) for variant, row in found if self.records.cell(variant, row.key) is None]
 
     def measure(self, jobs: list[Job]) -> None:
-        """Measure them, each into a file of its own."""
+        """Measure them, each into its own file."""
         network = _load(self.args, self.model)
         located = seen_in_a_pass(locate(network))
         missing = {t: why for t, why in located.missing.items() if any(t in row.cells for _, row in jobs)}
@@ -168,10 +160,8 @@ class _Formats:
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
     check(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    need_device(args.device, "--device cuda")
+    quiet_transformers()
     model = find_measured(args.model, args.revision)
     out = args.out or usual_folder(model)
     check_records(out)
@@ -180,7 +170,7 @@ def main(args: argparse.Namespace) -> None:
     count = args.samples or (FULL if args.full else QUICK)
     samples = find_samples(config, tokenizer, data, count, args.tokens, args.seed)
     asked = {"step": model.chosen.step, "weights_sha256": model.chosen.weights_sha256}
-    records = Records(out, asked | samples.described)
+    records = FormatsFolder(out, asked | samples.described)
     sizes = sample_sizes(tokenizer, samples)
     unit = "token" if tokenizer is None else "byte"
     records.write_head(

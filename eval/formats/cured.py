@@ -1,4 +1,4 @@
-"""The FP16 cure before the formats: which rows can change by it, and the rewrite in memory."""
+"""The FP16 cure before the formats: which rows it can change, and the rewrite in memory."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from periln.eval.fp16.cure import Wish, cure
 from periln.eval.texts.samples import Samples
 from periln.runkit.errors import UserError
 
-SAMPLES = 4  # that the exponents are chosen from
+SAMPLES = 4  # from which the exponents are chosen
 _CONTROLS = {(target, Scaled("INT8", TENSOR).words(target)) for target in (ACTIVATIONS, STREAM)}
 
 
@@ -28,7 +28,7 @@ def rows_that_change(rows: Iterable[Recipe]) -> list[Recipe]:
 
 
 def cure_in_place(model: nn.Module, samples: Samples, batch_size: int) -> dict[str, Any]:
-    """Rewrite the model (FP32) for a finite forward pass in FP16; `refused` says why it stays as it was, if it does."""
+    """Rewrite the model (FP32) for a finite forward pass in FP16; `refused` says why it is unchanged, if it is."""
     device = next(model.parameters()).device
     batches = list(samples.batches(batch_size, device, SAMPLES))
     try:

@@ -1,9 +1,9 @@
 """A model whose weights, activations, stream or keys and values are rounded on the way, while a context is open.
 
 The stream is rounded where it is carried from one sublayer to the next: at the embedding, after attention and after the
-MLP. After attention it is seen as what the MLP's norm reads, but the layer adds the MLP's output to a tensor of its
-own; so that sum is made again from the rounded stream, alpha * x + s * branch, with the factors that `structure` read
-off and checked.
+MLP. After attention it is seen as what the MLP's norm reads, but the layer adds the MLP's output to its own
+tensor; so that sum is computed again from the rounded stream, alpha * x + s * branch, with the factors that `structure`
+read off and checked.
 """
 
 import math
@@ -30,7 +30,7 @@ NAME = "periln_formats"
 
 @dataclass
 class Slot:
-    """Sums over all that was rounded at one place: entries, energy of signal and error, and what was lost."""
+    """Sums over everything rounded at one place: entries, energy of signal and error, and losses."""
 
     target: str
     layer: int
@@ -95,7 +95,7 @@ class Emulation:
 
     @torch.no_grad()
     def see(self, target: str, layer: int, slot: str, x: torch.Tensor, batched: bool = True) -> torch.Tensor:
-        """x rounded to the target's format; what it lost is counted."""
+        """x rounded to the target's format; its losses are counted."""
         new = quantize(x, self.cells[target], batched)
         row = self.slots.setdefault((target, layer, slot), Slot(target, layer, slot))
         row.elements += x.numel()
@@ -137,7 +137,7 @@ class Emulation:
 
     def _follow_stream(self) -> None:
         anatomy = self.located.anatomy
-        assert anatomy is not None  # else the stream is missing, which is refused above
+        assert anatomy is not None  # otherwise the stream is missing, which is refused above
         self._replace(anatomy.embedding_stream, partial(self.see, STREAM, 0, "embedding"))
         before: Point | None = None  # where the layer's stream after attention is seen
         for sublayer in anatomy.sublayers:
@@ -165,13 +165,13 @@ class Emulation:
     # --- keys and values -------------------------------------------------------------------------------------
 
     def _replace_attention(self) -> None:
-        """Models of Transformers' own style look up an attention function by the name in their config."""
+        """Models in Transformers' style look up an attention function by the name in their config."""
         owned: list[Any] = [m.config for m in self.located.model.modules() if hasattr(m, "config")]
         configs = {id(config): config for config in owned}
         for number, config in enumerate(configs.values()):
             before = getattr(config, "_attn_implementation_internal", None)
             name = f"{NAME}_{number}"
-            eager = before in (None, "eager")  # each family's own file has its eager attention
+            eager = before in (None, "eager")  # each family's file has its own eager attention
             attend = None if eager else ALL_ATTENTION_FUNCTIONS[before]
             ALL_ATTENTION_FUNCTIONS.register(name, self._attend(attend))
             ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["eager" if eager else before])
@@ -213,7 +213,7 @@ class Emulation:
 
 @torch.no_grad()
 def seen_in_a_pass(located: Located) -> Located:
-    """The same, with those targets `missing` too that do not show themselves in a pass on 16 random tokens."""
+    """The same, with targets also `missing` that do not show up in a pass on 16 random tokens."""
     cells = {t: Scaled("BF16", NONE) for t in TARGETS if t not in located.missing}
     model, missing = located.model, dict(located.missing)
     ids = torch.randint(0, located.vocabulary, (2, 8), generator=torch.Generator().manual_seed(0))

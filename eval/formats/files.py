@@ -1,6 +1,6 @@
-"""The records on disk: a file for every row as soon as it is measured, and what is made from them.
+"""The records on disk: a file for every row as soon as it is measured, and what is derived from them.
 
-formats.json   what was measured on, the reference, the table's rows, what is said of them
+formats.json   the samples, the reference, the table's rows, the sentences about them
 cells/*.json   one row of one variant: nats of every sample, KL, top-1, slots
 formats.csv, formats.md, formats.png, slots.csv
 """
@@ -14,8 +14,8 @@ from periln.runkit.errors import UserError
 from periln.runkit.folder import json_number, read_json, write_json
 
 
-class Records:
-    """One model's folder. `asked` is what decides a row: weights and samples.
+class FormatsFolder:
+    """One model's folder of measurements in number formats. `asked` is what decides a row: weights and samples.
 
     Raises:
         UserError: the folder holds rows of something else; what differs is named.
@@ -34,7 +34,7 @@ class Records:
         return self.folder / "cells" / f"{name}.json"
 
     def cell(self, variant: str, key: str) -> dict[str, Any] | None:
-        """A row that is there already."""
+        """A row that exists already."""
         file = self._file(variant, key)
         return read_json(file) if file.exists() else None
 

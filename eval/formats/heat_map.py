@@ -1,4 +1,4 @@
-"""A picture of where formats lose what: the lowest signal-to-noise ratio of every slot, over layers."""
+"""A picture of what formats lose where: the lowest signal-to-noise ratio of every slot, over layers."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where a model's products, stream and keys and values are: what can be rounded, and why not where it cannot.
+"""Where a model's products, stream and keys and values are: what can be rounded, and why the rest cannot.
 
 Products are the linear maps inside the decoder layers; the embedding and the head stay in FP32, as deployed recipes
 leave them. The products inside attention (queries with keys, probabilities with values) are seen through the keys and
@@ -40,7 +40,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Located:
-    """`missing` says of a target (weights, activations, stream) that cannot be rounded why not."""
+    """`missing` says why a target (weights, activations, stream) cannot be rounded."""
 
     model: nn.Module
     anatomy: Anatomy | None
@@ -85,7 +85,7 @@ def _inside_layers(model: nn.Module, anatomy: Anatomy | None) -> Iterator[tuple[
 
 
 def locate(model: nn.Module) -> Located:
-    """What of a causal LM (FP32) can be rounded.
+    """What can be rounded in a causal LM (FP32).
 
     Raises:
         UserError: it has no linear map inside its layers.
@@ -114,7 +114,7 @@ def locate(model: nn.Module) -> Located:
 
 
 def replaced(value: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
-    """A module's arguments or output with one tensor in place of another."""
+    """A module's arguments or output with one tensor replaced by another."""
     if value is old:
         return new
     if isinstance(value, (tuple, list)):

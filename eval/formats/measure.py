@@ -1,4 +1,4 @@
-"""One model on one set of samples: the FP32 reference, and what each row of the table changes against it."""
+"""One model on one set of samples: the FP32 reference, and what each row of the table changes relative to it."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,13 +15,13 @@ from periln.eval.formats.recipes import Recipe
 from periln.eval.texts.samples import Samples
 from periln.runkit.errors import UserError
 
-LOGIT_BYTES = 512 * 2**20  # of the reference's logits, kept for KL and top-1
+LOGIT_BYTES = 512 * 2**20  # bytes of the reference's logits, kept for KL and top-1
 PASS_BYTES = 256 * 2**20  # of one batch's logits
 KL_ENTRIES = 2**21  # of logits that are in double precision at a time
 
 
 def usual_batch(samples: Samples, vocabulary: int) -> int:
-    """As many samples a batch as keep its logits below `PASS_BYTES`, at most 4 and at least 1."""
+    """The samples a batch whose logits stay below `PASS_BYTES`: at most 4, at least 1."""
     return min(4, max(1, PASS_BYTES // (4 * vocabulary * samples.ids.shape[1])))
 
 
@@ -67,7 +67,7 @@ def measure_reference(
 
 
 def _kl(reference: torch.Tensor, logits: torch.Tensor) -> tuple[float, int]:
-    """Sum over positions of KL(reference || rounded) in nats, and at how many both name the same token."""
+    """Sum over positions of KL(reference || rounded) in nats, and the number of positions with the same token."""
     total, same = 0.0, 0
     rows = max(1, KL_ENTRIES // reference.shape[-1])
     for p, q in zip(reference.flatten(0, 1).split(rows), logits.flatten(0, 1).split(rows), strict=True):
@@ -75,6 +75,16 @@ def _kl(reference: torch.Tensor, logits: torch.Tensor) -> tuple[float, int]:
         total += (p.exp() * (p - q)).sum().item()
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
     return total, same
+
+
+def divergence(reference: Reference, other: Reference) -> tuple[float, float]:
+    """KL(reference || other) in nats a position, and the share of positions at which both name the same token.
+
+    Both are of the same samples, and of vocabularies of one size.
+    """
+    pairs = [_kl(p, q) for p, q in zip(reference.logits, other.logits, strict=True)]
+    kl, same = (sum(part) for part in zip(*pairs, strict=True))
+    return max(kl, 0.0) / reference.positions, same / reference.positions
 
 
 @torch.no_grad()
@@ -88,8 +98,8 @@ def measure_recipe(
 ) -> dict[str, Any]:
     """The record of a row: nats of every sample, KL, top-1, and the slots.
 
-    It ends with the first batch whose logits are not finite: `finite` is False then, and nothing else is known but the
-    slots up to there.
+    It ends with the first batch whose logits are not finite: `finite` is False then, and only the slots up to there
+    are known.
     """
     device = next(located.model.parameters()).device
     nats: list[torch.Tensor] = []

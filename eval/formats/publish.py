@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from periln.eval.formats.files import Records
+from periln.eval.formats.files import FormatsFolder
 from periln.eval.formats.heat_map import draw
 from periln.eval.formats.recipes import ROWS, Recipe
 from periln.eval.formats.summary import cheapest, row_of, said
@@ -14,8 +14,8 @@ from periln.eval.text_table import Table, to_csv, to_markdown, to_terminal
 from periln.runkit.folder import write_bytes, write_text
 
 
-def _cells(records: Records) -> list[tuple[str, Recipe, dict[str, Any]]]:
-    """All that the folder holds, in the order of the table."""
+def _cells(records: FormatsFolder) -> list[tuple[str, Recipe, dict[str, Any]]]:
+    """All rows in the folder, in the order of the table."""
     found = [(v, row, records.cell(v, row.key)) for v in (AS_IT_IS, CURED) for row in ROWS]
     return [(variant, row, record) for variant, row, record in found if record is not None]
 
@@ -35,8 +35,8 @@ def _notes(head: dict[str, Any]) -> list[str]:
     return notes
 
 
-def publish(records: Records) -> str:
-    """Write formats.json, .csv, .md, .png and slots.csv; gives the table and sentences for a terminal."""
+def publish(records: FormatsFolder) -> str:
+    """Write formats.json, .csv, .md, .png and slots.csv; returns the table and sentences for a terminal."""
     head, cells = records.head, _cells(records)
     if not cells:
         records.write_head(rows=[], cheapest={}, said=[])

@@ -2,7 +2,7 @@
 
 Rounding is to nearest, ties to even. FP16, BF16 and E5M2 become infinite beyond their largest number; E4M3, E2M1 and
 the integers saturate (E4M3 has no infinity; torch's own cast gives NaN there before 2.13). What is not finite stays
-so. A scale that is shared is max |x| / largest in FP32; in blocks of MX it is 2^(floor(log2 max |x|) - floor(log2
+so. A shared scale is max |x| / largest in FP32; in blocks of MX it is 2^(floor(log2 max |x|) - floor(log2
 largest)), by which the largest numbers of a block may saturate (OCP MX 1.0, section 6.3); in NVFP4 it is the block's
 max |x| / 6 as E4M3 within [2^-6, 448], of a scale max |x| / (6 * 448) of the tensor in FP32, as torchao rounds it.
 """
@@ -18,7 +18,7 @@ from periln.runkit.number_format import ALL_FORMATS, FP4_E2M1, FP8_E4M3, NumberF
 
 
 class Quantized(NamedTuple):
-    """The rounded tensor; how many finite entries were beyond the largest number, and how many became 0."""
+    """The rounded tensor; the numbers of finite entries beyond the largest number, and of those that became 0."""
 
     values: torch.Tensor
     clipped: int
@@ -43,7 +43,7 @@ def rounded(x: torch.Tensor, to: NumberFormat) -> torch.Tensor:
 
 
 def clipped(x: torch.Tensor, to: NumberFormat) -> int:
-    """How many finite entries of x round to more than the largest number, were there more numbers."""
+    """How many finite entries of x would round to more than the largest number if the format had more numbers."""
     size = x.abs()
     if not bool((size > to.largest).any()):
         return 0
@@ -89,8 +89,8 @@ def quantize(x: torch.Tensor, scaled: Scaled, batched: bool) -> Quantized:
 
     Args:
         x: (..., rows, channels); the last dimension is the one that a product sums over.
-        batched: the first dimension numbers sequences, each with scales of its own: a result does not depend on the
-            batch that it was in.
+        batched: the first dimension numbers sequences, each with its own scales: a result does not depend on its
+            batch.
     """
     to, wide = ALL_FORMATS[scaled.format], x.float()
     if scaled.scaling == NONE:

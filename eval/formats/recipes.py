@@ -7,7 +7,7 @@ from periln.runkit.number_format import ALL_FORMATS
 
 NONE, TENSOR, ROW, CHANNEL, BLOCK = "none", "tensor", "row", "channel", "block"
 SCALINGS = (NONE, TENSOR, ROW, CHANNEL, BLOCK)
-GROUP = 128  # numbers a block in formats without a block of their own
+GROUP = 128  # numbers a block in formats without their own block
 WEIGHTS, ACTIVATIONS, STREAM, KV = "weights", "activations", "stream", "kv"
 TARGETS = (WEIGHTS, ACTIVATIONS, STREAM, KV)
 RECIPES = "recipes"  # the block of the table with several targets at once
@@ -26,7 +26,7 @@ class Scaled(NamedTuple):
     scaling: str
 
     def words(self, target: str) -> str:
-        """`INT8 per token`; a row of a weight is called a row."""
+        """`INT8 per token`; for a weight, `per row`."""
         if ALL_FORMATS[self.format].block or self.scaling == NONE:
             return self.format
         shared = "token" if self.scaling == ROW and target != WEIGHTS else self.scaling
@@ -38,7 +38,7 @@ class Scaled(NamedTuple):
 
     @property
     def bits(self) -> float:
-        """Bits a number, the scales of blocks counted; one scale for a row, channel or tensor is not."""
+        """Bits a number, including the scales of blocks but not one scale for a row, channel or tensor."""
         row = ALL_FORMATS[self.format]
         if self.scaling != BLOCK:
             return row.bits
@@ -46,7 +46,7 @@ class Scaled(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What is rounded to what; `group` is a target where it is the only one, else `RECIPES`."""
+    """What is rounded to what; `group` is the target if there is only one, else `RECIPES`."""
 
     group: str
     name: str
@@ -117,7 +117,7 @@ def _same(format: str, scaling: str, *targets: str) -> dict[str, Scaled]:
 
 
 _BF16 = _same("BF16", NONE, *TARGETS)
-# Deployed recipes keep what they do not round further in BF16.
+# Deployed recipes keep in BF16 what they do not round further.
 _USUAL = (
     Recipe(RECIPES, "FP16 all", _same("FP16", NONE, *TARGETS)),
     Recipe(RECIPES, "BF16 all", _BF16),
@@ -146,7 +146,7 @@ GROUPS = (*TARGETS, RECIPES)
 
 
 def chosen(full: bool, groups: Iterable[str] = GROUPS, formats: Iterable[str] = ()) -> list[Recipe]:
-    """The rows of the table; with `formats` those alone that use one of them."""
+    """The rows of the table; with `formats` only those that use one of them."""
     wanted, named = set(groups), set(formats)
     return [
         row

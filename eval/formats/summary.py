@@ -1,4 +1,4 @@
-"""The table's rows from the records, and what they say in sentences."""
+"""The table's rows from the records, and sentences about them."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ from periln.eval.formats.words import AS_IT_IS, CURED, PLACES
 from periln.eval.text_table import signed
 
 SURVIVES = 0.10  # of FP32's loss: a row whose loss rises by at most this much, and stays finite, survives
-WITHIN = 0.01  # of it: what is as good as FP32
+WITHIN = 0.01  # of it: as good as FP32
 Cell = tuple[str, Recipe, dict[str, Any]]  # variant, row, record
 
 
@@ -83,8 +83,9 @@ def row_of(cell: Cell, reference: Sequence[float], sizes: Sequence[int]) -> dict
 def cheapest(cells: Iterable[tuple[Recipe, dict[str, Any]]]) -> dict[str, str | None]:
     """The row of each group with the fewest bits among those within 1 % of FP32's loss; None where there is none.
 
-    Fewest of the weights first, then of activations, KV cache and stream; of two alike the smaller rise. A scale for
-    each channel of activations or stream is a diagnosis, which no product can take out of its sum: it does not count.
+    Fewest for the weights first, then for activations, KV cache and stream; of equals, the smaller rise. A scale for
+    each channel of activations or stream is a diagnosis, since no product can factor it out of its sum: it does not
+    count.
     """
     found: dict[str, str | None] = {}
     by_group: dict[str, list[tuple[Recipe, dict[str, Any]]]] = {}
@@ -130,7 +131,7 @@ def said(cells: Sequence[tuple[Recipe, dict[str, Any]]], found: dict[str, str | 
 
 
 def _outliers(rows: dict[tuple[str, str, str], dict[str, Any]], target: str) -> list[str]:
-    """Whether scales of their own for tokens or channels mend what one scale loses."""
+    """Whether separate scales for tokens or channels recover what one scale loses."""
     names = [Scaled("INT8", scaling).words(target) for scaling in (TENSOR, ROW, CHANNEL)]
     of = [rows[key] for name in names if (key := (AS_IT_IS, target, name)) in rows]
     if len(of) < len(names):
@@ -147,5 +148,5 @@ def _outliers(rows: dict[tuple[str, str, str], dict[str, Any]], target: str) -> 
     share = 0.0 if best == math.inf else 1.0 if whole == math.inf else min(1.0, 1 - best / whole)
     if share >= 0.5:
         which = "tokens" if best == shared[0] else "channels"
-        return [f"{head}: outliers decide, and scales of their own for {which} take away {share:.0%} of what is lost."]
-    return [f"{head}: it is not a few tokens or channels that decide."]
+        return [f"{head}: outliers decide, and separate scales for {which} recover {share:.0%} of the loss."]
+    return [f"{head}: a few tokens or channels do not decide."]

@@ -58,7 +58,7 @@ def formats_table(
     explained = (
         EMULATION,
         f"bits: of a number with its blocks' scales (recipes: weights/activations/KV cache). survives: finite, and at "
-        f"most {SURVIVES:.0%} of FP32's loss lost. The interval is Student's over samples, each beside itself in FP32. "
-        "KL (nats a token) and top-1 against FP32's tokens. clipped: beyond the largest number. to zero: what was not.",
+        f"most {SURVIVES:.0%} of FP32's loss lost. The interval is Student's over samples, paired with FP32. "
+        "KL (nats a token) and top-1 against FP32's tokens. clipped: beyond the largest number. to zero: not 0 before.",
     )
     return Table(title, text, pd.DataFrame([row for _, row in rows]), (*explained, *notes))

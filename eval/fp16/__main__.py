@@ -1,7 +1,7 @@
 """Rewrite a model so that it runs in FP16, the same function: `python -m eval.fp16 MODEL OUT`.
 
 Two exact rewrites, by powers of two that are chosen from measured peaks: the stream's scale (embedding, output norms'
-gains, epsilons), and the scale of a module's output before its output norm. `layout.py` says where factors can stand.
+gains, epsilons), and the scale of a module's output before its output norm. `layout.py` says where factors can go.
 The written model loads with its stock class; it is loaded again and compared in FP32 before OUT appears.
 """
 
@@ -24,7 +24,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import logging as transformers_logging
 
 from periln.eval.fp16.cure import Wish, check_announced, cure, logits_of
 from periln.eval.fp16.table import as_markdown
@@ -33,13 +32,12 @@ from periln.eval.targets import Checkpoint, Model, find_measured
 from periln.eval.texts.samples import find_samples
 from periln.runkit.checkpoints import save_tokenizer
 from periln.runkit.environment import describe_environment
-from periln.runkit.errors import UsageError
 from periln.runkit.folder import check_room, write_folder, write_json, write_text
-from periln.runkit.process import start_stage
+from periln.runkit.process import need_device, quiet_transformers, start_stage
 
 
 def find_tokenizer(args: argparse.Namespace, model: Model) -> tuple[Any, str]:
-    """What the peaks are measured on, and the tokenizer that reads it (None for random ids).
+    """The data for the peaks, and its tokenizer (None for random ids).
 
     Raises:
         UserError: text is asked for, and there is no tokenizer for it.
@@ -65,7 +63,7 @@ def stored_dtype(config: Any) -> torch.dtype:
 
 
 def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: torch.dtype) -> list[str]:
-    """Weights in `dtype` where it holds them exactly, else in FP32 (names are given); configuration, tokenizer."""
+    """Weights in `dtype` where that is exact, else in FP32 (their names are returned); configuration, tokenizer."""
     state, wide, tied = {}, [], set(getattr(model, "all_tied_weights_keys", ()))
     for name, tensor in model.state_dict().items():
         if name in tied:
@@ -88,7 +86,7 @@ def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: tor
 
 
 def nothing_moved(record: dict[str, Any]) -> str:
-    """Why a model stays as it is, with the peak that has the least headroom."""
+    """Why a model stays unchanged, with the peak of least headroom."""
     least = min(record["peaks"], key=lambda p: math.inf if p["headroom_bits"] is None else p["headroom_bits"])
     passes = "forward and backward pass are" if record["before"]["backward"] is None else "the forward pass is"
     left = f"the least headroom, {least['headroom_bits']:.1f} bits, is in {least['tensor']}"
@@ -99,10 +97,8 @@ def main(args: argparse.Namespace) -> None:
     start_stage(args)
     print(f"transformers {transformers.__version__}, torch {torch.__version__}", file=sys.stderr)
     check(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    need_device(args.device, "--device cuda")
+    quiet_transformers()
     source = find_measured(args.model, args.revision)
     checkpoint = source.chosen
     weights = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))

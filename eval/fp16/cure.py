@@ -1,4 +1,4 @@
-"""The cure of one model: what overflows before, the rewrite, and what differs after it; nothing touches the disk."""
+"""The cure of one model: what overflows before, the rewrite, and what differs after it; nothing is written to disk."""
 
 import copy
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 
 from periln.eval.fp16.exponents import NoExactRewrite, choose
 from periln.eval.fp16.exponents import Plan as Exponents
@@ -21,12 +21,13 @@ from periln.eval.structure.anatomy import Anatomy, find_anatomy
 from periln.runkit.errors import UserError
 from periln.runkit.number_format import FP16
 
-FELT = 0.02  # of the largest logit: a difference in FP16 that is more than its usual rounding
+FELT = 0.02  # of the largest logit: a difference in FP16 beyond its usual rounding
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked for: bits of headroom, the loss scale of the backward pass, and the choices of the command line.
+    """What the user asked for: bits of headroom, the loss scale of the backward pass, and the choices of the command
+    line.
 
     Of the batches, the first `gradients` are run backward, and `fp16` samples in FP16, those with the largest peaks
     first; None: all.
@@ -43,7 +44,7 @@ class Wish:
 
 
 def planned(tokens: list[int], gradients: int, half: int, tell: Callable[[Plan], None]) -> Plan:
-    """The parts of a cure. A pass is one of a sample; `tokens` are the samples of each batch."""
+    """The parts of a cure, in passes of one sample; `tokens` has the samples of each batch."""
     plan = Plan()
 
     def tick() -> None:
@@ -211,7 +212,7 @@ def _add_scale(passes: HalfPasses, found: dict[str, Any]) -> None:
 
 
 def _plans(layout: Layout, peaks: list[Peak], wish: Wish, before: dict[str, Any]) -> tuple[list[Exponents], str | None]:
-    """The exponents; where the backward pass alone stands in the way of curing the forward pass, it is given up."""
+    """The exponents; where only the backward pass prevents a cure of the forward pass, it is given up."""
 
     def chosen(which: list[Peak]) -> list[Exponents]:
         return choose(layout, which, wish.margin, wish.loss_scale, wish.keep_eps, wish.scale_sums)
@@ -282,10 +283,10 @@ def _remains(layout: Layout, plan: Exponents, exact: bool, differences: dict[str
     moved_gains = any(n.facts.offset and plan.exponents[n.gives] for n in layout.norms)
     tied = layout.tied is not None and plan.exponents[layout.tied[0]] != 0
     facts = (
-        (not exact, "one epsilon stands for all norms and was left: norms of small vectors differ"),
+        (not exact, "there is one epsilon for all norms, which was left: norms of small vectors differ"),
         (
             exact and plan.uniform,
-            "one epsilon stands for all norms: all norms read tensors of one scale, and it has its square",
+            "there is one epsilon for all norms: they all read tensors of one scale, and it has its square",
         ),
         (
             moved_gains,

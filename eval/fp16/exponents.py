@@ -119,8 +119,8 @@ def _choose(
     if stuck and not scale_sums:
         why = reasons.get(classes[stuck[0]][0], "")
         raise NoExactRewrite(
-            f"{why}; but a norm stands on the stream after each add (Post-LN, pre_post), so there is no one factor for "
-            "the stream: rewrite (1) does not exist (--scale-sums gives each sum a power of two of its own instead)"
+            f"{why}; but a norm is on the stream after each add (Post-LN, pre_post), so there is no one factor for "
+            "the stream: rewrite (1) does not exist (--scale-sums gives each sum its own power of two instead)"
         )
     return Plan(exponents, uniform, margin, reasons)
 

@@ -1,4 +1,4 @@
-"""Where a power of two can stand in a model without changing its function, as data.
+"""Where a power of two can go in a model without changing its function, as data.
 
 Tensors fall into *groups* that can only be scaled together; a group's exponent e says that its tensors are 2^e times
 what they were. Everything between groups is linear or a norm, and absorbs the difference:
@@ -8,9 +8,9 @@ what they were. Everything between groups is linear or a norm, and absorbs the d
     sum      both terms and the sum are of one group
 
 The group `FIXED` has the exponent 0: what a nonlinear function reads (gates, attention logits, the head's logits). Two
-groups are *opposite* where only their product is read: queries and keys without norms of their own, and what a head
+groups are *opposite* where only their product is read: queries and keys without their own norms, and what a head
 reads with the embedding table that it shares; their exponents sum to 0. The stream is one group from the embedding to
-the final norm ("stream scale"), and a module's output before its output norm one of its own, as is what lies between
+the final norm ("stream scale"), and a module's output before its output norm is another, as is what lies between
 its matrices ("branch scale"). A norm C on the stream after an add ends the stream's group there: no one factor goes
 along a Post-LN stream, though each sum can have its own. A sublayer that reads the stream without a norm gets the
 inverse in its first matrices by the rule above.
@@ -106,7 +106,7 @@ class Layout:
 
 
 def find_layout(anatomy: Anatomy) -> Layout:
-    """The groups of a model and what stands between them.
+    """The groups of a model and what is between them.
 
     Raises:
         UserError: a family whose epsilon or inner matrices are not known here.
@@ -168,7 +168,7 @@ def _no_other_norms(s: Sublayer, *known: str) -> None:
     """Norms inside a sublayer would end the groups that go through it: of values, or before the last projection."""
     other = next((n for n, m in s.module.named_children() if n not in known and is_norm(m)), None)
     if other is not None:
-        raise Unknown(f"it has a norm of its own inside ({other})")
+        raise Unknown(f"it has a norm inside ({other})")
 
 
 def _attention(layout: Layout, s: Sublayer, where: str, reads: str, gives: str) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Peak:
     """The largest |value|, and the largest |gradient| of the mean token loss of a batch, of one tensor of a group.
 
-    Either is infinite where it is not finite; a gradient may be, in any precision. With `reads` it is a matrix
+    Either is infinite where not finite; a gradient may be so in any precision. With `reads` it is a matrix
     between two groups, which the rewrite scales by 2^(group - reads). `batch` and `row` hold the largest |value|.
     """
 
@@ -51,7 +51,7 @@ def measure_peaks(
             with torch.set_grad_enabled(number < backward):
                 logits = model(input_ids=ids, use_cache=False).logits
                 if number < backward:
-                    # Of a leaf that needs none, gradients pass through the embedding's output all the same.
+                    # Gradients pass through the embedding's output even if its table needs none.
                     (token_loss(logits, ids) / ids[:, 1:].numel()).backward()
                     for peak, weight, rows in weights:
                         peak.gradient = _largest(peak.gradient, weight.grad if rows is None else weight.grad[rows])
@@ -59,7 +59,7 @@ def measure_peaks(
             tick()
             for peak in peaks:
                 if not peak.forward < float("inf"):
-                    raise UserError(f"{peak.words} is not finite in {model.dtype} either: this is no FP16 overflow")
+                    raise UserError(f"{peak.words} is not finite in {model.dtype} either: this is not an FP16 overflow")
     finally:
         for handle in handles:
             handle.remove()
@@ -69,7 +69,7 @@ def measure_peaks(
 
 
 def _weights(layout: "Layout", model: nn.Module) -> list[tuple[Peak, nn.Parameter, torch.Tensor | None]]:
-    """What FP16 must hold of weights: gains and tables, which carry a group's factor by themselves, with their
+    """The weights that FP16 must hold: gains and tables, which carry a group's factor alone, with their
     gradients, and the gradients of matrices."""
     modules: dict[str, Any] = dict(model.named_modules())
     found: list[tuple[Peak, nn.Parameter, torch.Tensor | None]] = []

@@ -1,7 +1,7 @@
-"""Carry exponents into the weights and the epsilons: the function stays, the numbers on the way change.
+"""Carry exponents into the weights and the epsilons: the function stays, the intermediate numbers change.
 
-Powers of two are exact in binary floating point, so in FP32 nothing is rounded (short of underflow) but Gemma's gains,
-which are stored as w = gain - 1.
+Powers of two are exact in binary floating point, so in FP32 nothing is rounded (short of underflow) except Gemma's
+gains, which are stored as w = gain - 1.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 
 from modeling_periln.configuration_periln import LAYER_NORM_SLOTS, STREAM_NORM_SLOTS
 from periln.eval.fp16.exponents import Plan
@@ -30,7 +30,7 @@ class Epsilon:
 
 @torch.no_grad()
 def apply(model: nn.Module, layout: Layout, plan: Plan) -> Epsilon:
-    """Rewrite a model in place, weights, epsilons and configuration.
+    """Rewrite a model in place: weights, epsilons and configuration.
 
     Raises:
         UserError: the model has weights that the layout does not account for.
@@ -60,11 +60,11 @@ def _account_for_all(model: nn.Module, layout: Layout) -> None:
 
 
 def _refuse_own_epsilons(config: Any) -> None:
-    """PeriLlama's `norm_eps`, where the new epsilons go, does not reach a norm whose slot says its own."""
+    """PeriLlama's `norm_eps`, where the new epsilons go, does not reach a norm whose slot has its own."""
     own = next((norm.eps for norm in config.stream_plan().norms() if norm.eps is not None), None)
     if own is not None:
         field = "norm_placement" if config.layer_placements is None else "layer_placements"
-        raise UserError(f"{field} gives a slot its own eps {own!r}, which no rewrite changes: give it in norm_eps")
+        raise UserError(f"{field} gives a slot its own eps {own!r}, which a rewrite cannot change: give it in norm_eps")
 
 
 def _scale_gain(norm: NormUse, module: nn.Module, factor: float) -> None:

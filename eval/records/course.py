@@ -40,7 +40,7 @@ class RunCourse:
     metrics: list[dict[str, Any]]
     events: list[dict[str, Any]]
     rows: pd.DataFrame
-    flight: bool  # a flight recorder's tables are there
+    flight: bool  # a flight recorder's tables exist
     divergence: dict[str, Any]
 
 
@@ -61,14 +61,14 @@ def read_course(path: Path) -> RunCourse:
     """The records of one run folder.
 
     Raises:
-        UserError: the folder is missing, is no run folder, or a file is damaged; names the path.
+        UserError: the folder is missing, is not a run folder, or a file is damaged; names the path.
     """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is {'not a folder' if path.exists() else 'missing'}: give a run folder")
     run = RunFolder(path)
     if not any((path / name).exists() for name in ("metrics.jsonl", "summary.json", "flight", "recipe.yaml")):
-        raise UsageError(f"{path} is no run folder: it has neither recipe.yaml nor metrics.jsonl nor flight/")
+        raise UsageError(f"{path} is not a run folder: it has neither recipe.yaml nor metrics.jsonl nor flight/")
     flight = list(read_layers("", path / "flight"))
     rows = [*flight, *read_layers("", path / "layers")]
     table = pd.concat(rows, ignore_index=True)[_COLUMNS] if rows else pd.DataFrame(columns=_COLUMNS)
@@ -106,7 +106,7 @@ def module_text(module: str) -> str:
 
 
 def against_limit(value: float) -> str:
-    """A largest |x| beside FP16's largest number: `51,234 (0.4 bits below 65504)`."""
+    """A largest |x| compared with FP16's largest number: `51,234 (0.4 bits below 65504)`."""
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
@@ -136,7 +136,7 @@ def steps_text(steps: Sequence[int]) -> str:
 
 
 def happenings(records: RunCourse) -> list[dict[str, Any]]:
-    """Events of the recorder, and what metrics.jsonl tells that no event does, by step."""
+    """Events of the recorder, and what only metrics.jsonl tells, by step."""
     found = list(records.events)
     known = {(event["step"], event.get("kind")) for event in found}
     norms = [record.get("grad_norm") for record in records.metrics]

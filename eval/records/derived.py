@@ -39,7 +39,7 @@ def largest(layers: pd.DataFrame, tensors: Sequence[str]) -> pd.Series | None:
 
 
 def by_depth(layers: pd.DataFrame, stat: str, tensor: str | None = None) -> pd.DataFrame:
-    """One statistic over depth as (run, step, x, y), of one tensor where it is named.
+    """One statistic over depth as (run, step, x, y), of one tensor if named.
 
     The attention of layer l is at l - 1/2, its MLP at l, the embedding at 0.
     """

@@ -1,7 +1,7 @@
 """What happened in a run, in words: what came first, where, and how far it spread.
 
 Read from the run folder alone: the flight recorder (`flight/`), the layer statistics (`layers/`), `metrics.jsonl`,
-`divergence.json` and `summary.json`. What the records do not tell is said to be unknown.
+`divergence.json` and `summary.json`. What the records do not tell is reported as unknown.
 """
 
 import math
@@ -27,7 +27,7 @@ from periln.eval.records.words import number
 from periln.runkit.number_format import FP16
 from periln.runkit.placements import placement_name
 
-GROWN = 10.0  # by which factor a value counts as grown
+GROWN = 10.0  # the factor from which a value counts as grown
 
 
 def _head(records: RunCourse) -> str:
@@ -96,7 +96,7 @@ def _overflow(peaks: pd.DataFrame, step: int | None) -> list[str]:
     first = bad.iloc[0]
     gone = ""
     if step is not None and first.step > step:
-        gone = f"of step {step} nothing that was not finite is recorded; "
+        gone = f"no value of step {step} that was not finite is recorded; "
     step = int(first.step)
     place = place_text(first.layer, first.sublayer, first.tensor)
     same = peaks[(peaks.layer == first.layer) & (peaks.sublayer == first.sublayer) & (peaks.tensor == first.tensor)]
@@ -108,7 +108,7 @@ def _overflow(peaks: pd.DataFrame, step: int | None) -> list[str]:
 
 
 def _history(same: pd.DataFrame, step: int) -> list[str]:
-    """What stood at one place before it overflowed."""
+    """The values at one place before it overflowed."""
     before = same[(same.step < step) & same.value.map(math.isfinite)]
     if before.empty:
         return ["Before: no finite value of that place was recorded at an earlier step; how fast it grew is unknown."]
@@ -143,7 +143,7 @@ def _layers_text(layers: Sequence[int], deepest: int) -> str:
 
 
 def _spread(peaks: pd.DataFrame, step: int) -> list[str]:
-    """Which layers were not finite at which step, from the first such step on; equal steps are told once."""
+    """Which layers were not finite at which step, from the first such step on; equal steps are listed once."""
     deepest = int(peaks.layer.max())
     told: list[tuple[str, list[int], int]] = []
     for at, of in peaks[peaks.step >= step].groupby("step"):
@@ -174,7 +174,7 @@ def _largest(peaks: pd.DataFrame, step: int) -> list[str]:
 
 
 def _gradients(rows: pd.DataFrame, step: int) -> list[str]:
-    """By which factor the gradient of each sublayer had grown at a step, against the median of the steps before."""
+    """The factor by which each sublayer's gradient had grown at a step, relative to the median of the steps before."""
     found = rows[(rows.tensor == "gradient") & (rows.stat == "norm") & rows.sublayer.isin(SUBLAYERS)]
     at, before = found[found.step == step], found[found.step < step]
     if at.empty:
@@ -250,7 +250,7 @@ def _limits(records: RunCourse, step: int | None) -> list[str]:
 
 
 def explain(run: Path) -> str:
-    """What happened in a run: a line each for what came first, where, what stood there before, and the spread.
+    """What happened in a run: a line each for what came first, where, what was there before, and the spread.
 
     Raises:
         UserError: see `read`.
@@ -264,9 +264,9 @@ def explain(run: Path) -> str:
         lines += _course(records, real, peaks)
     else:
         lines.append(
-            "Nothing happened that the records know of: no skipped step, no spike, no loss that was not finite."
+            "The records show no incident: no skipped step, no spike, no loss that was not finite."
             if records.metrics
-            else "Nothing is recorded that happened."
+            else "No incident is recorded."
         )
         lines += _growth(peaks, int(peaks.step.max())) if len(peaks) else []
         bad = _overflow(peaks, None)

@@ -1,4 +1,4 @@
-"""All run folders under a path as tidy frames: what tables, figures and the report are drawn from.
+"""All run folders under a path as tidy frames: the source of tables, figures and the report.
 
 Nothing is measured here and nothing is filled in: what a run did not record is missing in the frames.
 """
@@ -31,7 +31,7 @@ _SCORES = [
     *("value", "stderr", "n", "file"),
 ]
 _SAMPLES = ["run", "prompt", "text"]
-# What a loss was measured on and how: where two losses differ in one of these, they do not compare.
+# What a loss was measured on and how: losses that differ in one of these cannot be compared.
 _MEASURED_ON = ("dataset", "documents", "seed", "packed", "packing", "context", "text_sha256")
 
 
@@ -52,12 +52,12 @@ class Frames:
     samples: pd.DataFrame
     recipes: dict[str, dict[str, Any]]
     environments: dict[str, dict[str, Any]]
-    left_out: tuple[str, ...] = ()  # fine-tuning runs that stand in no pretraining run
-    folders: dict[str, Path] = field(default_factory=dict)  # where each run stands
+    left_out: tuple[str, ...] = ()  # fine-tuning runs outside any pretraining run
+    folders: dict[str, Path] = field(default_factory=dict)  # where each run is
 
     @property
     def pretrained(self) -> pd.DataFrame:
-        """The pretraining runs, in the order in which everything shows them."""
+        """The pretraining runs, in the order used everywhere."""
         return self.runs[self.runs.stage == "pretrain"]
 
     @property
@@ -67,7 +67,7 @@ class Frames:
 
     @property
     def placements(self) -> list[str]:
-        """The placements there are, in their order."""
+        """The placements, in their order."""
         return sorted(self.pretrained.placement.unique(), key=placement_order)
 
     def cell(self, learning_rate: float, placement: str) -> pd.DataFrame:
@@ -93,7 +93,7 @@ def _number(value: Any) -> float:
 
 
 def _find(root: Path) -> dict[str, dict[str, Any]]:
-    """Recipes by run name, the folder itself as `.`; what stands in checkpoints or hidden folders is no run."""
+    """Recipes by run name, the folder itself as `.`; checkpoints and hidden folders hold no runs."""
     recipes = {}
     for file in sorted(root.rglob("recipe.yaml")):
         name = file.parent.relative_to(root)
@@ -164,7 +164,7 @@ def read_layers(
 
 def _read_eval(run: str, folder: RunFolder) -> tuple[list[dict], list[dict]]:
     scores, samples = [], []
-    selection = folder.path / "best.json"  # of a fine-tuning whose epochs were compared
+    selection = folder.path / "best.json"  # for a fine-tuning whose epochs were compared
     best = read_json(selection).get("step") if selection.exists() else None
     for record in folder.evaluations():
         harness = record.get("harness") or {}
@@ -182,7 +182,7 @@ def _read_eval(run: str, folder: RunFolder) -> tuple[list[dict], list[dict]]:
         }
         for result in record.get("results") or []:
             numbers = {key: _number(result.get(key)) for key in ("value", "stderr", "n")}
-            if "num_fewshot" in result:  # as it was; the record's own is what was asked for
+            if "num_fewshot" in result:  # the actual one; the record's own is what was asked for
                 numbers["num_fewshot"] = _number(result["num_fewshot"])
             task = "c4" if record.get("kind") == "c4" else result["task"]
             scores.append(common | {"task": task, "metric": result["metric"]} | numbers)
@@ -194,7 +194,7 @@ def _read_eval(run: str, folder: RunFolder) -> tuple[list[dict], list[dict]]:
 
 
 def _step_of(path: str | None) -> float:
-    """The step of the checkpoint that was evaluated, from its name; NaN for one that is not called by a step."""
+    """The step of the checkpoint that was evaluated, from its name; NaN for one that is not named by a step."""
     found = re.fullmatch(r"step_(\d+)", PurePosixPath(path or "").name)
     return float(found[1]) if found else math.nan
 

@@ -8,7 +8,7 @@ from periln.eval.records.derived import at_edge
 
 
 def rate_text(rate: float) -> str:
-    """A learning rate as it is called everywhere."""
+    """A learning rate as it is written everywhere."""
     return f"learning rate {rate:g}"
 
 
@@ -19,7 +19,7 @@ def recorded_steps(data: pd.DataFrame) -> str:
 
 
 def first_steps(data: pd.DataFrame) -> pd.Series:
-    """The first recorded step of every run that has a later one as well."""
+    """The first recorded step of every run that also has a later one."""
     steps = data.groupby("run").step.agg(["min", "max"])
     return steps["min"][steps["min"] < steps["max"]]
 
@@ -28,7 +28,7 @@ def first_and_last(data: pd.DataFrame) -> str:
     """Which steps `at_edge` means."""
     first, last = first_steps(data), at_edge(data, True).step
     if first.empty:
-        return f"One step is recorded of each ({listed(last)}): there is no earlier one beside it."
+        return f"One step is recorded of each ({listed(last)}): there is no earlier one to compare."
     start = "Initialization is" if (first <= 1).all() else "Nothing is recorded of initialization, the first is"
     return (
         f"{start} step {listed(first)}; the end is each run's last recorded step ({listed(last)}), for a run that "

@@ -1,4 +1,4 @@
-"""The report's answer: at most three sentences, each from numbers of the records, with how many seeds they are of."""
+"""The report's answer: at most three sentences, each from numbers in the records, with the number of seeds."""
 
 import math
 
@@ -9,7 +9,7 @@ from periln.eval.figures.selection import view_of
 from periln.eval.records.frames import Frames
 from periln.eval.tables.report_tables import plural
 
-MOST_NAMED = 3  # other placements beside the one that a sentence is about
+MOST_NAMED = 3  # other placements next to the one that a sentence is about
 
 
 def answer(frames: Frames) -> list[str]:
@@ -35,7 +35,7 @@ def _others(parts: list[str]) -> str:
 
 
 def _loss(found: Outcomes) -> str:
-    """The lowest loss, beside the others'; and whether the seeds tell the two lowest apart."""
+    """The lowest loss, with the others'; and whether the seeds distinguish the two lowest."""
     rows = found.compared
     rows = rows[(rows.status == "completed") & rows.loss.notna()]
     if rows.empty:
@@ -59,7 +59,7 @@ def _loss(found: Outcomes) -> str:
 
 
 def _headroom(found: Outcomes) -> str:
-    """The least headroom of the runs that are compared, and the most."""
+    """The least and the most headroom of the runs that are compared."""
     rows = found.compared
     rows = rows[rows.headroom.notna()]
     if rows.empty:
@@ -106,7 +106,7 @@ def _finished(found: Outcomes) -> str:
 
 
 def _counts(some: pd.DataFrame, of: pd.DataFrame) -> str:
-    """`Pre-LN (1 of 2 seeds) and Post-LN (2 of 2)`: how many runs of each placement these are."""
+    """`Pre-LN (1 of 2 seeds) and Post-LN (2 of 2)`: the number of runs of each placement."""
     whole = of["name"].value_counts()
     parts = [f"{name} ({n} of {whole[name]})" for name, n in some["name"].value_counts(sort=False).items()]
     parts[0] = parts[0].replace(")", " seed)" if whole[some["name"].iloc[0]] == 1 else " seeds)")

@@ -1,4 +1,4 @@
-"""The report of a folder of runs: one HTML file that needs nothing else, and the figures beside it.
+"""The report of a folder of runs: one self-contained HTML file, and the figures next to it.
 
     python -m eval.report runs/demo
 

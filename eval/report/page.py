@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from periln.eval.figures.files import FigureFiles, all_figures
+from periln.eval.figures.plots import packed
 from periln.eval.records.derived import differing
 from periln.eval.records.frames import Frames
 from periln.eval.report.answer import answer
@@ -19,12 +20,12 @@ from periln.eval.tables.report_tables import MISSING, build, suites
 from periln.eval.tables.run_stability import stability
 from periln.eval.text_table import Table, to_html
 from periln.runkit.folder import write_bytes, write_text
-from periln.runkit.pages import asset
+from periln.runkit.pages import asset, policy
 from periln.runkit.public import public
 from periln.runkit.recipes import dump_yaml
 from periln.runkit.text import printable
 
-FIRST = "overview"  # the figure beside the answer
+FIRST = "overview"  # the figure next to the answer
 TEMPLATES = Path(__file__).resolve().parent
 
 
@@ -38,7 +39,7 @@ def adds_text(adds: dict[str, dict[str, str]]) -> str:
 
 
 def evidence(frames: Frames) -> Table:
-    """What was seen of the arithmetic of each run: dtypes at the residual adds, and the loss scale."""
+    """Evidence of each run's arithmetic: dtypes at the residual adds, and the loss scale."""
     rows = []
     for _, run in frames.runs.iterrows():
         seen = frames.environments[run.run]
@@ -124,11 +125,15 @@ def render(frames: Frames, figures: list[FigureFiles]) -> str:
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     jinja.filters["table"] = lambda table: Markup(to_html(table))
+    script = "\n".join(map(asset, ("tables.js", "charts.js", "maps.js")))
     steady = stability(frames)
     named = suites(frames)
     page = jinja.get_template("report.html.j2").render(
         name=frames.name,
         style=Markup(asset("page.css")),
+        script=Markup(script),
+        policy=policy(script),
+        plots=Markup(packed({d.name: d.plot for d in figures if d.plot and d.png})),
         answer=answer(frames),
         verdict=verdict(frames, steady.numbers),
         scores=[build(frames, suite) for suite in named],
@@ -160,6 +165,6 @@ def write(frames: Frames, out: Path) -> Path:
         if figure.png:
             write_bytes(file, figure.png)
         else:
-            file.unlink(missing_ok=True)  # of records that are no longer there
+            file.unlink(missing_ok=True)  # of records that no longer exist
     write_text(out / "report.html", render(frames, figures))
     return out / "report.html"

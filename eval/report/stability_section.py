@@ -1,4 +1,4 @@
-"""What the report says of each run beside its scores: what happened in it, the bench's verdict, and the certificate."""
+"""The report on each run besides its scores: what happened in it, the bench's verdict, and the certificate."""
 
 import json
 from pathlib import Path
@@ -17,14 +17,14 @@ from periln.runkit.text import printable
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:
-    """The verdict's sentences, whether they stand in a list or one by one."""
+    """The verdict's sentences, whether given as a list or one by one."""
     found = report.get("verdict") or report.get("verdicts") or []
     found = [found] if isinstance(found, str) else list(found.values()) if isinstance(found, dict) else found
     return [printable(text) for text in found if isinstance(text, str)]
 
 
 def _explained(folder: Path, run: pd.Series) -> list[str]:
-    """`explain` of a run that diverged, or has a flight recorder's events beyond the first tries of a loss scale."""
+    """`explain` of a run that diverged, or has recorded events other than the first attempts at a loss scale."""
     events = folder / "flight" / "events.jsonl"
     happened = run.status == "diverged"
     for line in events.read_text().splitlines() if events.exists() else ():
@@ -37,7 +37,7 @@ def _explained(folder: Path, run: pd.Series) -> list[str]:
 
 
 def certificate_words(certificate: dict[str, Any], of: str = "") -> list[str]:
-    """A certificate in two sentences: the largest bound, and what has none."""
+    """A certificate in two sentences: the largest bound, and what has no bound."""
     rows = [row for row in certificate.get("rows") or [] if isinstance(row, dict)]
     if not rows:
         return []
@@ -49,7 +49,7 @@ def certificate_words(certificate: dict[str, Any], of: str = "") -> list[str]:
     )
     if bounded:
         top = max(bounded, key=lambda row: row["bound"])
-        said += f", the largest {top['bound']:,.4g} ({_place(top)}); {len(above)} of the bounds lie above {limit:,.0f}"
+        said += f", the largest {top['bound']:,.4g} ({_place(top)}); {len(above)} of the bounds are above {limit:,.0f}"
     sentences = [f"{said}."]
     free = [row for row in rows if not isinstance(row.get("bound"), (int, float))]
     if free:
@@ -74,7 +74,7 @@ def _certificate(folder: Path) -> list[str]:
 
 
 def _formats(folder: Path) -> dict[str, Any] | None:
-    """What the number formats' table says of the newest checkpoint that has one: a heading, and sentences."""
+    """What the number formats' table says about the newest checkpoint that has one: a heading, and sentences."""
     files = sorted((folder / "eval" / "formats").glob("step_*/formats.json"))
     found = read_json(files[-1]) if files else None
     if not isinstance(found, dict) or not found.get("said"):
@@ -88,8 +88,8 @@ def _formats(folder: Path) -> dict[str, Any] | None:
 
 
 def bench(frames: Frames) -> list[dict[str, Any]]:
-    """A mapping for each run of which there is something to say: name, explained, verdict, measured, certificate,
-    formats (None, or a heading and what is said)."""
+    """A mapping for each run with something to report: name, explained, verdict, measured, certificate,
+    formats (None, or a heading and sentences)."""
     said = []
     for _, run in view_of(frames).runs.iterrows():
         folder = frames.folders.get(run.run)

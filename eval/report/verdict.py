@@ -72,7 +72,7 @@ def _precision(frames: Frames, numbers: pd.DataFrame) -> list[str]:
 
 
 def noise(frames: Frames, suite: str) -> dict[str, Any] | None:
-    """What the scores of completed runs can tell apart; None where there are none.
+    """What the scores of completed runs can distinguish; None without scores.
 
     `gap` is the largest difference of Avg. between placements at one learning rate, `error` the standard error of
     such a difference, from the largest standard error recorded for each task: items of one task are shared by all
@@ -104,7 +104,7 @@ def _ranking(suite: str, found: dict[str, Any] | None) -> list[str]:
         return []
     within = found["gap"] <= 2 * found["error"]
     verdict = "less than" if within else "more than"
-    end = "they rank no placement." if within else "whether that is the placement, so few seeds cannot tell."
+    end = "they rank no placement." if within else "so few seeds cannot tell whether that is due to the placement."
     return [
         f"Scores (suite {suite}): at one learning rate the Avg. of two placements differ by at most "
         f"{found['gap']:.1f} points, {verdict} two standard errors of such a difference "

@@ -1,4 +1,4 @@
-"""Generated text, seeded, to be read beside the scores."""
+"""Generated text, seeded, to read next to the scores."""
 
 from typing import Any
 

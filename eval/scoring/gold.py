@@ -1,4 +1,4 @@
-"""Bits a byte of the right answer: what a model too small for accuracy to move is compared by.
+"""Bits a byte of the right answer: a measure for models too small for their accuracy to move.
 
 For an item, -log2 p(right answer | question) divided by the answer's bytes (UTF-8, with the space before it, as the
 harness asks for it); for a task, the mean over its items, with the standard error of that mean.
@@ -13,7 +13,7 @@ METRIC = "gold_bits_per_byte"
 
 
 def bits_per_byte(task: Any, samples: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Of each item of a multiple-choice task the bits a byte of its right answer.
+    """The bits a byte of the right answer of each item of a multiple-choice task.
 
     Args:
         task: the harness's task.

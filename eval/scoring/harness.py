@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness through its Python API, and their results as records for eval/*.json.
 
-The harness's own tasks run unmodified, on the real data; beside them our own small items in five of their schemas
-(`mini_*`), which are never called by the benchmarks' names.
+The harness's own tasks run unmodified, on the real data; so do our own small items in five of their schemas
+(`mini_*`), which never carry the benchmarks' names.
 """
 
 import hashlib
@@ -28,21 +28,22 @@ from periln.runkit.encoding import before_text
 from periln.runkit.errors import UsageError, UserError, did_you_mean
 from periln.runkit.folder import read_json, weights_hash, write_json
 from periln.runkit.hub import hub_reason, quiet_hub
+from periln.runkit.process import need_device
 from periln.runkit.tasks import SUITES, TASKS
 
 MINI_FOLDER = Path(__file__).parents[1] / "tasks"
-# Where the harness keeps the tasks that this project names: to list all of its 15,000 takes it ten seconds.
+# Where the harness keeps the tasks that this project names: listing all of its 15,000 takes ten seconds.
 FOLDERS = {
     **{task.name: task.folder for task in TASKS},
     **{"openbookqa": "openbookqa", "commonsense_qa": "commonsense_qa", "rte": "glue", "mnli": "glue"},
 }
 PLAIN, SHARED = SCORINGS
-SEED = 1234  # the harness's own default, for the examples before an item too
+SEED = 1234  # the harness's own default, also for the examples before an item
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a score beside weights and task.
+    """What decides a score besides weights and task.
 
     `batch_size` is a number or `auto`. `scoring`: `plain`, log-likelihoods that are lm_eval's bit for bit, or `shared`,
     which computes the common beginning of a question's answers once (see `shared.py`).
@@ -64,11 +65,10 @@ class Settings:
             raise UsageError(f"num_fewshot must be at least 0, not {self.num_fewshot}")
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise UsageError(f"batch size must be at least 1, or auto, not {self.batch_size}")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise UsageError(f"--device {self.device} was asked for, but torch sees no CUDA device")
+        need_device(self.device, f"--device {self.device}")
 
     def recorded(self) -> dict[str, Any]:
-        """The keys of a record that hold them; `dtype` is recorded as it turned out."""
+        """The keys of a record that hold them; `dtype` is recorded as resolved."""
         return {
             "num_fewshot": self.num_fewshot,
             "limit": int(self.limit) if self.limit is not None and self.limit >= 1 else self.limit,
@@ -83,7 +83,7 @@ class Settings:
 class Benchmarks:
     """Tasks of the harness (or groups of them), loaded once and used for every checkpoint.
 
-    `include` are folders with tasks of the user's own.
+    `include` are folders with the user's own tasks.
 
     Raises:
         UsageError: see `Settings.check` and `OwnTasks`.
@@ -97,11 +97,11 @@ class Benchmarks:
         self._loaded: dict[str, dict[str, Any]] = {}
 
     def load(self) -> None:
-        """Find the tasks and load their data; by itself this happens when a score is first asked for.
+        """Find the tasks and load their data; otherwise this happens when a score is first asked for.
 
         Raises:
             UsageError: an unknown task; with the nearest name.
-            UserError: a data set that cannot be had; one sentence that says why.
+            UserError: a data set that is not available; one sentence that says why.
         """
         if not self._loaded:
             logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -115,7 +115,7 @@ class Benchmarks:
         except Exception as error:  # datasets and the Hub raise a dozen kinds; the user needs one sentence
             raise UserError(f"the data set of {name} cannot be loaded: {hub_reason(error)}") from error
         for task in loaded["tasks"].values():
-            if task.get_config("num_fewshot") != 0:  # the harness's rule: 0 in a task's own file is not overruled
+            if task.get_config("num_fewshot") != 0:  # the harness's rule: a 0 in a task's own file is not overruled
                 task.set_config(key="num_fewshot", value=self.settings.num_fewshot)
             task.set_fewshot_seed(seed=SEED)
         return loaded
@@ -126,7 +126,7 @@ class Benchmarks:
         return list(self._loaded[name]["tasks"].values())
 
     def run(self, name: str, lm: Any, target: Target, log_samples: bool = False) -> dict[str, Any]:
-        """The harness's answer for one task: what its command line gives when asked for this task alone."""
+        """The harness's answer for one task: what its command line gives for this task alone."""
         from lm_eval.evaluator import evaluate
 
         self.load()
@@ -134,7 +134,7 @@ class Benchmarks:
         np.random.seed(SEED)
         torch.manual_seed(SEED)
         # The mini tasks take seconds, and the harness's own progress bars would bury ours; on the real ones, which
-        # take hours on a large model, they are what one wants to see.
+        # take hours on a large model, they are useful.
         with redirect_stderr(io.StringIO()) if name in SUITES["mini"] else nullcontext():
             try:
                 answer = evaluate(lm=lm, task_dict=self._loaded[name], limit=self.settings.limit, log_samples=True)
@@ -142,7 +142,7 @@ class Benchmarks:
                 if not log_samples:
                     del answer["samples"]
                 return answer
-            except AssertionError as error:  # the harness's only word for an item that does not fit
+            except AssertionError as error:  # all that the harness raises for an item that does not fit
                 raise UserError(
                     f"{target.name}: lm-eval refuses an item of {name}; an answer is probably longer than the model's "
                     f"{lm.max_length} positions in its tokenizer's tokens"
@@ -157,7 +157,7 @@ class Benchmarks:
         return [row for row in found if row is not None]
 
     def load_model(self, target: Target) -> Any:
-        """The target as the harness wants it."""
+        """The target in the form that the harness expects."""
         from periln.eval.scoring.likelihood import ContinuationLM
         from periln.eval.scoring.shared import SharedPrefixLM
 
@@ -177,12 +177,12 @@ class Benchmarks:
         return {"evaluated": target.evaluated()} | self.settings.recorded()
 
     def lacking(self, target: Target, file: Path, again: bool = False) -> list[str]:
-        """The tasks that `file` has no result of for these weights and settings; `again`: all of them."""
+        """The tasks without a result in `file` for these weights and settings; `again`: all of them."""
         record = None if again else _matching(file, self._head(target))
         return [name for name in self.tasks if record is None or not self.is_scored(record, name)]
 
     def is_scored(self, record: dict[str, Any], name: str) -> bool:
-        """Whether a record has the task's result; for a task of the user's own, by the definition that it has now."""
+        """Whether a record has the task's result; for one of the user's own tasks, by its present definition."""
         old = (record.get("own_tasks") or {}).get(name) or {}
         return name in record["tasks"] and old.get("sha256") == (self.definitions.get(name) or {}).get("sha256")
 
@@ -208,7 +208,7 @@ class Benchmarks:
         return record
 
     def _joined(self, old: dict[str, Any], name: str, answer: dict[str, Any], lm: Any) -> dict[str, Any]:
-        """What a record holds beside its head, with the answer of one more task in it."""
+        """What a record holds besides its head, with the answer of one more task."""
         new, own = _results(answer), dict(old.get("own_tasks", {}))
         known = {row["task"] for row in new}
         replaced = known | set(own.pop(name, {}).get("tasks", []))  # a definition may have had others in it
@@ -234,7 +234,7 @@ class Benchmarks:
 
 
 def _manager_of(tasks: Sequence[str], own: OwnTasks) -> Any:
-    """The harness's list of its tasks and the user's; of a few folders where those hold all that is asked for.
+    """The harness's list of its tasks and the user's; of only a few folders if those hold everything asked for.
 
     Raises:
         UsageError: an unknown task; with the nearest name.
@@ -265,13 +265,13 @@ def _matching(file: Path, head: dict[str, Any]) -> dict[str, Any] | None:
         or (record.get("evaluated") or {}).get("weights_sha256") != head["evaluated"]["weights_sha256"]
     ):
         return None
-    record = {"scoring": PLAIN} | record  # the records of earlier versions do not say it
+    record = {"scoring": PLAIN} | record  # records of earlier versions lack it
     same = all(record.get(key) == value for key, value in head.items() if key not in ("evaluated", "dtype_asked"))
     return record if same and asked in (record.get("dtype_asked"), record.get("dtype")) else None
 
 
 def _finite(value: float) -> float | None:
-    """None for a perplexity, say, beyond all numbers: JSON has no infinity."""
+    """None for a perplexity that is infinite, for example: JSON has no infinity."""
     return float(value) if math.isfinite(value) else None
 
 
@@ -279,7 +279,7 @@ def _results(answer: dict[str, Any]) -> list[dict[str, Any]]:
     """Every metric of an answer of the harness: a row each, with its standard error where it has one."""
     rows = []
     for task, scores in answer["results"].items():
-        shots = answer["n-shot"].get(task)  # what a task's own file says is not overruled
+        shots = answer["n-shot"].get(task)  # a task's own file is not overruled
         items = (answer["n-samples"].get(task) or {}).get("effective") or scores.get("sample_len")
         for key, value in scores.items():
             metric, _, chosen = key.partition(",")
@@ -306,7 +306,7 @@ def result_file(target: Target, settings: Settings) -> Path:
     """Where the results go: a file for these weights and settings, so that no result replaces another's."""
     asked = {"weights": weights_hash(target.checkpoint)} | settings.recorded()
     if settings.scoring == PLAIN:
-        del asked["scoring"]  # the files keep the names that they had before there was another
+        del asked["scoring"]  # the files keep the names from before there was another
     short = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     limit = "" if settings.limit is None else f"-limit{settings.limit:g}"
     return target.results / f"benchmarks-{target.checkpoint.name}-{settings.num_fewshot}shot{limit}-{short}.json"

@@ -15,17 +15,18 @@ from periln.runkit.encoding import added_around, text_ids
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # (strings, context's ids, continuation's ids)
 MOST = 64  # the harness's own most for `auto`
-SHARE = 0.25  # of the memory that is free, for two copies of a batch's logits
+SHARE = 0.25  # of the free memory, for two copies of a batch's logits
 
 
 class ContinuationLM(HFLM):
     """HFLM whose log-likelihoods are HFLM's bit for bit, in less time and memory.
 
-    HFLM takes the log-softmax of every position of a batch, context and padding too, and reads a few of them. A row
-    of it depends on no other, so here it is taken of those few alone. Batches are HFLM's own (its Collator: sorted by
+    HFLM takes the log-softmax of every position of a batch, context and padding too, and reads a few of them. Its rows
+    are independent, so here it is taken only of those few. Batches are HFLM's own (its Collator: sorted by
     length, requests that differ in their last token together), and so is everything but `loglikelihood` and two things.
-    A whole text has what begins a document once before it: HFLM puts it there twice, and scores the second. A text that
-    spells control tokens has none: HFLM reads them, and puts nothing before a text that spells what begins a document.
+    A whole text follows what begins a document once: HFLM puts it there twice, and scores the second. A text that
+    spells control tokens gets none of them: HFLM reads them as tokens, and puts nothing before a text that spells what
+    begins a document.
     """
 
     @cached_property
@@ -89,17 +90,17 @@ class ContinuationLM(HFLM):
         return collator.get_original(answers)
 
     def _batches(self, collator: Collator, requests: list[Request], override_bs: int | None) -> Any:
-        """Batches of a fixed size, or with `auto` of one that the longest of these requests allows."""
+        """Batches of a fixed size, or with `auto` of the size that the longest of these requests allows."""
         size = self.batch_size
         if size == "auto" and override_bs is None and requests:
             size = self._detect_batch_size([max(requests, key=lambda request: len(request[1]) + len(request[2]))])
         return collator.get_batched(n=size if size != "auto" else override_bs or 1)
 
     def _detect_batch_size(self, requests: list[Request] | None = None, pos: int = 0) -> int:
-        """The batch size that `auto` stands for: for the request at `pos`, or for a text that fills the positions.
+        """The batch size for `auto`: for the request at `pos`, or for a text that fills the positions.
 
-        A GPU says when its memory is full, and the harness tries until it does. A CPU does not: the system ends the
-        process; so there it follows from what is free.
+        A GPU reports when its memory is full, and the harness tries until it does. A CPU does not: the system ends the
+        process; so there the size follows from the free memory.
         """
         if self.device.type != "cpu":
             size = super()._detect_batch_size(requests, pos)
@@ -134,7 +135,7 @@ class ContinuationLM(HFLM):
                 greedy.append((best[:, -answer.shape[1] :] == answer).all())
         summed = torch.stack(sums)
         if summed.isnan().any():  # NaN loses every comparison: it would be scored as the first answer
-            raise FloatingPointError(f"log-likelihoods are no numbers in {self.model.dtype}")
+            raise FloatingPointError(f"log-likelihoods are not numbers in {self.model.dtype}")
         scored = zip(summed.tolist(), torch.stack(greedy).tolist(), strict=True)
         return list(zip(strings, scored, strict=True))
 

@@ -1,7 +1,7 @@
-"""Tasks of the user's own: folders of lm-evaluation-harness's YAML files, beside those that the harness brings.
+"""The user's own tasks: folders of lm-evaluation-harness's YAML files, in addition to the harness's own.
 
-A result of such a task says by which definition it was scored, since neither the name nor the harness's version does:
-a hash of the task's configuration (with what it includes) and of the files beside it, code and data. The hash leaves
+A result of such a task says with which definition it was scored, since neither the name nor the harness's version does:
+a hash of the task's configuration (with what it includes) and of the files next to it, code and data. The hash leaves
 out what is on the Hub and what the task's code reads from elsewhere.
 """
 
@@ -24,13 +24,13 @@ class OwnTasks:
     """The tasks, groups and tags that the folders define; reads their YAML files, and runs none of their code.
 
     Raises:
-        UsageError: a folder that is not there or defines nothing; a name that two files define, or that is a
+        UsageError: a folder that does not exist or defines nothing; a name that two files define, or that is a
             benchmark's of this project; names it.
     """
 
     def __init__(self, folders: Sequence[Path], known: Sequence[str]):
         self.folders = tuple(Path(folder).resolve() for folder in folders)
-        self.skipped: list[str] = []  # what the harness says of files that it passes over
+        self.skipped: list[str] = []  # what the harness logs about files that it passes over
         self._entries: dict[str, Any] = {}
         for folder in self.folders:
             if not folder.is_dir():
@@ -51,7 +51,7 @@ class OwnTasks:
         with _messages() as said:
             found = lm_eval.tasks.TaskManager(include_path=[str(folder)], include_defaults=False).task_index
         for level, text in said:
-            if level >= logging.WARNING:  # of two files with one name the harness takes the first
+            if level >= logging.WARNING:  # the harness takes the first of two files with one name
                 raise UsageError(f"--include-path {folder}: {text}")
             if text.startswith("Skip "):
                 self.skipped.append(text.removeprefix("Skip "))
@@ -65,7 +65,7 @@ class OwnTasks:
         return name in self._entries
 
     def has_group(self, names: Sequence[str]) -> bool:
-        """Whether one of the names is a group of the user's own, which may have any of the harness's tasks in it."""
+        """Whether one of the names is the user's own group, which may contain any of the harness's tasks."""
         return any(name in self and self._entries[name].kind.name in ("GROUP", "TAG") for name in names)
 
     def definition(self, name: str) -> dict[str, str] | None:
@@ -79,7 +79,7 @@ class OwnTasks:
         return {"file": "" if folder is None else path.relative_to(folder).as_posix(), "sha256": digest}
 
     def _reached(self, name: str, seen: set[str] | None = None) -> Iterator[Any]:
-        """The entry, and of a group or tag those of its members that are the user's own."""
+        """The entry, and of a group or tag the members that are the user's own."""
         seen = set() if seen is None else seen
         if name in seen or name not in self._entries:
             return
@@ -114,7 +114,7 @@ def _data_files(config: dict[str, Any]) -> dict[str, Path]:
 
 @contextmanager
 def _messages() -> Iterator[list[tuple[int, str]]]:
-    """What the harness logs of the files that it looks through; nothing of it reaches the terminal."""
+    """What the harness logs about the files that it reads; none of it reaches the terminal."""
     said: list[tuple[int, str]] = []
 
     class Keeping(logging.Handler):

@@ -1,10 +1,10 @@
 """Log-likelihoods with the shared beginning of a question's answers computed once.
 
-The requests of a question share their context, and HFLM runs it once an answer. Here the answers of a question are one
-row, `context, answer 1, answer 2, ...`: every token has the position that it has in its own request, and a mask lets it
-see the context and its own answer alone. In exact arithmetic that is the same function; in FP32 sums are taken in
-another order, so log-likelihoods agree to `TOLERANCE`, which is checked on the longest row and on one in the middle of
-every task. Whatever cannot be had this way is scored the plain way, and `why_not` says why.
+The requests of a question share their context, and HFLM runs it once for each answer. Here the answers of a question
+are one row, `context, answer 1, answer 2, ...`: every token has the position that it has in its own request, and a mask
+lets it see only the context and its own answer. In exact arithmetic that is the same function; in FP32 sums are taken
+in another order, so log-likelihoods agree to `TOLERANCE`, which is checked on the longest row and on one in the middle
+of every task. Whatever cannot be scored this way is scored the plain way, and `why_not` says why.
 """
 
 import inspect
@@ -20,9 +20,9 @@ from tqdm import tqdm
 from periln.eval.scoring.likelihood import ContinuationLM, Request
 
 TOLERANCE = 1e-4  # nats, of a request's log-likelihood in FP32
-WIDEST = 1024  # tokens of a row: attention costs the square of it
+WIDEST = 1024  # tokens of a row: attention costs their square
 LEAST = 4  # tokens that a request must save to join a row
-ATTENTION = ("sdpa", "eager")  # the kernels that take a mask of each token's own
+ATTENTION = ("sdpa", "eager")  # the kernels that take a mask for each token
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Row:
 
     @property
     def own(self) -> int:
-        """Tokens behind the shared ones."""
+        """Tokens after the shared ones."""
         return sum(len(ids) - self.shared for ids in self.ids)
 
     @property
@@ -56,7 +56,7 @@ class Row:
         return True
 
     def shared_with(self, ids: list[int], scored: int) -> int:
-        """How many first ids are shared if the request joins. The last of them gives the first logits that are read."""
+        """How many leading ids are shared if the request joins; the last of them gives the first logits to read."""
         most, first = min(self.shared, len(ids) - scored + 1), self.ids[0]
         return next((i for i in range(most) if first[i] != ids[i]), most)
 
@@ -64,7 +64,7 @@ class Row:
 def rows_of(requests: Sequence[tuple[list[int], int]]) -> list[Row]:
     """Neighbouring requests (ids, scored tokens) that share their beginning, as rows; every request is in one of them.
 
-    A document's requests come one after another; a request joins the row before it where that saves tokens.
+    A document's requests come one after another; a request joins the previous row where that saves tokens.
     """
     rows: list[Row] = []
     for number, (ids, scored) in enumerate(requests):
@@ -93,7 +93,7 @@ def pack(rows: Sequence[Row], dtype: torch.dtype, device: torch.device) -> Packe
     width = before + behind
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.zeros(len(rows), width, dtype=torch.long)
-    segment = torch.full((len(rows), width), -1, dtype=torch.long)  # 0: shared, 1, 2, ...: an answer's own, -1: padding
+    segment = torch.full((len(rows), width), -1, dtype=torch.long)  # 0: shared, 1, 2, ...: the answer's, -1: padding
     for i, row in enumerate(rows):
         start = before - row.shared
         ids[i, start:before] = torch.tensor(row.ids[0][: row.shared])
@@ -109,7 +109,9 @@ def pack(rows: Sequence[Row], dtype: torch.dtype, device: torch.device) -> Packe
     ids, positions, segment = ids.to(device), positions.to(device), segment.to(device)
     query, key = segment[:, :, None], segment[:, None, :]
     seen = torch.ones(width, width, dtype=torch.bool, device=device).tril() & (key >= 0) & ((key == query) | (key == 0))
-    seen = seen | torch.eye(width, dtype=torch.bool, device=device)  # a row of padding sees itself, or it would be NaN
+    seen = seen | torch.eye(
+        width, dtype=torch.bool, device=device
+    )  # a row of padding sees itself; otherwise it would be NaN
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
     return Packed(ids, positions, mask[:, None], behind + 1)
 
@@ -171,7 +173,7 @@ class SharedPrefixLM(ContinuationLM):
         if kinds != {"full_attention"}:
             return f"its layers are not all full attention: {', '.join(sorted(kinds))}"
         if config._attn_implementation not in ATTENTION:
-            return f"its attention is {config._attn_implementation}, which takes no mask of each token's own"
+            return f"its attention is {config._attn_implementation}, which takes no mask for each token"
         if not {"position_ids", "attention_mask", "logits_to_keep"} <= set(parameters):
             return f"{type(self.model).__name__}.forward does not take position_ids and logits_to_keep"
         return None
@@ -189,7 +191,7 @@ class SharedPrefixLM(ContinuationLM):
 
     @torch.no_grad()
     def _score_rows(self, rows: list[Row], requests: Sequence[Request]) -> list[list[tuple[float, bool]]]:
-        """Of each request of each row the log-likelihood of its answer, and whether it is the greedy one."""
+        """For each request of each row, the log-likelihood of its answer and whether it is the greedy one."""
         packed = pack(rows, torch.float32, self.device)
         logits = self.model(
             input_ids=packed.ids,
@@ -216,12 +218,12 @@ class SharedPrefixLM(ContinuationLM):
         hits = (logs.argmax(dim=-1) == chosen).split(lengths)
         sums = torch.stack([part.sum() for part in values])
         if sums.isnan().any():  # NaN loses every comparison: it would be scored as the first answer
-            raise FloatingPointError(f"log-likelihoods are no numbers in {self.model.dtype}")
+            raise FloatingPointError(f"log-likelihoods are not numbers in {self.model.dtype}")
         answers = iter(zip(sums.tolist(), [bool(part.all()) for part in hits], strict=True))
         return [[next(answers) for _ in row.members] for row in rows]
 
     def _differs(self, rows: list[Row], requests: Sequence[Request]) -> str | None:
-        """Score these rows both ways; says so where they differ by more than TOLERANCE."""
+        """Score these rows both ways; reports where they differ by more than TOLERANCE."""
         rows = rows if rows[0] is not rows[-1] else rows[:1]
         ours = [value for row in self._score_rows(rows, requests) for value, _ in row]
         asked: list[Any] = [(None, *requests[member][1:]) for row in rows for member in row.members]

@@ -1,8 +1,8 @@
 """Attention logits: their maximum and the entropy of their softmax, seen where every Transformers model passes them.
 
-Models of Transformers' own style look up an attention function by the name in their config. While the probe is on, that
-name is the probe's: it computes the logits' statistics from query and key, head by head, and lets the function that the
-model had give the output.
+Models in Transformers' style look up an attention function by the name in their config. While the probe is on, that
+name is the probe's: it computes the logits' statistics from query and key, head by head, and the original function
+gives the output.
 """
 
 import sys
@@ -23,8 +23,8 @@ HIDDEN = -1e30  # a logit that no query sees: finite, so that 0 times it is 0
 class AttentionProbe:
     """A context manager around forward passes. `rows()` is empty for a model that calls no attention function.
 
-    Logits are q k^T * scaling, soft-capped where the model does so, at the positions that the mask shows. `entropy` is
-    in nats, the mean over batch, heads and queries.
+    Logits are q k^T * scaling, soft-capped where the model does that, at the positions that the mask shows. `entropy`
+    is in nats, the mean over batch, heads and queries.
     """
 
     def __init__(self, anatomy: Anatomy):

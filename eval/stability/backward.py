@@ -10,13 +10,13 @@ from periln.eval.structure.anatomy import Anatomy, Sublayer
 from periln.eval.structure.stages import LayerCall, Stages
 from periln.eval.texts.windows import token_loss
 
-PIECE = 2**22  # entries that are wide at once
+PIECE = 2**22  # entries in float64 at once
 
 
 def accumulate_gradients(model: nn.Module, batches: Iterable[torch.Tensor], tokens: int) -> float:
     """The gradient of the mean next-token loss over `tokens` predictions, into `.grad`; returns the loss.
 
-    Every parameter gets one, whatever its `requires_grad` said; the model keeps the mode it was in.
+    Every parameter gets one, whatever its `requires_grad` was; the model keeps its mode.
     """
     model.zero_grad(set_to_none=True)
     for parameter in model.parameters():
@@ -96,7 +96,7 @@ def _weight_rows(anatomy: Anatomy, s: Sublayer, step: int) -> list[tuple]:
 
 
 def _rows(anatomy: Anatomy, step: int, chosen: Callable[[int, str], bool]) -> list[tuple]:
-    """All rows of the groups that are chosen by layer and sublayer."""
+    """All rows of the groups, by layer and sublayer."""
     found: list[tuple] = []
     for layer, sublayer, modules in _groups(anatomy):
         if chosen(layer, sublayer):
@@ -114,10 +114,10 @@ def backward_rows(
     stages: Stages | None = None,
     tell: Callable[[], None] = lambda: None,
 ) -> list[tuple]:
-    """All of it, from one gradient of the mean loss over `batches` (ids (B, S)); no gradient is left behind.
+    """All rows, from one gradient of the mean loss over `batches` (ids (B, S)); no gradient is left behind.
 
-    With stages the gradients come a layer at a time, and are gone once they are measured; `tell` is called after
-    each layer of each batch. Else all of them are there at once.
+    With stages the gradients come a layer at a time, and are freed once measured; `tell` is called after each layer
+    of each batch. Otherwise all of them exist at once.
     """
     tokens = sum(ids[:, 1:].numel() for ids in batches)
     found: list[tuple] = []
@@ -159,14 +159,14 @@ def layer_by_layer(
 ) -> None:
     """The gradient of the mean loss over `tokens` predictions, one layer's at a time, the last first.
 
-    `visit` is called when the gradients of the model's end (None), of a layer (its number) and of its begin (0) are
-    whole; what no later piece adds to is then set free. What is kept of a batch (ids (B, S)) are its streams.
+    `visit` is called when the gradients of the model's end (None), of a layer (its number) and of its start (0) are
+    complete; those that no later piece adds to are then freed. Of a batch (ids (B, S)) its streams are kept.
     """
     model, layers = stages.anatomy.model, stages.anatomy.layers
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     model.zero_grad(set_to_none=True)
-    begins = {id(p) for p in stages.anatomy.embedding.parameters()}  # a tied table is a part of both ends
+    begins = {id(p) for p in stages.anatomy.embedding.parameters()}  # a tied table belongs to both ends
     passes: list[tuple[torch.Tensor, list[torch.Tensor], list[LayerCall]]] = []
     grads: list[Any] = []
     for ids in batches:

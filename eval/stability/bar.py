@@ -1,4 +1,4 @@
-"""The bar of a plan: says before the start what to expect, and moves in every part."""
+"""The bar of a plan: it announces what to expect, and moves in every part."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ SHAPE = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 @contextmanager
 def plan_bar(args: argparse.Namespace, name: str) -> Iterator[Callable[[Plan], None]]:
-    """Gives what a plan is told to while the bar is open."""
+    """Yields what a plan reports to while the bar is open."""
     told = False
     with progress_bar(args, STEPS, name, "step", bar_format=SHAPE) as bar:
 

@@ -1,4 +1,4 @@
-"""Measure what a norm placement does to causal LMs, and say it in words.
+"""Measure what a norm placement does to causal LMs, and report it in words.
 
 python -m eval.stability RUN_OR_CHECKPOINT_OR_HUB_ID... --data wikitext --samples 1000
 """
@@ -6,28 +6,29 @@ python -m eval.stability RUN_OR_CHECKPOINT_OR_HUB_ID... --data wikitext --sample
 import argparse
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers.modeling_utils import PreTrainedModel
 
 from periln.eval.arguments.stability import check, left_out
 from periln.eval.records.explain import explain
 from periln.eval.records.words import number
 from periln.eval.stability.bar import plan_bar
-from periln.eval.stability.files import Records, wide_table
+from periln.eval.stability.files import BenchFolder, wide_table
 from periln.eval.stability.measure import Measured, Options, measure
 from periln.eval.targets import Checkpoint, Model, find_measured
 from periln.eval.text_table import Table, to_terminal
 from periln.eval.texts.samples import Samples, find_samples
 from periln.runkit.environment import describe_environment
 from periln.runkit.errors import UsageError
+from periln.runkit.folder import RunFolder
 from periln.runkit.number_format import FP16
-from periln.runkit.process import start_stage
+from periln.runkit.process import need_device, quiet_transformers, start_stage
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -44,13 +45,13 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _asked(args: argparse.Namespace, options: Options) -> dict[str, Any]:
-    """What decides a result, as far as the command line says it."""
+    """What decides a result, as far as the command line goes."""
     names = ("data", "samples", "tokens", "seed", "dtype", "tokenizer", "device")
     return {n: getattr(args, n) for n in names} | options.asked()
 
 
 class _Bench:
-    """What the models of one command share: options, and samples by what they depend on."""
+    """What the models of one command share: options, and samples keyed by what they depend on."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.options = args, _options(args)
@@ -82,7 +83,7 @@ class _Bench:
             self._samples[key] = find_samples(config, tokenizer, a.data, a.samples, a.tokens, a.seed)
         return self._samples[key]
 
-    def checkpoint(self, model: Model, checkpoint: Checkpoint, records: Records, weights: str) -> None:
+    def checkpoint(self, model: Model, checkpoint: Checkpoint, records: BenchFolder, weights: str) -> None:
         """Measure one checkpoint and write its records."""
         a = self.args
         network = checkpoint.load(getattr(torch, a.dtype), a.device, a.trust_remote_code)
@@ -151,13 +152,21 @@ def _table(title: str, measured: Measured) -> Table:
     return Table("What flows through the layers", text, wide, notes, keys=2)
 
 
-def _records_of(args: argparse.Namespace, model: Model) -> Records:
-    """Where a model's records stand. Raises UserError where those of another model do."""
+def _records_of(args: argparse.Namespace, model: Model) -> BenchFolder:
+    """Where a model's records are. Raises UserError if another model's are there."""
     folder = (args.out or Path("stability")) / model.name if model.run is None else model.run / "eval" / "stability"
-    return Records(folder, model.name if model.run is not None else model.asked, single=model.run is None)
+    return BenchFolder(folder, model.name if model.run is not None else model.asked, single=model.run is None)
 
 
-def _measure_model(bench: _Bench, model: Model, records: Records) -> None:
+def _diverged(asked: str) -> bool:
+    """Whether this is the folder of a run that has diverged, which is said."""
+    lost = RunFolder(asked).status == "diverged"
+    if lost:
+        tqdm.write(f"{asked} has diverged: it is not measured")
+    return lost
+
+
+def _measure_model(bench: _Bench, model: Model, records: BenchFolder) -> None:
     args, folder = bench.args, records.folder
     for checkpoint in model.checkpoints:
         weights = checkpoint.weights_sha256
@@ -176,14 +185,14 @@ def _measure_model(bench: _Bench, model: Model, records: Records) -> None:
 def main(args: argparse.Namespace) -> None:
     start_stage(args)
     check(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but torch sees no CUDA device")
+    need_device(args.device, "--device cuda")
     if args.explain is not None:
         print(explain(args.explain))
         return
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    models = [find_measured(asked, args.revision) for asked in args.models]
+    quiet_transformers()
+    models = [find_measured(asked, args.revision) for asked in args.models if not (args.last and _diverged(asked))]
+    if args.last:
+        models = [replace(model, checkpoints=model.checkpoints[-1:]) for model in models]
     names = [m.name for m in models if m.run is None or args.out is not None]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:

@@ -34,8 +34,8 @@ _WIDE = {
 }
 
 
-class Records:
-    """One model's folder of records."""
+class BenchFolder:
+    """One model's folder of the bench's records."""
 
     def __init__(self, folder: Path, model: str, single: bool):
         self.folder, self.model, self.single = folder, model, single
@@ -61,7 +61,7 @@ class Records:
         return next((e for e in self.old.get("checkpoints", []) if e["step"] == step), None)
 
     def has(self, step: int, asked: dict[str, Any], weights: str) -> bool:
-        """Whether the very measurement is there: of these weights, asked for in this way."""
+        """Whether this measurement exists: of these weights, with these options."""
         entry = self.entry(step)
         whole = self.table(step).exists() and self.angles(step).exists()
         if entry is None or entry.get("stopped") is not None:
@@ -82,7 +82,7 @@ class Records:
         write_json(self.path, json_number(self.old))
 
     def _summary(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
-        """The verdict: of the last checkpoint, and how it came about over the steps that were measured alike."""
+        """The verdict: of the last checkpoint, and its history over the steps that were measured alike."""
         last = entries[-1]
         alike = [e for e in entries if e["asked"] == last["asked"]]
         growth = None if len(alike) < 2 else self._growth([e["step"] for e in alike])

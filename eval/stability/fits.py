@@ -1,4 +1,4 @@
-"""How a statistic goes with depth or with training: constant, linear or exponential, and how well each fits."""
+"""How a statistic depends on depth or training: constant, linear or exponential, and how well each fits."""
 
 import math
 import warnings

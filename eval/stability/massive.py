@@ -1,4 +1,4 @@
-"""Massive activations: single entries of the stream that stand far above all others (Sun et al., 2024).
+"""Massive activations: single entries of the stream that are far above all others (Sun et al., 2024).
 
 One counts as massive when |x| is at least 100 times the typical size of its tensor, the median over channels of their
 root mean square; normal entries reach 6 times in a tensor of this size.
@@ -28,7 +28,7 @@ def _spot(peak: Peak) -> dict[str, int]:
 
 
 def outlier(probe: Probe) -> dict[str, Any] | None:
-    """The entry of a stream that stands highest above its typical size, massive or not."""
+    """The entry of a stream that is highest above its typical size, massive or not."""
     found = [place | _spot(peak) for place, peak in _peaks(probe)]
     return max(found, key=lambda place: place["ratio"], default=None)
 

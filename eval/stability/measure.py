@@ -34,9 +34,9 @@ PROFILES = ("variance", "variance_data", "mean_abs", "max_abs")
 
 @dataclass(frozen=True)
 class Measured:
-    """The tables of one checkpoint, its entry in stability.json, and what its weights alone say of FP16.
+    """The tables of one checkpoint, its entry in stability.json, and what its weights alone say about FP16.
 
-    `stopped`: the part in which it was interrupted, and after which nothing was measured; None where it was not.
+    `stopped`: the part in which it was interrupted and after which nothing was measured, or None.
     """
 
     rows: pd.DataFrame
@@ -61,7 +61,7 @@ class _Measurement:
         self.certificate: dict[str, Any] | None = None
 
     def batches(self, size: int, limit: int | None = None) -> list[torch.Tensor]:
-        """Batches of at most `size` samples of which the logits are no more than `LOGITS` numbers."""
+        """Batches of at most `size` samples whose logits are at most `LOGITS` numbers."""
         rows = samples_at_once(self.anatomy, self.samples.ids.shape[1])
         return list(self.samples.batches(min(size, rows), self.device, limit))
 
@@ -89,7 +89,7 @@ class _Measurement:
         layers, tokens = self.anatomy.num_layers, self.options.skip_tokens
         batches = [ids[:, :tokens] for ids in self.batches(self.options.batch_size, self.options.skip_samples)]
         if self.stages is not None:
-            whole = len(batches) * layers * (layers + 1) / 2  # later layers have fewer behind them
+            whole = len(batches) * layers * (layers + 1) / 2  # later layers have fewer after them
             tell = lambda layer: part.done((layers + 1 - layer) / whole)  # noqa: E731
             self.rows += staged_skip_losses(self.stages, batches, self.step, tell)
             return
@@ -105,7 +105,7 @@ class _Measurement:
         self.rows += skip_losses(self.anatomy, loss, self.step, lambda: part.done(1 / layers))
 
     def in_fp16(self, part: Part) -> None:
-        """On the first samples, and before them the ones that hold the peaks of the stream and the branches."""
+        """On the samples that hold the peaks of the stream and the branches, then on the first ones."""
         peaks = sorted((m.peak for m in self.probe.moments.values() if m.peak.sample >= 0), key=lambda p: -p.value)
         count = self.options.fp16_samples
         chosen = list(dict.fromkeys([*(p.sample for p in peaks[:2]), *range(len(self.samples.ids))]))[:count]
@@ -114,10 +114,10 @@ class _Measurement:
         self.fp16 = first_non_finite(self.anatomy, batches, scale, self.in_place, lambda: part.done(1 / 4))
 
     def run(self) -> str | None:
-        """Every part of the plan; gives the one in which it was interrupted.
+        """Run every part of the plan; returns the one in which it was interrupted.
 
         Raises:
-            KeyboardInterrupt: before anything is known.
+            KeyboardInterrupt: before anything was measured.
         """
         for part in self.plan.parts:
             try:
@@ -179,7 +179,7 @@ def measure(
         tell: called with the plan once it is known how long a pass takes, and each time that more of it is done.
         in_place: the model may be left in FP16, which spares a copy of it.
 
-    An interruption (Ctrl-C) ends it with what was measured, once a batch was.
+    An interruption (Ctrl-C) ends it with what was measured, from the first batch on.
 
     Raises:
         UserError: its residual stream cannot be found.

@@ -1,4 +1,4 @@
-"""Moments of a tensor over a stream of batches, in float64; memory does not grow with what has been seen."""
+"""Moments of a tensor over a stream of batches, in float64; memory does not grow with the number of batches."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from periln.runkit.number_format import FP16
 
 @dataclass
 class Peak:
-    """The entry of the largest |x|: its value, and the sample, position and channel where it stands."""
+    """The entry of the largest |x|: its value, and its sample, position and channel."""
 
     value: float = 0.0
     sample: int = -1
@@ -24,11 +24,11 @@ def _nothing() -> torch.Tensor:
 
 @dataclass
 class Moments:
-    """Sums over all entries of tensors (B, S, D) that came by, and over each channel.
+    """Sums over all entries of the tensors (B, S, D) seen, and over each channel.
 
     `stats()` gives mean |x|; variance over all entries; the data-wise variance (of each channel over all tokens,
-    averaged over channels); kurtosis m4 / m2^2 (3 for a normal distribution); max |x| and where it stands; and the bits
-    that are left between it and FP16's largest number, `NumberFormat.headroom`.
+    averaged over channels); kurtosis m4 / m2^2 (3 for a normal distribution); max |x| and its place; and the bits
+    between it and FP16's largest number, `NumberFormat.headroom`.
     """
 
     count: int = 0
@@ -36,13 +36,13 @@ class Moments:
     third: float = 0.0
     fourth: float = 0.0
     not_finite: int = 0
-    channel_sum: torch.Tensor = field(default_factory=_nothing)  # (D,), of the first batch on
+    channel_sum: torch.Tensor = field(default_factory=_nothing)  # (D,), from the first batch on
     channel_square: torch.Tensor = field(default_factory=_nothing)
     peak: Peak = field(default_factory=Peak)
 
     @torch.no_grad()
     def add(self, x: torch.Tensor, first_sample: int) -> torch.Tensor:
-        """Take in a batch (B, S, D), the first row sample number `first_sample`; returns tokens' lengths (B S,)."""
+        """Add a batch (B, S, D) whose first row is sample number `first_sample`; returns tokens' lengths (B S,)."""
         _, length, width = x.shape
         x = x.detach().reshape(-1, width)
         low, high = (bound.item() for bound in x.aminmax())  # NaN where there is one
@@ -69,7 +69,7 @@ class Moments:
 
     @property
     def typical(self) -> float:
-        """The median over channels of their root mean square: a size that a few outlying channels do not move."""
+        """The median over channels of their root mean square: a size that a few outlying channels do not affect."""
         width = len(self.channel_square)
         return (self.channel_square * width / self.count).sqrt().median().item()
 

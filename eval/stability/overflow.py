@@ -21,12 +21,12 @@ from periln.eval.texts.windows import token_loss
 from periln.runkit.fp16 import HalfMatmul
 from periln.runkit.number_format import FP16
 
-LEAST, MOST = -8, 16  # of the powers of two that are tried as loss scales
+LEAST, MOST = -8, 16  # range of the powers of two that are tried as loss scales
 
 
 @dataclass(frozen=True)
 class NonFinite:
-    """The first tensor that is not finite: at which module, and what it is in words.
+    """The first tensor that is not finite: its module, and what it is in words.
 
     `what`: "stream" (a residual add), "branch" (a module's output before its output norm), "weight", or "module".
     """
@@ -50,7 +50,7 @@ def _finite(x: torch.Tensor | None) -> bool:
 
 
 class _Watch:
-    """What both passes share: the names of points, and the first thing that was seen."""
+    """What both passes share: the names of points, and the first finding."""
 
     def __init__(self, anatomy: Anatomy):
         self.anatomy = anatomy
@@ -94,7 +94,7 @@ class _Watch:
 
 
 class _Overflow(Exception):
-    """Ends a forward pass: what is wanted of it is known."""
+    """Ends a forward pass once its answer is known."""
 
 
 class FirstForward(_Watch):
@@ -133,7 +133,7 @@ class FirstBackward(_Watch):
     def __init__(self, anatomy: Anatomy, exact: bool = True):
         super().__init__(anatomy)
         self.exact = exact
-        self.largest = 0.0  # of all gradients that were seen, while they were finite
+        self.largest = 0.0  # of all gradients seen, while they were finite
 
     def _overflows(self, *grads: torch.Tensor | None) -> bool:
         """Whether one of these gradients is the first that is not finite."""
@@ -199,9 +199,9 @@ class FirstBackward(_Watch):
 
 @torch.no_grad()
 def to_half(model: nn.Module) -> list[str]:
-    """Turn a model into FP16 where it is, as a file of its weights loads; gives the weights that FP16 cannot hold.
+    """Convert a model to FP16 in place, as a file of its weights loads; returns the weights that FP16 cannot hold.
 
-    Buffers that no file holds stay as they are (rotary frequencies: `model.half()` would round them).
+    Buffers that no file holds are not changed (rotary frequencies: `model.half()` would round them).
     """
     dtype = getattr(torch, FP16.dtype)
     for module in model.modules():
@@ -271,7 +271,7 @@ class HalfPasses:
     def backward(self, *scales: float) -> list[NonFinite | None]:
         """The first gradient that is not finite at each of the scales; one forward pass a batch serves them all.
 
-        What is largest of the gradients that were seen goes into `largest`, for scales at which all are finite.
+        The largest gradient seen goes into `largest`, for scales at which all are finite.
         """
         with self._numerics():
             try:
@@ -305,8 +305,8 @@ class HalfPasses:
     def largest_scale(self) -> tuple[float | None, NonFinite | None]:
         """The largest 2^k, k from -8 to 16, with finite gradients, and what overflows at twice it (None beyond 2^16).
 
-        Gradients go with the scale, so the largest one of a scale that was tried says which it must be; that one and
-        twice it are tried, and only where that was wrong the interval is halved.
+        Gradients are proportional to the scale, so the largest one at a tried scale predicts the answer; that scale and
+        twice it are tried, and only if the prediction was wrong the interval is halved.
         """
         if not self.largest:
             self.backward(2.0**LEAST)
@@ -340,16 +340,16 @@ def first_non_finite(
     tell: Callable[[], None] = lambda: None,
     scales: bool = True,
 ) -> dict[str, Any]:
-    """Run `batches` (ids (B, S)) through the model in FP16: a copy of it, or itself where it may stay in FP16.
+    """Run `batches` (ids (B, S)) through the model in FP16: a copy of it, or the model itself if it may stay in FP16.
 
     Args:
         tell: called after each pass of each batch.
-        scales: whether the largest loss scale is looked for; it takes at least one forward and two backward passes.
+        scales: whether to search for the largest loss scale, which takes at least one forward and two backward passes.
 
     Returns:
         forward, backward: the first non-finite tensor, or None; backward is None as well where the forward pass already
         overflows (`backward_run` is False then). `largest_finite_loss_scale`: the largest power of two, from 2^-8 to
-        2^16, at which all gradients are finite, None where none is; `backward_beyond`: what overflows at twice that
+        2^16, at which all gradients are finite, None if there is none; `backward_beyond`: what overflows at twice that
         (None if it is 2^16). `weights`: parameters that FP16 cannot hold.
     """
     passes = HalfPasses(anatomy, batches, in_place, tell)
@@ -367,7 +367,7 @@ def first_non_finite(
 def found_words(
     forward: NonFinite | None, backward: NonFinite | None, loss_scale: float, weights: list[str]
 ) -> dict[str, Any]:
-    """What `first_non_finite` gives, before the largest loss scale is looked for."""
+    """What `first_non_finite` returns, before the search for the largest loss scale."""
     return {
         "forward": None if forward is None else asdict(forward),
         "backward": None if backward is None else asdict(backward),

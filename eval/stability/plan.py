@@ -1,6 +1,6 @@
-"""How long a measurement takes and how much memory, said before it starts; and how much of it is done.
+"""How long a measurement takes and how much memory, announced before it starts; and how much of it is done.
 
-The unit is a plain forward pass of one sample, timed on the first one. What a part takes in it was measured on
+The unit is a plain forward pass of one sample, timed on the first one. The cost of each part was measured on
 SmolLM2-135M and Gemma 3 270M; memory is counted from the sizes of the model.
 """
 
@@ -17,7 +17,7 @@ from periln.eval.texts.samples import Samples
 GIB = 2.0**30
 PROCESS = 2**29  # bytes of Python and its libraries
 LOGITS = 2**27  # numbers of a batch's logits at most: 512 MiB
-# Plain passes of a sample that a part takes, for each of its samples.
+# The plain passes of a sample that a part takes for each of its samples.
 PROBED = 1.55
 BACKWARD = 4.2  # streams, a layer at a time forward and backward, sums in FP64
 FP16_FORWARD, FP16_BACKWARD = 1.5, 9.0
@@ -55,7 +55,7 @@ class Part:
     share: float = 0.0
 
     def done(self, share: float) -> None:
-        """So much more of it, from 0 to 1."""
+        """Report a further share of it, from 0 to 1."""
         self.share = min(1.0, self.share + share)
         self.tell()
 
@@ -92,7 +92,7 @@ class Plan:
 
     @torch.no_grad()
     def measure(self, anatomy: Anatomy, samples: Samples, staged: bool, in_place: bool, batch_size: int) -> None:
-        """Time a plain pass, and count from the model's sizes what depends on them."""
+        """Time a plain pass, and compute from the model's sizes what depends on them."""
         self.time(anatomy, samples.ids[:1])
         head = anatomy.lm_head.weight.numel() / sum(p.numel() for p in _matrices(anatomy))
         for part in self.parts:
@@ -122,7 +122,7 @@ class Plan:
 
     @property
     def part(self) -> str:
-        """The part at work."""
+        """The part that is running."""
         return next((part.name for part in self.parts if part.share < 1), "")
 
     def said(self) -> str:
@@ -140,7 +140,7 @@ def _matrices(anatomy: Anatomy) -> list[torch.nn.Parameter]:
 
 
 def memory(anatomy: Anatomy, tokens: int, parts: list[Part], in_place: bool, batch_size: int) -> int:
-    """Bytes at the peak: the weights, and the largest of what the parts hold beside them."""
+    """Bytes at the peak: the weights, and the most that any part holds in addition."""
     parameters = list(anatomy.model.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
     largest = max(p.numel() for p in parameters)
@@ -162,7 +162,7 @@ def memory(anatomy: Anatomy, tokens: int, parts: list[Part], in_place: bool, bat
 
 
 def samples_at_once(anatomy: Anatomy, tokens: int) -> int:
-    """How many samples of so many tokens have logits of no more than `LOGITS` numbers."""
+    """How many samples of `tokens` tokens have logits of at most `LOGITS` numbers."""
     return max(1, LOGITS // (tokens * anatomy.lm_head.weight.shape[0]))
 
 

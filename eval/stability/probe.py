@@ -1,4 +1,4 @@
-"""What flows through a model, measured on the fly: every tensor of the stream, and the peak of every tensor beside it.
+"""What flows through a model, measured on the fly: every tensor of the stream, and the peak of every other tensor.
 
 Rows: (step, layer, sublayer, tensor, stat, value). Layer 0 is the embedding, layers are 1 to L; `final` is after the
 final norm, and has the number L. Tensors:
@@ -26,7 +26,7 @@ from periln.runkit.number_format import FP16
 
 
 class Probe:
-    """A context manager around forward passes; each pass stands between `start` and `finish`."""
+    """A context manager around forward passes; each pass is between `start` and `finish`."""
 
     def __init__(self, anatomy: Anatomy, apart: int | None = None):
         self.anatomy = anatomy
@@ -85,7 +85,7 @@ class Probe:
             self._lengths[key] = self.moments[key].add(x, self.first)
 
     def _watch_inside(self, layer: int, name: str, module: nn.Module) -> None:
-        """The largest |x| of what every leaf inside the layer gives, and of what every matrix reads."""
+        """The largest |x| of every leaf's output inside the layer, and of every matrix's input."""
         kinds = {s.name: s.kind for s in self.anatomy.sublayers if s.layer == layer}
         for inner, leaf in module.named_modules():
             if not inner or any(True for _ in leaf.children()) or isinstance(leaf, (nn.Identity, nn.Dropout)):

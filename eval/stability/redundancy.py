@@ -1,4 +1,4 @@
-"""How much layers do: angles between the streams after them, the branch's share, and the loss without one."""
+"""How much layers do: angles between the streams after them, the branch's share, and the loss without a layer."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,7 @@ from periln.eval.structure.anatomy import Anatomy, first_tensor, input_tensor
 from periln.eval.structure.stages import Stages
 from periln.eval.texts.windows import token_loss
 
-_CHUNK = 256  # tokens whose cosines are held at once
+_CHUNK = 256  # tokens whose cosines are in memory at once
 
 
 class Angles:
@@ -46,7 +46,7 @@ class Angles:
 
 @contextmanager
 def skipped(layer: nn.Module) -> Iterator[None]:
-    """While open, the layer gives what it is given."""
+    """While open, the layer returns its input."""
     given: list[torch.Tensor] = []
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

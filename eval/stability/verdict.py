@@ -1,4 +1,4 @@
-"""What the numbers of one checkpoint, and of a run's checkpoints, say in words."""
+"""The numbers of one checkpoint, and of a run's checkpoints, in words."""
 
 import math
 from typing import Any
@@ -8,9 +8,9 @@ import pandas as pd
 from periln.eval.records.words import number
 from periln.runkit.number_format import FP16
 
-CLOSE = 3.0  # bits of headroom below which the next doublings are near
+CLOSE = 3.0  # bits of headroom below which the limit is a few doublings away
 POOR = 0.7  # R² below which a fit is not called a description
-ONE_SIDED = 0.1  # |scale freedom| of this and more: the loss depends on the scale of the weights
+ONE_SIDED = 0.1  # |scale freedom| from which the loss depends on the scale of the weights
 
 
 def place_of(row: dict[str, Any]) -> str:

@@ -1,15 +1,15 @@
 """The residual stream of a causal LM, found by structure.
 
-No family is known by name. One forward pass on a few random tokens is watched, and who reads whose output says what
-every module is: in each decoder layer two modules f (attention, then MLP), and norms in the places A (on f's input),
-B (on f's output, before the add) and C (on the stream, after the add) of
+No family is known by name. One forward pass on a few random tokens is watched, and which module reads which output
+tells what every module is: in each decoder layer two modules f (attention, then MLP), and norms in the places A (on f's
+input), B (on f's output, before the add) and C (on the stream, after the add) of
 
     x  <-  C( alpha * x  +  s * B( f( c * A(x) ) ) )
 
 What was found is then checked on the same pass: each sum must be alpha * x + s * branch to rounding. A model that does
-anything else to its stream is refused, not guessed at.
+anything else to its stream is refused rather than guessed.
 
-An add has no module of its own in most families, so tensors are seen at *points*: the input or output of a module.
+In most families an add is not a module, so tensors are seen at *points*: the input or output of a module.
 The stream before attention is the layer's input; the sum after attention is what the MLP side reads; the sum after the
 MLP is the layer's output. In a parallel layer (GPT-NeoX) x + attn + mlp is one add: the attention has none.
 """
@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 
-from modeling_periln.placements import PLACEMENTS
 from periln.eval.structure.norms import NormFacts, is_norm, norm_facts
 from periln.eval.structure.points import Call, Point, TensorCall, Trace, first_tensor, input_tensor
 from periln.eval.structure.points import watched as watch_modules
 from periln.eval.structure.sublayers import LayerReader, Norm, Projection, Sublayer, ratio, same
 from periln.runkit.errors import UserError
+from periln.runkit.placements import BY_NORMS
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Anatomy:
     """The stream of a model from the embedding to the head.
 
     `embedding_stream` is the input of layer 1 (after embedding norm and scale); `end` the last layer's output, before
-    the final norm. `embedding_scale`: the factor between the table's rows and the stream (None behind a norm or where
+    the final norm. `embedding_scale`: the factor between the table's rows and the stream (None after a norm or where
     positions are added).
     """
 
@@ -59,18 +59,17 @@ class Anatomy:
 
     @property
     def placement(self) -> str | None:
-        """The placement that its configuration names, or whose norms A, B and C stand where its norms stand.
+        """The placement that its configuration names, or whose norms A, B and C are where its norms are.
 
-        None where its layers differ, or no placement is like it.
+        None where its layers differ, or no placement matches.
         """
         config = self.model.config
         named = getattr(config, "norm_placement", None)
         if isinstance(named, str) and not getattr(config, "layer_placements", None):
             return named
-        places = {(bool(s.input_norm), bool(s.output_norm), bool(s.residual_norm)) for s in self.sublayers}
-        # The older rows alone: what distinguishes the others (inner norms, factors) is not looked at here.
-        rows = ((name, PLACEMENTS[name]) for name in ("post", "pre", "peri", "output", "pre_post"))
-        return next((n for n, p in rows if places == {(p.input_norm, p.output_norm, p.residual_norm)}), None)
+        places = {s.letters for s in self.sublayers}
+        # Rows of norms alone: what distinguishes the others (inner norms, factors) is not considered here.
+        return BY_NORMS.get(places.pop()) if len(places) == 1 else None
 
     def gain(self, norm: Norm | nn.Module) -> torch.Tensor | None:
         """The effective gamma (D,) of a norm, 1 + w for Gemma's; None where it has none."""
@@ -131,7 +130,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     vocabulary = _text_config(model).vocab_size
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or model.get_input_embeddings() is None:
-        raise UserError(f"{type(model).__name__} has no language-model head: it is no causal LM")
+        raise UserError(f"{type(model).__name__} has no language-model head: it is not a causal LM")
     layers = _layer_list(model)
     inside = {module for _, layer in layers for module in layer.modules()}
     outside = [(name, module) for name, module in model.named_modules() if name and module not in inside]

@@ -1,8 +1,8 @@
-"""What is inside a sublayer: the matrices between its input and its output, found by name and checked by doing.
+"""What is inside a sublayer: the matrices between its input and its output, found by name and checked by computing.
 
 Attention gives W_o [sum_t p_t (W_v n_t + b_v)]_heads + b_o with p_t >= 0 and sum p_t = 1 in every head. On a single
-token p is 1, so the input of W_o must be the values themselves: that is looked at, and so is the MLP's formula. A
-module for which it does not hold (experts, other activations, norms of values) has no bound here, and says why.
+token p is 1, so the input of W_o must be the values themselves: that is checked, and so is the MLP's formula. A
+module for which it does not hold (experts, other activations, norms of values) has no bound here, with a reason.
 """
 
 from collections.abc import Callable, Iterable
@@ -80,7 +80,7 @@ def linear_maps(module: nn.Module) -> dict[str, nn.Linear]:
         elif name not in ("q_norm", "k_norm", "q_layernorm", "k_layernorm") and _does_something(name, child):
             raise Unknown(f"{type(module).__name__} holds {name} ({type(child).__name__}), of unknown effect")
     if any(True for _ in module.parameters(recurse=False)):
-        raise Unknown(f"{type(module).__name__} has parameters of its own, of unknown effect")
+        raise Unknown(f"{type(module).__name__} has its own parameters, of unknown effect")
     return found
 
 
@@ -148,10 +148,10 @@ Inside = Callable[[], Attention | Gated]
 
 @torch.no_grad()
 def look_inside(model: nn.Module, sublayers: Iterable[Sublayer], size: int) -> dict[str, Inside | Unknown]:
-    """The inside of every sublayer by its name, checked on one token; an `Unknown` where there is none.
+    """The inside of every sublayer by its name, checked on one token; an `Unknown` where that fails.
 
-    The model is run once on a single token, in the dtype that it has. What is given makes the matrices in float64
-    when it is called, so that there is one sublayer's copy at a time.
+    The model is run once on a single token, in its own dtype. Each value builds the matrices in float64 when called,
+    so that only one sublayer's copy exists at a time.
     """
     read: dict[str, Callable[[], tuple[Attention | Gated, nn.Module]]] = {}
     found: dict[str, Inside | Unknown] = {}

@@ -1,4 +1,4 @@
-"""What a norm module computes, found by what it does: RMSNorm or LayerNorm, gamma or 1 + w, its epsilon."""
+"""What a norm module computes, found by running it: RMSNorm or LayerNorm, gamma or 1 + w, its epsilon."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ _EPS_NAMES = ("eps", "variance_epsilon", "norm_eps", "epsilon", "layer_norm_epsi
 class NormFacts:
     """y = gain * (x - mean) / sqrt(var + eps) + bias with `kind` "layer", gain * x / sqrt(mean x^2 + eps) with "rms".
 
-    `gain` and `bias` are (D,), detached, or None where there is none; `offset` is what is added to the weight to make
+    `gain` and `bias` are (D,), detached, or None where there is none; `offset` is added to the weight to give
     the gain: 1 for Gemma's norms, else 0.
     """
 
@@ -26,13 +26,13 @@ class NormFacts:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A norm over channels: called one, and without a matrix of weights."""
+    """A norm over channels: named so, and without a weight matrix."""
     named = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or "norm" in type(module).__name__.lower()
     return named and all(p.ndim <= 1 for p in module.parameters())
 
 
 def epsilon_of(module: nn.Module) -> float | None:
-    """The epsilon that a norm module states, None where it states none."""
+    """The epsilon that a norm module states, or None."""
     for name in _EPS_NAMES:
         value = getattr(module, name, None)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -52,7 +52,8 @@ def norm_facts(module: nn.Module, name: str = "") -> NormFacts:
     eps = epsilon_of(module)
     if eps is None:
         raise UserError(f"{label} states no epsilon (none of {', '.join(_EPS_NAMES)})")
-    parameter = next(module.parameters(), None)
+    # A frozen gain is a buffer.
+    parameter = next(module.parameters(), weight if isinstance(weight, torch.Tensor) else None)
     sizes = getattr(module, "normalized_shape", None)
     size = len(parameter) if parameter is not None else sizes[-1] if sizes else getattr(module, "dim", None)
     if not isinstance(size, int):

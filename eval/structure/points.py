@@ -18,7 +18,7 @@ def first_tensor(value: Any) -> torch.Tensor | None:
 
 
 def input_tensor(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """A module's input: the first floating tensor given by place, or `hidden_states`, or the first by name."""
+    """A module's input: the first floating positional tensor, or `hidden_states`, or the first by name."""
     found = first_tensor(args)
     return found if found is not None else first_tensor([kwargs.get("hidden_states"), *kwargs.values()])
 

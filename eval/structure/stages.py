@@ -1,8 +1,8 @@
-"""A causal LM in pieces, each run from a stream that is given: up to layer 1, one layer, from some layer to the logits.
+"""A causal LM in pieces, each run from a given stream: up to layer 1, one layer, from some layer to the logits.
 
 The pieces are the model's own code. Its layers' `forward` is replaced while a piece runs, so that masks, positions, the
-final norm and whatever the model does to its logits stay as the model has them. Where the pieces do not give the whole
-model's logits to the bit (a layer that reads more of another layer than the stream), there are no stages.
+final norm and whatever the model does to its logits stay the model's own. Where the pieces do not give the whole
+model's logits to the bit (a layer that reads more from another layer than the stream), there are no stages.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from periln.eval.structure.points import first_tensor, input_tensor
 
 
 class _Stop(Exception):
-    """Ends a forward pass whose rest is not wanted."""
+    """Ends a forward pass whose rest is not needed."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LayerCall:
     layer: nn.Module
     args: tuple
     kwargs: dict[str, Any]
-    place: int | str  # of the stream among them
+    place: int | str  # the stream's place among them
 
     def __call__(self, x: torch.Tensor) -> Any:
         args, kwargs = list(self.args), dict(self.kwargs)
@@ -55,7 +55,7 @@ class Stages:
 
     def __init__(self, anatomy: Anatomy, results: list[Any]):
         self.anatomy = anatomy
-        self._results = results  # what every layer gives, with None in the place of the stream
+        self._results = results  # what every layer returns, with None for the stream
 
     def begin(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
         """The stream that layer 1 reads on ids (B, S), with its graph in grad mode, and the calls of all layers."""
@@ -145,7 +145,7 @@ def _result(output: Any) -> Any:
 
 @torch.no_grad()
 def find_stages(anatomy: Anatomy) -> Stages | None:
-    """The pieces of a model, or None where they do not give what the whole gives; looked at on four tokens."""
+    """The pieces of a model, or None where they do not give what the whole model gives; checked on four tokens."""
     results: list[Any] = []
     parameter = next(anatomy.model.parameters())
     ids = torch.arange(4, device=parameter.device)[None] % anatomy.embedding.weight.shape[0]
@@ -158,7 +158,7 @@ def find_stages(anatomy: Anatomy) -> Stages | None:
     try:
         stages = Stages(anatomy, [_result(output) for output in results])
         streams, _ = stages.streams(ids)
-        stages.streams(ids.flip(1))  # what a layer keeps for another one is now of other tokens
+        stages.streams(ids.flip(1))  # what a layer keeps for another one now belongs to other tokens
         middle = (anatomy.num_layers + 1) // 2
         pieces = [stages.rest(ids, streams[after], after) for after in (middle, anatomy.num_layers)]
         same = len(results) == anatomy.num_layers and all(torch.equal(piece, whole) for piece in pieces)

@@ -1,4 +1,4 @@
-"""The two sublayers of a decoder layer, read out of one watched pass: norms, factors, and the points of the stream."""
+"""The two sublayers of a decoder layer, read off one watched pass: norms, factors, and the points of the stream."""
 
 from dataclasses import dataclass
 
@@ -58,6 +58,12 @@ class Sublayer:
     stream: Point | None
     output_projection: Projection | None
 
+    @property
+    def letters(self) -> str:
+        """The places where it has norms, such as `AB`."""
+        norms = (("A", self.input_norm), ("B", self.output_norm), ("C", self.residual_norm))
+        return "".join(letter for letter, norm in norms if norm is not None)
+
 
 def _eps(*tensors: torch.Tensor) -> float:
     return ROUNDING * max(torch.finfo(x.dtype).eps for x in tensors)
@@ -81,7 +87,7 @@ def ratio(a: torch.Tensor | None, b: torch.Tensor | None) -> float | None:
 
 
 def _stated(fitted: float, layer: nn.Module) -> float:
-    """The factor as the layer, a child of it or its config states it, where one of their numbers is the fitted one."""
+    """The factor as stated by the layer, a child of it or its config, if one of their numbers is the fitted one."""
     owners = [layer, *layer.children(), *(m.config for m in (layer, *layer.children()) if hasattr(m, "config"))]
     numbers = [v for owner in owners for v in vars(owner).values() if isinstance(v, float)]
     return next((v for v in numbers if abs(v - fitted) <= 1e-6 * abs(fitted)), fitted)
@@ -90,7 +96,7 @@ def _stated(fitted: float, layer: nn.Module) -> float:
 def _closest(reader: torch.Tensor, norms: list[TensorCall], side: str) -> tuple[TensorCall | None, float]:
     """The norm whose `side` ("given", "result") is `reader` up to a factor, and the factor; equal ones come first.
 
-    A norm of a normed vector is nearly that vector, so among those that match only to rounding the last one counts.
+    A norm of a normed vector is nearly that vector, so the last one counts among those that match only to rounding.
     """
     found = [(norm, k) for norm in norms if (k := ratio(reader, getattr(norm, side))) is not None]
     equal = [item for item in found if item[1] == 1.0]
@@ -104,7 +110,7 @@ def _factors(total: torch.Tensor, parts: list[torch.Tensor]) -> list[float] | No
     near = _eps(total, *parts)
     if bool(((t - columns.sum(1)).abs() <= near * columns.abs().sum(1)).all()):
         return [1.0] * len(parts)
-    # Rounding goes with the size of an entry's parts: so weighted, a small part beside a huge one keeps its factor.
+    # Rounding is proportional to an entry's parts: with these weights a small part next to a huge one keeps its factor.
     weights = columns.abs().sum(1).clamp(min=1e-300)
     rows = columns / weights[:, None]
     scale = rows.norm(dim=0).clamp(min=1e-300)
@@ -112,18 +118,18 @@ def _factors(total: torch.Tensor, parts: list[torch.Tensor]) -> list[float] | No
     if not bool(((t - columns @ fitted).abs() <= near * (columns * fitted).abs().sum(1)).all()):
         return None
     if fitted.abs().min() < near:
-        return None  # a part that is not in the sum: a module that adds the stream by itself, say
+        return None  # a part that is not in the sum: for example, a module that adds the stream itself
     return [1.0 if abs(k - 1) < near else k for k in fitted.tolist()]
 
 
 def _by_channel(total: torch.Tensor, parts: list[torch.Tensor]) -> bool:
-    """Whether each channel of the sum has factors of its own, as a learned vector of them gives."""
+    """Whether each channel of the sum has its own factors, as from a learned vector."""
     columns = torch.stack([p.double().flatten(0, -2).T for p in parts], dim=-1)  # channels, tokens, parts
     t = total.double().flatten(0, -2).T[..., None]
     fitted = torch.linalg.lstsq(columns, t).solution
     near = _eps(total, *parts)
     exact = (t - columns @ fitted)[..., 0].abs() <= near * (columns * fitted.mT).abs().sum(-1)
-    # A part with a factor of 0 is not in the sum: a module that adds the stream by itself gives that.
+    # A part with a factor of 0 is not in the sum, as when a module adds the stream itself.
     return bool(exact.all() and fitted.abs().min() > near and fitted.std(dim=0).max() > 1e-3)
 
 
@@ -139,7 +145,7 @@ def _keeps_shape(call: Call, shape: torch.Size) -> TensorCall | None:
 
 
 class LayerReader:
-    """Reads the sublayers of one decoder layer out of the trace of its children."""
+    """Reads the sublayers of one decoder layer off the trace of its children."""
 
     def __init__(self, number: int, name: str, layer: nn.Module, calls: list[Call], whole: TensorCall):
         self.number, self.name, self.layer, self.whole = number, name, layer, whole
@@ -170,7 +176,9 @@ class LayerReader:
     def _order(self) -> tuple[TensorCall, TensorCall]:
         if len(self.heavy) != 2:
             names = ", ".join(c.name.rsplit(".", 1)[-1] for c in self.heavy) or "none"
-            raise self.refuse(f"it has not two modules that write to the stream, attention and MLP (found: {names})")
+            raise self.refuse(
+                f"it does not have two modules that write to the stream, attention and MLP (found: {names})"
+            )
         named = [any(w in type(c.module).__name__.lower() for w in _ATTENTION_WORDS) for c in self.heavy]
         if named == [False, True]:
             return self.heavy[1], self.heavy[0]
@@ -206,9 +214,9 @@ class LayerReader:
         first = _factors(total, [x, self._after(attn, a_out)])
         a_res, middle, stream = None, between, total
         if m_in[0] is not None and first is not None:
-            # The norm that reads the sum is A of the MLP if the sum goes on, and C of attention if its output does.
-            goes_on = self._second(total, self._after(mlp, m_out), end)
-            if goes_on is None:
+            # The norm that reads the sum is A of the MLP if the sum is the stream, and C of attention if its output is.
+            continues = self._second(total, self._after(mlp, m_out), end)
+            if continues is None:
                 normed = m_in[0].result
                 a_res, m_in, stream = m_in[0], (None, m_in[1]), normed
                 middle = Point(a_res.name, a_res.module, "output")
@@ -250,7 +258,7 @@ class LayerReader:
         return None if factors is None else (factors, norm)
 
     def _projection(self, f: Call) -> Projection | None:
-        """The module inside f, with a matrix of its own, that gives what f gives."""
+        """The module inside f, with its own matrix, whose output is f's output."""
         inside = (c for c in self.deep if c.name.startswith(f"{f.name}.") and same(c.result, f.result))
         found = [c for c in inside if getattr(getattr(c.module, "weight", None), "ndim", 0) == 2]
         return Projection(found[-1].name, found[-1].module) if found else None

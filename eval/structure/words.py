@@ -1,4 +1,4 @@
-"""What was found of a model, in the terms of the table of placements: `peri, centered gains, QK-norm by head, ...`."""
+"""What was found in a model, in terms of the table of placements: `peri, centered gains, QK-norm by head, ...`."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -9,34 +9,27 @@ from periln.eval.structure.anatomy import Anatomy
 from periln.eval.structure.norms import is_norm
 from periln.eval.structure.sublayers import Norm, Sublayer
 from periln.runkit.errors import UserError
+from periln.runkit.placements import BY_NORMS
 
-# A row by its norms A, B and C.
-ROWS = {"A": "pre", "AB": "peri", "B": "output", "C": "post", "AC": "pre_post", "": "no norms"}
 _QUERY_OR_KEY = re.compile(r"(qk|q|k|query|key)_?(layer)?_?norm\w*|norm_?(qk|q|k)|(q|k|query|key)_ln")
 _VALUE = re.compile(r"(v|value)_?(layer)?_?norm\w*")
 
 
 def describe(anatomy: Anatomy) -> str:
-    """The placement, then what distinguishes the model within it; parts that are as in the row are not said."""
+    """The placement, then what distinguishes the model within it; parts as in the row are omitted."""
     said = [*_places(anatomy), *_kinds(anatomy), *_inside(anatomy), *_ends(anatomy), *_factors(anatomy)]
     return ", ".join(said)
 
 
-def letters(s: Sublayer) -> str:
-    """The places where a sublayer has norms, such as `AB`."""
-    norms = (("A", s.input_norm), ("B", s.output_norm), ("C", s.residual_norm))
-    return "".join(letter for letter, norm in norms if norm is not None)
-
-
 def _name(places: str) -> str:
-    return ROWS.get(places, f"norms {places}")
+    return BY_NORMS.get(places, f"norms {places}") if places else "no norms"
 
 
 def _places(anatomy: Anatomy) -> Iterator[str]:
     """The row, or a row for attention and one for the MLP; then whether layers differ, or are parallel."""
     layers: dict[tuple[str, str], list[int]] = {}
     for attn, mlp in zip(anatomy.sublayers[::2], anatomy.sublayers[1::2], strict=True):
-        layers.setdefault((letters(attn), letters(mlp)), []).append(attn.layer)
+        layers.setdefault((attn.letters, mlp.letters), []).append(attn.layer)
     for (first, second), numbers in layers.items():
         row = _name(first) if first == second else f"attention {_name(first)} and MLP {_name(second)}"
         yield row if len(layers) == 1 else f"{row} in {len(numbers)} of {anatomy.num_layers} layers"
@@ -97,8 +90,8 @@ def _span(anatomy: Anatomy, size: int) -> str:
 
 
 def _ends(anatomy: Anatomy) -> Iterator[str]:
-    """The ends of the stream, where they are not as the row has them."""
-    places = {letters(s) for s in anatomy.sublayers}
+    """The ends of the stream, where they differ from the row's."""
+    places = {s.letters for s in anatomy.sublayers}
     if anatomy.embedding_norm is not None and places != {"AB"}:
         yield "embedding norm"
     if anatomy.embedding_norm is None and places == {"AB"}:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from periln.eval.study.measures import Cell, stream_variance
 from periln.eval.study.tests import Results
 from periln.runkit.figure_style import STYLE
+from periln.runkit.number_format import FP16
 from periln.runkit.placements import COLOURS, MARKERS, OTHER_COLOUR, OTHER_MARKER
 
 TITLES = {"post": "Post-LN", "pre": "Pre-LN", "peri": "Peri-LN"}
@@ -57,12 +58,12 @@ def _over_rates(results: Results, of: Callable[[Cell], float | None], label: str
             at = [cell for cell in mine if cell["rate"] == rate]
             number = sum(cell["status"] == "diverged" for cell in at)
             y, place = 1.0 - 0.06 * i, ax.get_xaxis_transform()
-            ax.plot(
-                [rate], [y], "x", color=look["color"], transform=place, markersize=8, markeredgewidth=2, clip_on=False
-            )
+            mark = {"color": look["color"], "transform": place, "clip_on": False}
+            ax.plot([rate], [y], "x", markersize=8, markeredgewidth=2, **mark)
             text = f" {number}/{len(at)}"
-            ax.text(rate, y, text, color=look["color"], transform=place, fontsize=7.5, va="center", clip_on=False)
+            ax.text(rate, y, text, fontsize=7.5, va="center", **mark)
     ax.set(xscale="log", xlabel="learning rate", ylabel=label)
+    ax.margins(y=0.22 if crosses else 0.05)  # room for the crosses
     ax.legend(frameon=False, loc="lower left" if crosses else "best")
     return figure
 
@@ -81,7 +82,7 @@ def headroom(results: Results) -> Figure | None:
         values = [0.0 if v is None else v for v in cell["headroom"].values()]
         return min(values) if values else None
 
-    return _over_rates(results, bits, "least FP16 headroom\n(bits below 65504)", False)
+    return _over_rates(results, bits, f"least FP16 headroom\n(bits below {FP16.limit})", False)
 
 
 def depth(results: Results) -> Figure | None:
@@ -118,9 +119,10 @@ def pairs(results: Results) -> Figure | None:
             found = []
             for cell in cells:
                 other = base.get((block, cell["seed"], cell["data"]))
-                if (cell["block"], cell["variant"]) == (block, variant) and other:
-                    if cell["heldout_loss"] is not None and other["heldout_loss"] is not None:
-                        found.append(cell["heldout_loss"] - other["heldout_loss"])
+                if (cell["block"], cell["variant"]) != (block, variant) or other is None:
+                    continue
+                if cell["heldout_loss"] is not None and other["heldout_loss"] is not None:
+                    found.append(cell["heldout_loss"] - other["heldout_loss"])
             if found:
                 rows.append((f"{group} {block}: {variant}", found, variant))
     if not rows:
@@ -131,26 +133,89 @@ def pairs(results: Results) -> Figure | None:
         ax.plot([float(np.mean(values))], [y], "|", color="black", markersize=11)
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [name for name, _, _ in rows[::-1]])
-    ax.set_xlabel("held-out loss minus Peri-LN's (nats a token; right: Peri-LN is better)")
+    ax.set_xlabel("held-out loss minus Peri-LN's\n(nats a token; right: Peri-LN is better)")
     return figure
+
+
+def course(results: Results) -> Figure | None:
+    """Training loss and gradient norm of each placement at its best rate, all seeds; E2."""
+    cells = [cell for cell in results.of({"group": "E2"}) if cell["rate"] == results.best.get(cell["variant"])]
+    cells.sort(key=lambda cell: (COMPARED.index(cell["variant"]), cell["seed"]))
+    if not cells:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.2), layout="constrained")
+    for ax, name, label in zip(
+        axes, ("loss", "grad_norm"), ("training loss (nats a token)", "gradient norm"), strict=True
+    ):
+        named = set()
+        for cell in cells:
+            title = f"{TITLES[cell['variant']]}, {cell['rate']:g}"
+            steps, values = zip(*cell[name], strict=True)
+            shown = None if title in named else title
+            ax.plot(steps, values, color=COLOURS[cell["variant"]], linewidth=1.2, label=shown)
+            named.add(title)
+        ax.set(xlabel="step", ylabel=label)
+    axes[1].set_yscale("log")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def _by_layer(results: Results, of: Callable[[Cell], list[float] | None], label: str) -> Figure | None:
+    curves: dict[str, list[list[float]]] = {}
+    for cell in results.of({"group": "E1", "status": "completed"}):
+        if values := of(cell):
+            curves.setdefault(cell["variant"], []).append(values)
+    if not curves:
+        return None
+    figure, ax = plt.subplots(figsize=(6.2, 3.4), layout="constrained")
+    for i, (variant, rows) in enumerate(curves.items()):
+        mean = np.array(rows, dtype=float).mean(0)
+        look = (
+            _look(variant)
+            if variant in COMPARED
+            else {"color": OTHER_COLOUR, "linestyle": ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))[i % 4]}
+        )
+        ax.plot(range(1, len(mean) + 1), mean, label=TITLES.get(variant, variant), **look)
+    ax.set(xlabel="layer", ylabel=label)
+    ax.legend(frameon=False, fontsize=7.5)
+    return figure
+
+
+def angles(results: Results) -> Figure | None:
+    return _by_layer(results, lambda cell: (cell.get("inside") or {}).get("angular"), "angular distance (units of pi)")
+
+
+def gamma(results: Results) -> Figure | None:
+    def at_end(cell: Cell) -> list[float] | None:
+        tables = cell.get("gamma") or {}
+        values = tables[max(tables, key=int)] if tables else None
+        return values if values and None not in values else None
+
+    return _by_layer(results, at_end, "mean gamma of the output norms")
 
 
 FIGURES: dict[str, tuple[Callable[[Results], Figure | None], str]] = {
     "rates": (
         rates,
-        "Held-out loss against the learning rate (as the paper's Figures 3a and 8). Dots are seeds, lines their means; a "
-        "cross is a rate at which runs diverged, with how many of all.",
+        "Held-out loss against the learning rate (as the paper's Figures 3a and 8). Dots are seeds, lines their "
+        "means; a cross is a rate at which runs diverged, with how many of all.",
+    ),
+    "course": (
+        course,
+        "Training loss and gradient norm at each placement's best rate (as Figures 3b and 3c), a line a seed, thinned.",
     ),
     "depth": (
         depth,
-        "Variance of the stream (as Figures 1 and 5) and gradient norm (as Figure 6) by layer, geometric mean over seeds, at "
-        "the first (dotted) and the last recorded step.",
+        "Variance of the stream (as Figures 1 and 5) and gradient norm (as Figure 6) by layer, geometric mean over "
+        "seeds, at the first (dotted) and the last recorded step.",
     ),
     "spikes": (spikes, "Gradient spikes in 1,000 steps (6 standard deviations above the 128 steps before)."),
     "headroom": (
         headroom,
-        "Bits between the largest entry of stream, sum and module output and 65504, at the recorded steps.",
+        f"Bits between the largest entry of stream, sum and module output and {FP16.limit}, at the recorded steps.",
     ),
+    "angles": (angles, "Angular distance over each layer after training (as Figure 7c), mean over seeds; E1."),
+    "gamma": (gamma, "Mean gamma of the output norms by layer after training (as the end of Figure 7b); E1."),
     "pairs": (pairs, "Paired differences of held-out loss: a dot a seed, a bar their mean."),
 }
 

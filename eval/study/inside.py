@@ -32,8 +32,9 @@ def look_inside(run: Path, texts: Path) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()
     model = find_measured(str(run))
     network = model.chosen.load(torch.float32, "cpu", False)
-    length = min(TOKENS, network.config.max_position_embeddings)
-    samples = find_samples(network.config, model.tokenizer(None, False), str(texts), SAMPLES, length, SEED)
+    config: Any = network.config
+    length = min(TOKENS, config.max_position_embeddings)
+    samples = find_samples(config, model.tokenizer(None, False), str(texts), SAMPLES, length, SEED)
     anatomy = find_anatomy(network)
     steps = steps_of(anatomy, certify(network, anatomy=anatomy))
     taken = step_summary(token_steps(anatomy, steps, samples.batches(BATCH)), steps)
@@ -53,15 +54,14 @@ def look_inside(run: Path, texts: Path) -> dict[str, Any]:
 
         skipped = skip_losses(anatomy, loss, 0)
     angles = [value for _, _, _, value in probe.angles.rows(0)]
+    held, tight = bounds.held.dropna(), bounds.tightness.dropna()
     used = (taken.largest_length / taken.length_bound)[taken.length_bound < float("inf")]
     return {
         "angular": [round(value, 5) for value in angles],
         "skip_loss": [round(row[-1], 5) for row in skipped],
         "proposition": {
-            "held": float(bounds.held.dropna().mean()) if bounds.held.notna().any() else None,
-            "tightness": round(float(bounds.tightness.dropna().median()), 5)
-            if bounds.tightness.notna().any()
-            else None,
+            "held": float(held.mean()) if len(held) else None,
+            "tightness": round(float(tight.median()), 5) if len(tight) else None,
         },
         "steps": {"held": float(taken.held.mean()), "used": round(float(used.max()), 5) if len(used) else None},
     }

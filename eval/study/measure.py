@@ -1,8 +1,6 @@
 """A trained cell's result: all that verdicts and figures read of it, a few kilobytes."""
 
 import math
-import shutil
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -16,7 +14,7 @@ from periln.runkit.recipes import flatten
 from periln.runkit.spikes import count_spikes, rules_of
 from periln.runkit.studies import ENDED, Study
 
-POINTS = 60  # of a course, after thinning
+POINTS = 40  # of a course, after thinning
 INSIDE = ("E1", "E4")  # groups whose checkpoints are opened
 TENSORS = ("stream", "residual_add", "branch")
 GOLD = "gold_bits_per_byte"
@@ -91,7 +89,7 @@ def read_cell(study: Study, cell: dict[str, Any]) -> dict[str, Any]:
         "data": recipe.get("data_fingerprint"),
         "commit": environment.get("commit"),
         "uncommitted_changes": environment.get("uncommitted_changes"),
-        "torch": environment.get("torch"),
+        "torch": (environment.get("versions") or {}).get("torch"),
         "seconds": round(sum(r["step_seconds"] for r in metrics), 1),
         "heldout_loss": heldout[-1][1] if heldout and not diverged else None,
         "heldout": heldout,
@@ -120,7 +118,7 @@ def gold_bits(run: RunFolder) -> dict[str, float] | None:
 
 
 def measure(study: Study, name: str) -> None:
-    """Write a cell's cell.json, and drop the optimizer's state, which no cell needs any more.
+    """Write a cell's cell.json.
 
     Raises:
         UserError: no such cell, or it has not ended.
@@ -137,9 +135,3 @@ def measure(study: Study, name: str) -> None:
     if (gold := gold_bits(run)) is not None:
         result[GOLD] = gold
     write_json(run.path / "cell.json", json_number(result))
-    for checkpoint in run.checkpoints():
-        _drop(checkpoint / "trainer_state")
-
-
-def _drop(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)

@@ -7,6 +7,7 @@ from typing import Any
 from periln.eval.study.statistics import log_slope, log_spread
 
 Cell = dict[str, Any]
+Measure = Callable[[Cell], float | None]
 
 
 def _at(cell: Cell, table: str, last: bool) -> list[float | None] | None:
@@ -21,7 +22,7 @@ def stream_variance(cell: Cell, last: bool) -> list[float | None] | None:
     return values[1:] if values else None
 
 
-def _completed(measure: Callable[[Cell], float | None]) -> Callable[[Cell], float | None]:
+def _completed(measure: Measure) -> Measure:
     return lambda cell: measure(cell) if cell["status"] == "completed" else None
 
 
@@ -58,15 +59,15 @@ def _inside(*names: str) -> Callable[[Cell], Any]:
     return find
 
 
-def _mean(find: Callable[[Cell], Any]) -> Callable[[Cell], float | None]:
+def _mean(find: Callable[[Cell], Any]) -> Measure:
     return lambda cell: fmean(values) if (values := find(cell)) else None
 
 
-def _broken(find: Callable[[Cell], Any]) -> Callable[[Cell], float | None]:
+def _broken(find: Callable[[Cell], Any]) -> Measure:
     return lambda cell: None if (held := find(cell)) is None else float(held < 1)
 
 
-MEASURES: dict[str, tuple[Callable[[Cell], float | None], str]] = {  # and the unit of a difference
+MEASURES: dict[str, tuple[Measure, str]] = {  # and the unit of a difference
     "loss": (lambda cell: cell.get("heldout_loss"), "nats a token"),
     "spikes": (lambda cell: 1000 * cell["spikes"] / cell["steps"], "spikes in 1,000 steps"),
     "headroom": (_headroom, "bits"),

@@ -63,7 +63,10 @@ def depth_form(values: Sequence[float | None]) -> dict[str, float | str | None]:
 def log_slope(values: Sequence[float | None]) -> float | None:
     """Slope of log(value) over the layer, a layer; None with fewer than three positive values."""
     points = [(i, math.log(v)) for i, v in enumerate(values, start=1) if v is not None and math.isfinite(v) and v > 0]
-    return float(np.polyfit(*zip(*points, strict=True), 1)[0]) if len(points) >= 3 else None
+    if len(points) < 3:
+        return None
+    layers, logs = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    return float(np.polyfit(layers, logs, 1)[0])
 
 
 def log_spread(values: Sequence[float | None]) -> float | None:
@@ -140,9 +143,9 @@ def variance_ratio(a: Sequence[float], b: Sequence[float]) -> Estimate:
 
 # --- learning rates --------------------------------------------------------------------------------------------
 def sensitivity(losses: dict[float, float | None], initial: float) -> float | None:
-    """Learning-rate sensitivity (Wortsman et al., 2309.14322, section 2.2): mean over the rates of min(l(rate), l0) - l*,
+    """Learning-rate sensitivity (Wortsman et al., 2309.14322, section 2.2): mean over rates of min(l(rate), l0) - l*.
 
-    l* the lowest loss of all, l0 the loss at initialization, which a diverged run (None) counts for.
+    l* is the lowest loss of all, l0 the loss at initialization, which is that of a diverged run (None).
     """
     values = [min(x, initial) if x is not None else initial for x in losses.values()]
     return float(np.mean(values) - min(values)) if values else None

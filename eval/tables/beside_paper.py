@@ -1,4 +1,4 @@
-"""The paper's numbers (eval/paper/) beside one's own.
+"""The paper's numbers (eval/paper/) next to the user's own.
 
 Source: Peri-LN, arXiv 2502.02732, Table 2 and Tables 6 to 11.
 """
@@ -78,13 +78,13 @@ def _sentences(scores: Scores, matched: dict[str, str | None], absent: list[str]
 def compare(scores: Scores, missing: str = "-") -> Table:
     """Ours, the paper's, and the difference, by size and placement.
 
-    Where no size of ours is one of the paper's, its whole Table 2 stands below ours. The mini sets are not the
-    paper's benchmarks: they are set beside nothing, and a note says so.
+    Where no size of ours is one of the paper's, its whole Table 2 is shown below ours. The mini sets are not the
+    paper's benchmarks: they are not compared, and a note says so.
     """
     title, printed, alive = "Beside the paper's Table 2", table_2().set_index(["size", "placement"]), survivors()
     columns = [*SUITES["hub"], AVERAGE, "c4_loss", TUNED_AVERAGE]
     if tuple(scores.tasks) != SUITES["hub"]:
-        note = "The mini_ sets are not the five benchmarks: nothing of the paper's can stand beside their scores."
+        note = "The mini_ sets are not the five benchmarks: the paper has nothing to compare their scores with."
         text = pd.DataFrame([{"block": "not comparable", "placement": "-"}])
         return Table(title, text, pd.DataFrame(), (note,))
     numbers, rows, lines, absent = summarize(scores), scores.pretrained, [], []
@@ -115,7 +115,7 @@ def compare(scores: Scores, missing: str = "-") -> Table:
 
 
 def _csv(scores: Scores, numbers: pd.DataFrame, matched: dict[str, str | None]) -> pd.DataFrame:
-    """Rows as `means_csv` and the paper's Table 2 have them, with `whose`; sizes under our names where they match."""
+    """Rows as in `means_csv` and the paper's Table 2, with `whose`; sizes under our names where they match."""
     theirs, named = table_2(), {name: size for size, name in matched.items() if name}
     if named:
         theirs = theirs[theirs["size"].isin(list(named))].assign(size=theirs["size"].map(named))

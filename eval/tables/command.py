@@ -1,11 +1,11 @@
-"""Tables of scores as the Peri-LN paper has them, drawn from run folders or from a file of scores.
+"""Tables of scores in the Peri-LN paper's form, from run folders or from a file of scores.
 
     python -m eval.tables runs/400m-*                    # Table 2, Tables 6 to 11, paired differences
     python -m eval.tables runs --compare-paper --format markdown --out tables.md
     python -m eval.tables --scores scores.csv --format csv
 
-A pure function of the records; what is missing is not filled in, and what is not alike is said under the table. The
-two tables of the report (`eval.report`) are built here as well.
+A pure function of the records; what is missing is not filled in, and what differs is noted under the table. The
+two tables of the report (`eval.report`) are built here too.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from periln.runkit.folder import write_text
 
 
 def _from_arguments(args: argparse.Namespace) -> list[tuple[Scores, list[str]]]:
-    """The scores of every suite that is there, with further notes for each."""
+    """The scores of every suite found, with further notes for each."""
     if args.scores:
         return [(read_scores(args.scores), [])]
     frames = load_all(args.runs, measurements=False)
@@ -45,7 +45,7 @@ def _from_arguments(args: argparse.Namespace) -> list[tuple[Scores, list[str]]]:
 
 
 def tables_of(scores: Scores, more: Sequence[str], args: argparse.Namespace) -> list[Table]:
-    """The tables that were asked for: all when none was named, for CSV then Table 2, or the paper beside ours."""
+    """The tables that were asked for: all when none was named, for CSV then Table 2, or the paper's next to ours."""
     asked = args.table or (["means", "seeds", "paired"] + ["paper"] * args.compare_paper)
     if args.format == "csv" and not args.table:
         asked = ["paper"] if args.compare_paper else ["means"]
@@ -71,7 +71,7 @@ def _no_pairs(scores: Scores) -> Table:
 
 
 def _write(text: str, out: Path, overwrite: bool) -> None:
-    """Write the file; what stands there already and is something else is kept unless told otherwise."""
+    """Write the file; an existing, different file is kept unless told otherwise."""
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder, not a file")
     if out.exists():

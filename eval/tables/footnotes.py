@@ -1,4 +1,4 @@
-"""What stands under a table of scores: everything in which the models that it compares are not alike."""
+"""The notes under a table of scores: everything in which the compared models differ."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ WORDS = {
     "limit": "Different limits (items a task)",
     "num_fewshot": "Different numbers of examples before an item",
     "dtype": "Scored in different dtypes",
-    "tokenizer": "Different tokenizers, so that losses in nats a token do not compare (bits per byte do)",
+    "tokenizer": "Different tokenizers, so that losses in nats a token cannot be compared (bits per byte can)",
     "tokens": "Unequal token counts",
     "c4_measured_on": "C4 losses measured in different ways",
     "heldout_measured_on": "Held-out losses measured in different ways",
@@ -44,7 +44,7 @@ def _value(name: str, value: Any) -> str:
 
 
 def _mixed(rows: pd.DataFrame, name: str, sized: bool, where: str = "") -> list[str]:
-    """A note on one column of `PROVENANCE`, where the rows have more than one value of it; unknown is no value."""
+    """A note on one column of `PROVENANCE`, where the rows have more than one value of it; unknown is not a value."""
     known = rows[rows[name].notna()]
     values = list(dict.fromkeys(known[name]))
     if len(values) < 2:
@@ -60,7 +60,7 @@ def _differences(scores: Scores, rows: pd.DataFrame, sized: bool) -> list[str]:
             pretrained = rows[rows.stage == "pretrain"]
             for size, same in pretrained.groupby("size", sort=False):
                 said += _mixed(same, name, sized, f" at {size}" if sized else "")
-        elif name in ("limit", "num_fewshot", "dtype"):  # before and after fine-tuning need not be alike
+        elif name in ("limit", "num_fewshot", "dtype"):  # before and after fine-tuning may differ
             for _, same in rows.groupby("stage", sort=False):
                 said += _mixed(same, name, sized)
         else:
@@ -95,7 +95,7 @@ def _seeds(scores: Scores, sized: bool) -> list[str]:
 
 
 def _lacking_scores(scores: Scores, done: pd.DataFrame, who: str) -> list[str]:
-    """Completed seeds that some task lacks; nothing where no seed has any score, which the table shows."""
+    """Completed seeds that some task lacks; nothing if no seed has a score, which the table shows."""
     some = done[done[list(scores.tasks)].notna().any(axis=1)]
     if some.empty:
         return []
@@ -121,7 +121,7 @@ def _fine_tuned(scores: Scores, sized: bool) -> list[str]:
 
 
 def _stale(scores: Scores, sized: bool) -> list[str]:
-    """Runs of which an earlier checkpoint than the last was scored, or another than the one chosen."""
+    """Runs that were scored at a checkpoint before the last, or at another than the chosen one."""
     rows = scores.pretrained
     early = rows[(rows.status == "completed") & (rows.evaluated_step < rows.step)]
     said = [f"Scored before the end of the run: {_who(early, sized)}."] if len(early) else []
@@ -130,7 +130,7 @@ def _stale(scores: Scores, sized: bool) -> list[str]:
 
 
 def notes(scores: Scores, more: Sequence[str] = ()) -> tuple[str, ...]:
-    """How the numbers were made, then everything that is not alike, left out, or missing."""
+    """How the numbers were made, then everything that differs, was left out, or is missing."""
     sized = scores.rows["size"].nunique() > 1
     scored = scores.rows[(scores.rows.status == "completed")]
     said = _seeds(scores, sized) + _fine_tuned(scores, sized) + _stale(scores, sized)
@@ -139,7 +139,7 @@ def notes(scores: Scores, more: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 def _protocol(rows: pd.DataFrame) -> str:
-    """How the models were scored, where all were scored alike; where not, `_differences` says so."""
+    """How the models were scored, if all were scored alike; otherwise `_differences` says so."""
     shots, limits = rows.num_fewshot.dropna().unique(), rows.limit.dropna().unique()
     if len(shots) != 1 or len(limits) != 1:
         return ""

@@ -23,13 +23,13 @@ def t_interval(values: pd.Series, confidence: float = 0.95) -> tuple[float, floa
 
 
 def _by_seed(rows: pd.DataFrame, placement: str, columns: dict[str, pd.Series]) -> pd.DataFrame:
-    """A row a completed seed of one placement. What stands for several rates cannot be paired and must not come."""
+    """A row a completed seed of one placement. A seed with several rates cannot be paired and must not occur."""
     of = rows[(rows.placement == placement) & (rows.status == "completed") & rows.seed.notna()]
     return pd.DataFrame({name: values[of.index] for name, values in columns.items()}).set_axis(of.seed.astype(int))
 
 
 def _columns(rows: pd.DataFrame, tasks: tuple[str, ...]) -> dict[str, pd.Series]:
-    """What is compared, a value a seed: tasks and their plain mean in percent, and the losses."""
+    """The compared values of each seed: tasks and their plain mean in percent, and the losses."""
     found = {task: rows[task] * 100 for task in tasks}
     found[AVERAGE] = rows[list(tasks)].mean(axis=1, skipna=False) * 100
     return found | {name: rows[name] for name in LOSSES}
@@ -73,7 +73,7 @@ def _cell(row: pd.Series, common: int, digits: int, missing: str) -> str:
 
 
 def paired_table(scores: Scores, confidence: float = 0.95, missing: str = "-") -> Table | None:
-    """A block a size (and learning rate), a row a pair of placements; None where there is no pair."""
+    """A block a size (and learning rate), a row a pair of placements; None if there is no pair."""
     found, lines, few = differences(scores, confidence), [], []
     if found.empty:
         return None
@@ -95,7 +95,7 @@ def paired_table(scores: Scores, confidence: float = 0.95, missing: str = "-") -
         "which all models share. No correction for the number of comparisons."
     ]
     if ((found.n > 1) & (found.high - found.low < 1e-9)).any():
-        notes.append("An interval without width: the pairs happen to differ equally, which is no certainty.")
+        notes.append("An interval without width: the pairs happen to differ equally, which is not a certainty.")
     if few:
         notes.append(f"Fewer than two common seeds, so no interval: {'; '.join(few)}.")
     return Table("Paired differences between placements", pd.DataFrame(lines), found, tuple(notes), keys=2)

@@ -16,6 +16,7 @@ HEADS = {
     "c4_bits_per_byte": "C4 bits per byte",
     "loss": "held-out loss",
     "bits_per_byte": "bits per byte",
+    "gold_bits_per_byte": "gold bits per byte",
 }
 STAGE_WORDS = {"pretrain": "Pretraining", "sft": "Fine-tuning"}
 PAPER_TABLES = {
@@ -92,7 +93,7 @@ def survival(statuses: pd.Series) -> str:
 
 
 def heading(key: tuple, columns: Sequence[str], rows: pd.DataFrame, show_size: bool = True) -> str:
-    """What a block is called; the learning rate too where the whole block has one."""
+    """A block's heading, with the learning rate if the whole block has one."""
     rates = rows.learning_rate.dropna().unique()
     parts = [str(key[0])] if show_size else []
     if "learning_rate" in columns or len(rates) == 1:
@@ -106,7 +107,7 @@ def blocks(scores: Scores, columns: Sequence[str]) -> list[tuple[tuple, pd.DataF
 
 
 def row_heads(rows: pd.DataFrame, key: tuple, columns: Sequence[str]) -> dict[str, str]:
-    """What names a row within its block: the placement; the rate where the rows of the block differ in it."""
+    """A row's name within its block: the placement, and the rate where the rows of the block differ in it."""
     rate = {} if "learning_rate" in columns or rows.learning_rate.nunique() <= 1 else {"learning rate": f"{key[1]:g}"}
     return {"placement": key[2]} | rate
 
@@ -152,7 +153,7 @@ def means_table(
 
 
 def means_csv(scores: Scores, numbers: pd.DataFrame) -> pd.DataFrame:
-    """A row a group: size, placement, every task with its deviation, avg, c4_loss, sft_avg; of runs, then the rest.
+    """A row a group: size, placement, every task with its deviation, avg, c4_loss, sft_avg; for runs, then the rest.
 
     Without learning rates these are the columns of the paper's Table 2 and no more.
     """
@@ -207,7 +208,7 @@ def seed_tables(scores: Scores, missing: str = "-") -> list[Table]:
         for placement in dict.fromkeys(scores.pretrained.placement):
             lines = []
             for key, block in blocks(scores, columns):
-                rates = rows.learning_rate.isin(block.learning_rate)  # NaN is in what holds NaN
+                rates = rows.learning_rate.isin(block.learning_rate)  # `NaN in` is true where NaN is held
                 of = rows[(rows.placement == placement) & (rows["size"] == key[0]) & rates]
                 for _, row in of.iterrows():
                     cells = _seed_cells(row, [*scores.tasks, *losses], word, missing)

@@ -20,7 +20,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def suites(frames: Frames) -> list[str]:
-    """The task suites that were evaluated; the one the demo's recipe names where none was yet."""
+    """The task suites that were evaluated; else the one that the demo's recipe names."""
     tasks = set(frames.scores.task)
     asked = (frames.recipe.get("evaluation") or {}).get("suite")
     return [s for s in SUITES if tasks & set(SUITES[s])] or [asked if asked in SUITES else "mini"]

@@ -24,7 +24,7 @@ SKIPS_NOTE = (
 )
 HEADROOM_NOTE = (
     f"Headroom: log2({FP16.limit} / max |x|) over stream, residual sums and module outputs at the steps at which layer "
-    "statistics were recorded; other steps were not looked at."
+    "statistics were recorded; other steps were not measured."
 )
 STREAM, MODULES = ("stream",), ("residual_add", "branch")
 
@@ -35,7 +35,7 @@ def _place(row: pd.Series) -> str:
 
 
 def status_text(run: pd.Series) -> str:
-    """`completed`, or what else and at which step."""
+    """`completed`, or another status and its step."""
     if run.status == "completed" or pd.isna(run.step):
         return str(run.status)
     return f"{run.status} at step {int(run.step)}"

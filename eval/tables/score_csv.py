@@ -3,8 +3,8 @@
     stage,placement,size,seed,status,arc_easy,hellaswag,piqa,social_iqa,winogrande
 
 `stage` is pretrain or sft, `status` one of a run's statuses; scores are fractions. A diverged seed has no scores (or
-the words that the tables print). `learning_rate`, `c4_loss`, and the names in `OPTIONAL` may stand beside them;
-any other column is left out, and that is said. Lines that begin with # are comments.
+the words that the tables print). `learning_rate`, `c4_loss`, and the names in `OPTIONAL` may be added;
+any other column is left out, with a message. Lines that begin with # are comments.
 """
 
 import csv
@@ -22,7 +22,7 @@ from periln.runkit.tasks import COUNT, SUITES
 REQUIRED = ("stage", "placement", "size", "seed", "status")
 STAGES = ("pretrain", "sft")
 OPTIONAL = ("run", *PROVENANCE)
-NO_SCORE = ("n/a", "diverged")  # in lower case: what a task's cell of a diverged seed may hold
+NO_SCORE = ("n/a", "diverged")  # in lower case: the words that a diverged seed's cell may hold
 
 
 def _lines(path: Path) -> list[tuple[int, list[str]]]:
@@ -32,14 +32,14 @@ def _lines(path: Path) -> list[tuple[int, list[str]]]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {str(error.strerror).lower()}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no CSV file in UTF-8") from error
+        raise UserError(f"{path} is not a CSV file in UTF-8") from error
     kept = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             try:
                 kept.append((number, [cell.strip() for cell in next(csv.reader([line], strict=True))]))
             except csv.Error as error:
-                raise UserError(f"{path} line {number} is no line of a CSV file ({error})") from error
+                raise UserError(f"{path} line {number} is not a line of a CSV file ({error})") from error
     return kept
 
 
@@ -49,7 +49,7 @@ def _number(text: str, name: str, where: str, least: float = 0.0, most: float = 
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{where}, column {name}: {text!r} is no number")
+        raise UserError(f"{where}, column {name}: {text!r} is not a number")
     if value > most:
         percent = ": scores are fractions, not percent" if value <= 100 else ""
         raise UserError(f"{where}, column {name}: {text} is above {most:g}{percent}")
@@ -68,7 +68,7 @@ def _row(cells: dict[str, str], tasks: tuple[str, ...], where: str) -> dict:
             near = did_you_mean(cells[name], known)
             raise UserError(f"{where}, column {name}: {cells[name]!r} is none of {', '.join(known)}{near}")
     if not cells["seed"].isdecimal():
-        raise UserError(f"{where}, column seed: {cells['seed']!r} is no whole number")
+        raise UserError(f"{where}, column seed: {cells['seed']!r} is not a whole number")
     row: dict = {name: cells[name] for name in REQUIRED} | {"seed": int(cells["seed"])}
     row["learning_rate"] = math.nan
     if cells.get("learning_rate"):
@@ -82,14 +82,14 @@ def _row(cells: dict[str, str], tasks: tuple[str, ...], where: str) -> dict:
     for name in OPTIONAL:
         row[name] = cells.get(name) or None
     if row["limit"] is None and "limit" in cells and row["status"] == "completed":
-        row["limit"] = "none"  # an empty cell beside others with a limit: all items
+        row["limit"] = "none"  # an empty cell next to others with a limit: all items
     if row["tokens"]:
         row["tokens"] = _number(row["tokens"], "tokens", where)
     return row
 
 
 def _remarks(rows: pd.DataFrame, tasks: tuple[str, ...], extra: list[str], absent: list[str]) -> tuple[str, ...]:
-    """What of the file did not enter the tables."""
+    """What in the file did not enter the tables."""
     said = []
     if extra:
         said.append(f"Columns of the file that no table uses: {', '.join(extra)}.")
@@ -107,8 +107,8 @@ def read_scores(path: str | Path) -> Scores:
     """The rows of a scores file.
 
     Raises:
-        UserError: unreadable, a needed column missing or doubled, a row too short or too long, a cell that is no
-            score, a seed that stands twice; names line and column.
+        UserError: unreadable, a needed column missing or doubled, a row too short or too long, a cell that is not a
+            score, a seed that appears twice; names line and column.
     """
     path = Path(path)
     lines = _lines(path)
@@ -117,10 +117,10 @@ def read_scores(path: str | Path) -> Scores:
     at, head = lines[0]
     for name in head:
         if head.count(name) > 1:
-            raise UserError(f"{path} line {at}: column {name!r} stands twice")
+            raise UserError(f"{path} line {at}: column {name!r} appears twice")
     for name in REQUIRED:
         if name not in head:
-            commas = "; cells are set apart by commas" if len(head) == 1 else ""
+            commas = "; cells are separated by commas" if len(head) == 1 else ""
             raise UserError(f"{path} line {at}: no column {name!r}{did_you_mean(name, head)}{commas}")
     tasks = max(SUITES.values(), key=lambda suite: len(set(suite) & set(head)))
     if not set(tasks) & set(head):
@@ -134,10 +134,10 @@ def read_scores(path: str | Path) -> Scores:
         if len(cells) != len(head):
             raise UserError(f"{where}: {len(cells)} cells, but line {at} names {len(head)} columns")
         row = _row(dict(zip(head, cells, strict=True)), tasks, where)
-        key = tuple("" if row[k] != row[k] else row[k] for k in KEYS)  # NaN is no equal of itself
+        key = tuple("" if row[k] != row[k] else row[k] for k in KEYS)  # NaN does not equal itself
         if key in seen:
             raise UserError(
-                f"{where}, column seed: {row['stage']} {row['placement']} {row['size']} seed {row['seed']} stood in "
+                f"{where}, column seed: {row['stage']} {row['placement']} {row['size']} seed {row['seed']} is in "
                 f"line {seen[key]} already"
             )
         seen[key] = number

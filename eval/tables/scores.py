@@ -14,13 +14,14 @@ from periln.runkit.placements import placement_order
 from periln.runkit.sizes import size_name, size_value
 from periln.runkit.tasks import SUITES
 
-LOSSES = {
+LOSSES: dict[str, tuple[str | None, str]] = {  # task and metric; None: the mean over the suite's tasks
     "c4_loss": ("c4", "loss"),
     "c4_bits_per_byte": ("c4", "bits_per_byte"),
     "loss": ("heldout", "loss"),
     "bits_per_byte": ("heldout", "bits_per_byte"),
+    "gold_bits_per_byte": (None, "gold_bits_per_byte"),
 }
-KEYS = ["stage", "size", "learning_rate", "placement", "seed"]  # what may stand only once
+KEYS = ["stage", "size", "learning_rate", "placement", "seed"]  # what must be unique
 PROVENANCE = (
     "harness",
     "limit",
@@ -37,7 +38,7 @@ PROVENANCE = (
 class Scores:
     """`rows` has the columns of `KEYS`, status, run, a column a task (fractions), `LOSSES` and `PROVENANCE`.
 
-    A fine-tuning counts only where the pretraining of that seed completed; `remarks` say what was left out on the way.
+    A fine-tuning counts only where the pretraining of that seed completed; `remarks` say what was left out.
     """
 
     name: str
@@ -97,7 +98,7 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _together(values: pd.Series) -> str | None:
-    """The values as one text, so that rows with several of them stand out; None where there are none."""
+    """The values as one text, so that rows with several can be recognized; None where there are none."""
     found = sorted({f"{x:g}" if isinstance(x, float) else str(x) for x in values.dropna()})
     return ", ".join(found) or None
 
@@ -109,11 +110,18 @@ def _taken(frames: Frames, tasks: tuple[str, ...], metric: str) -> pd.DataFrame:
     return scores.loc[order].drop_duplicates(["run", "task"], keep="last")
 
 
+def _mean_over(tasks: tuple[str, ...], scores: pd.DataFrame) -> float | None:
+    """The plain mean of a metric over tasks that all have it, each once."""
+    values = scores[scores.task.isin(tasks)].drop_duplicates("task", keep="last").value
+    return float(values.mean()) if len(values) == len(tasks) else None
+
+
 def _row(frames: Frames, run: pd.Series, owner: pd.Series, taken: pd.DataFrame, tasks: tuple[str, ...]) -> dict:
     """One row: the run's own scores under the placement, rate, seed and size of the pretraining run it belongs to."""
     every = frames.scores[frames.scores.run == run.run]
     of = taken[taken.run == run.run]
-    found = {name: every[(every.task == task) & (every.metric == m)] for name, (task, m) in LOSSES.items()}
+    found = {name: every[(every.task == task) & (every.metric == m)] for name, (task, m) in LOSSES.items() if task}
+    means = {n: _mean_over(tasks, every[every.metric == m]) for n, (task, m) in LOSSES.items() if task is None}
     values = of.set_index("task").value
     steps = of.at_step.dropna()
     step = steps.min() if len(steps) else pd.to_numeric(run.step)
@@ -123,6 +131,7 @@ def _row(frames: Frames, run: pd.Series, owner: pd.Series, taken: pd.DataFrame, 
         **{"placement": owner.placement, "seed": owner.seed, "status": run.status, "run": run.run},
         **{task: values.get(task) for task in tasks},
         **{name: rows.value.iloc[0] if len(rows) else None for name, rows in found.items()},
+        **means,
         "harness": _together(of.harness),
         "limit": _together(of.limit.astype(object).where(of.limit.notna(), "none")),
         "num_fewshot": _together(of.num_fewshot),
@@ -138,21 +147,21 @@ def _row(frames: Frames, run: pd.Series, owner: pd.Series, taken: pd.DataFrame, 
 
 
 def _once(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """One row for each of `KEYS`, the first by name: two runs with one seed are no two observations."""
+    """One row for each of `KEYS`, the first by name: two runs with one seed are not two observations."""
     said = []
     twice = rows.duplicated(KEYS) & rows.seed.notna()
     for _, same in rows[rows.stage == "pretrain"].groupby(KEYS, sort=False):
         if len(same) > 1:
             first = same.iloc[0]
             said.append(
-                f"Placement {first.placement}, learning rate {first.learning_rate:g}, seed {first.seed:g} stands "
+                f"Placement {first.placement}, learning rate {first.learning_rate:g}, seed {first.seed:g} occurs "
                 f"{len(same)} times ({', '.join(same.run)}): only {first.run} counts."
             )
     return rows[~twice], said
 
 
 def from_runs(frames: Frames, suite: str, metric: str = "acc") -> Scores:
-    """The rows of all runs under some folders; of a seed that stands twice the first run by name counts."""
+    """The rows of all runs under some folders; for a seed that occurs twice, the first run by name counts."""
     tasks = SUITES[suite]
     runs = frames.pretrained.assign(size=_sizes(frames.pretrained)).set_index("run", drop=False)
     taken, remarks, rows = _taken(frames, tasks, metric), [], []
@@ -165,7 +174,7 @@ def from_runs(frames: Frames, suite: str, metric: str = "acc") -> Scores:
             first = counts.run.iloc[0]
             remarks.append(f"{run.run} was fine-tuned {len(inside)} times ({', '.join(inside.run)}): {first} counts.")
     if frames.left_out:
-        remarks.append(f"Fine-tunings that stand in no pretraining run are left out: {', '.join(frames.left_out)}.")
+        remarks.append(f"Fine-tunings outside any pretraining run are left out: {', '.join(frames.left_out)}.")
     frame = pd.DataFrame(rows)
     number = [*tasks, *LOSSES, "learning_rate", "seed", "tokens", "step", "evaluated_step"]
     frame[number] = frame[number].apply(pd.to_numeric).astype(float)
@@ -177,7 +186,7 @@ def from_runs(frames: Frames, suite: str, metric: str = "acc") -> Scores:
 
 
 def block_columns(rows: pd.DataFrame) -> list[str]:
-    """What sets the blocks of a table apart: the size; and the learning rate where a placement has several."""
+    """What distinguishes the blocks of a table: the size; and the learning rate where a placement has several."""
     rates = rows.groupby(["size", "placement"]).learning_rate.nunique(dropna=False)
     return ["size"] if rates.max() <= 1 else ["size", "learning_rate"]
 

@@ -46,7 +46,7 @@ def hellaswag_docs(dataset: datasets.Dataset) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-# Partial evaluation: each option is put into the blank, and the words after the blank are what is scored.
+# Partial evaluation: each option fills the blank, and the words after the blank are scored.
 
 
 def winogrande_gold(doc: dict[str, Any]) -> int:

@@ -2,7 +2,7 @@
 
 Every document that is not blank gets a number drawn uniformly from [0, 1), in the order of the split, from NumPy's
 PCG64 seeded with the seed; those with the smallest numbers are taken. That is a uniform choice without replacement; a
-smaller one from the same seed is a part of a larger one; and the whole split is read, once, while no more than the
+smaller one from the same seed is part of a larger one; and the whole split is read, once, while no more than the
 chosen documents are kept.
 """
 
@@ -42,12 +42,12 @@ class Source:
 
     @property
     def is_c4(self) -> bool:
-        """Whether it is what the paper's C4 loss is measured on: the English validation split."""
+        """Whether the paper's C4 loss is measured on it: the English validation split."""
         return (self.dataset, self.config, self.split) == ("allenai/c4", "en", "validation")
 
     @property
     def task(self) -> str:
-        """What its results are called."""
+        """The name of its results."""
         return "c4" if self.is_c4 else next((name for name, known in KNOWN.items() if known == self.bare), self.words)
 
     @property
@@ -57,13 +57,13 @@ class Source:
 
 KNOWN = {
     "c4": Source("allenai/c4", "en", "validation", "text"),
-    "wikitext": Source("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test", "page"),
+    "wikitext-pages": Source("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test", "page"),
 }
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Chosen documents, in the order of the split, and out of how many they were chosen."""
+    """Chosen documents, in the order of the split, and the number that they were chosen from."""
 
     source: Source
     seed: int
@@ -76,7 +76,7 @@ class Sample:
 
 
 def named(dataset: str, config: str | None, split: str | None, column: str | None, revision: str | None) -> Source:
-    """The source that the flags name: one of `KNOWN` by name or id, with what is given in place of its own."""
+    """The source that the flags name: one of `KNOWN` by name or id, with the given values replacing its own."""
     for name, known in KNOWN.items():
         if dataset in (name, known.dataset):
             given = {"config": config, "split": split, "column": column, "revision": revision}
@@ -87,9 +87,9 @@ def named(dataset: str, config: str | None, split: str | None, column: str | Non
 def choose(
     texts: Iterable[str], count: int, seed: int, fits: Callable[[int, str], bool] = lambda number, text: True
 ) -> tuple[list[str], int]:
-    """`count` of the texts (all, if there are no more), in their order, and how many there were that are not blank.
+    """`count` of the texts (all, if there are no more), in their order, and the number of texts that are not blank.
 
-    A text that does not fit (its number among these, from 1) has its draw, and is left out.
+    A text that does not fit (by its number, from 1) takes its draw but is left out.
     """
     generator, number = np.random.default_rng(seed), 0
     heap: list[Any] = []
@@ -111,10 +111,10 @@ def choose(
 
 
 def stream(source: Source, bar: tqdm) -> tuple[Source, Iterable[str]]:
-    """The source at the Hub's commit of this moment, and its texts one by one.
+    """The source at the Hub's current commit, and its texts one by one.
 
     Raises:
-        UserError: the Hub does not have it, or does not answer (now or on the way); no such configuration, split or
+        UserError: the Hub does not have it, or does not answer (now or midway); no such configuration, split or
             column.
     """
     try:
@@ -174,7 +174,7 @@ def _head(source: Source, count: int, seed: int) -> dict[str, Any]:
 
 
 def write_sample(path: Path, sample: Sample, count: int) -> None:
-    """A .jsonl whose first line says what was asked for; a `text` a line follows."""
+    """A .jsonl whose first line records the choice; a `text` a line follows."""
     head = _head(sample.source, count, sample.seed) | {"revision": sample.source.revision, "of": sample.of}
     lines = [{"sample": head}, *({"text": text} for text in sample.texts)]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -184,13 +184,13 @@ def read_sample(path: Path, source: Source, count: int, seed: int) -> Sample:
     """What `write_sample` wrote.
 
     Raises:
-        UserError: it is of another choice, or no sample.
+        UserError: it is of another choice, or not a sample.
     """
     try:
         head, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line)
         found, texts = head["sample"], [line["text"] for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no sample of documents ({error}); give --sample another name") from error
+        raise UsageError(f"{path} is not a sample of documents ({error}); give --sample another name") from error
     asked = _head(source, count, seed)
     if other := [f"{key} {found.get(key)!r}, not {value!r}" for key, value in asked.items() if found.get(key) != value]:
         raise UserError(f"{path} holds another sample ({'; '.join(other)}); it is left alone: give another name")

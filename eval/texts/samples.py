@@ -11,13 +11,13 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from modeling_periln.convert_options import WIKITEXT, WIKITEXT_2
 from periln.eval.arguments.shared import TOKENS, check_data
 from periln.runkit.encoding import added_around, text_ids
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.texts import usable
 
-WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
-_ENOUGH = 16  # characters of text read for every token asked for
+_ENOUGH = 16  # characters of text read for each requested token
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def read_data(data: str) -> Iterator[str]:
         UsageError: none of these.
         UserError: it cannot be read.
     """
-    if data == "wikitext":
-        return _hub_texts(*WIKITEXT)
+    if data == WIKITEXT:
+        return _hub_texts(*WIKITEXT_2)
     if data.startswith("hf:"):
         name, config, split = [*data.removeprefix("hf:").split(":"), "", ""][:3]
         return _hub_texts(name, config or None, split or "train")
@@ -142,7 +142,7 @@ def text_samples(
     begins = added_around(tokenizer)[0]
     width = tokens - len(begins)
     if width < 1:
-        raise UserError(f"a sample of {tokens} tokens has no room beside the {len(begins)} that begin a document")
+        raise UserError(f"a sample of {tokens} tokens has no room next to the {len(begins)} that begin a document")
     ids = _token_ids(tokenizer, texts, samples * width)
     if len(ids) < width:
         raise UsageError(f"{data} gives {len(ids)} tokens, fewer than one sample of {width}")
@@ -161,18 +161,26 @@ def text_samples(
     return Samples(rows, _described(data, rows, seed, overlapping))
 
 
+def sample_sizes(tokenizer: Any, samples: Samples) -> list[int]:
+    """Bytes of the text that every sample predicts; its tokens where there is no tokenizer."""
+    if tokenizer is None:
+        return [samples.ids.shape[1] - 1] * len(samples.ids)
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return [max(1, len(tokenizer.decode(row[1:].tolist(), **options).encode())) for row in samples.ids]
+
+
 def find_samples(
     config: Any, tokenizer: Any, data: str, samples: int, tokens: int | None, seed: int, usual: int = TOKENS
 ) -> Samples:
     """What a model is measured on: windows of the texts of `data`; without a tokenizer (None), random ids.
 
     Args:
-        config: the model's; it says how many ids and positions there are.
+        config: the model's; it has the number of ids and positions.
         tokens: a sample's length; None: `usual`, or the model's positions if they are fewer.
 
     Raises:
         UsageError: more tokens a sample than the model has positions.
-        UserError: `data` cannot be read, or is too little.
+        UserError: `data` cannot be read, or is too short.
     """
     config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)

@@ -20,10 +20,10 @@ NO_DOCUMENT = -1  # the owner of a target that is not scored
 
 
 def read_texts(path: Path) -> list[str]:
-    """The `text` of every line of a .jsonl file; those that no tokenizer may be given are named and left out.
+    """The `text` of every line of a .jsonl file; those unfit for a tokenizer are named and left out.
 
     Raises:
-        UserError: unreadable, not JSON, or no text in it.
+        UserError: unreadable, not JSON, or without text.
     """
     try:
         lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1)
@@ -40,8 +40,8 @@ def read_texts(path: Path) -> list[str]:
 class Windows:
     """Texts cut into what a model reads at once.
 
-    `ids` has up to context + 1 tokens a window, of which the first is only read; `owners` the number of the document
-    that each of the others belongs to. A window's first token is the last of the window before: every token of a
+    `ids` has up to context + 1 tokens a window, the first only read; `owners` has the number of the document
+    that each of the others belongs to. A window's first token is the last of the previous window: every token of a
     document is scored once.
     """
 
@@ -58,8 +58,8 @@ class Windows:
 def make_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int, packed: bool) -> Windows:
     """Windows of single documents; `packed`: of all of them in a row, over their ends, as pretraining reads them.
 
-    Each document follows what begins one in pretraining, or else the end of the one before; packed, it follows both.
-    These are read and not scored: packed or not, the same tokens are scored.
+    Each document follows what begins one in pretraining, or else the end of the previous one; packed, it follows both.
+    These are read but not scored: packed or not, the same tokens are scored.
     """
     prefix, encode = before_text(tokenizer), text_ids(tokenizer)
     begins = added_around(tokenizer)[0]

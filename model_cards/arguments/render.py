@@ -7,7 +7,7 @@ from periln.runkit.errors import UsageError, make_parser, more_options
 
 
 def add_card_arguments(parser: argparse._ArgumentGroup) -> None:
-    """What no record can say of a model, for the commands that render a card."""
+    """What no record can say about a model, for the commands that render a card."""
     parser.add_argument("--license", default="apache-2.0", help="license of the weights, by its name on the Hub")
     parser.add_argument("--language", nargs="+", default=["en"], metavar="CODE", help="languages of the data")
     parser.add_argument("--datasets", nargs="+", default=[], metavar="ORG/NAME", help="data sets on the Hub")
@@ -18,7 +18,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m model_cards.rend
     parser.add_argument("targets", type=Path, nargs="+", metavar="RUN_OR_CHECKPOINT", help="run or model folders")
     parser.add_argument("--repo", metavar="ORG/NAME", help="where the model will be on the Hub")
     parser.add_argument("--out", type=Path, help="file to write; README.md in the checkpoint when left out")
-    parser.add_argument("--force", action="store_true", help="replace a README.md that is not from this command")
+    parser.add_argument("--force", action="store_true", help="replace a README.md that this command did not write")
     add_card_arguments(more_options(parser))
     return parser.parse_args(argv)
 

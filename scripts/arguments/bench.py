@@ -8,7 +8,12 @@ from periln.runkit.errors import UsageError, make_parser
 
 def parse(argv: list[str] | None = None, prog: str = "python -m scripts.bench") -> argparse.Namespace:
     """The command line."""
-    parser = make_parser(prog, "Measure speed and memory of PeriLlama beside Transformers' own models.", "--out bench/")
+    parser = make_parser(
+        prog,
+        "Measure speed and memory of PeriLlama against Transformers' models. The speed of evaluation is eval.bench; "
+        "`periln bench` is the stability bench, eval.stability.",
+        "--out bench/",
+    )
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of bench.json and bench.md")
     parser.add_argument("--cases", nargs="*", metavar="NAME", help="only these; all when left out (--list names them)")
     parser.add_argument("--pairs", type=int, default=30, help="interleaved pairs a case")
@@ -18,7 +23,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m scripts.bench") 
         type=int,
         nargs=2,
         metavar=("BATCH", "SEQUENCE"),
-        help="of the training steps, in place of each case's own; decoding, norms and memory stay as they are",
+        help="of the training steps, instead of each case's own; decoding, norms and memory stay as they are",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one, when left out")
     parser.add_argument("--again", action="store_true", help="measure what bench.json holds once more")

@@ -20,10 +20,11 @@ def parse(argv: list[str] | None = None, prog: str = "python -m scripts.demo") -
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo")
     parser.add_argument("--recipe", type=Path, help="demo recipe; scripts/recipes/demo.yaml, or the folder's own")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="the recipe's when left out")
-    parser.add_argument("--text", metavar="PATH", help="folder of .txt/.jsonl/.parquet in place of the recipe's text")
+    parser.add_argument("--text", metavar="PATH", help="folder of .txt/.jsonl/.parquet instead of the recipe's text")
     parser.add_argument("--placements", metavar="A,B,...", help="placements to compare; the recipe's when left out")
     parser.add_argument("--hub", action="store_true", help="the real lm-eval tasks and the real GAIR/lima")
     parser.add_argument("--limit", type=int, metavar="N", help=f"items a task, 0 for all; {HUB_LIMIT} with --hub")
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)  # Unix time at which `make demo` began
     return parser.parse_args(argv)
 
 

@@ -33,7 +33,7 @@ def check(args: argparse.Namespace) -> None:
     """Raise UsageError for what can be refused before anything is loaded."""
     for name in args.sections or ():
         if name not in SECTIONS:
-            raise UsageError(f"--sections {name!r} is no section{did_you_mean(name, list(SECTIONS))}")
+            raise UsageError(f"--sections {name!r} is not a section{did_you_mean(name, list(SECTIONS))}")
     if not args.seconds > 0:
         raise UsageError(f"--seconds must be above 0, not {args.seconds:g}")
     if args.out.exists() and not args.out.is_dir():

@@ -38,24 +38,24 @@ def parse(argv: list[str] | None = None, prog: str = "python -m scripts.prepare_
     add("--out", type=Path, required=True, help="data folder to write")
     add("--tokenizer", default=BPE, help=f"'{BPE}' (trained on the text), {CL100K}, a folder or Hub id")
     add("--vocab-size", type=whole_number, help=f"entries of the {BPE} (default there: 2048)")
-    add("--max-tokens", type=whole_number, help="end with the document that reaches so many tokens; 8e9, say")
+    add("--max-tokens", type=whole_number, help="end with the document that reaches this many tokens, such as 8e9")
     add("--verify", action="store_true", help="only compare the shards in --out with the hashes in their index")
     add = more_options(parser).add_argument
     add("--dataset-config", help="configuration of the Hub dataset")
     add("--split", default="train", help="split of the Hub dataset")
     add("--revision", help="commit, tag or branch of the Hub dataset")
-    add("--text-column", default="text", help="where the text stands, in .jsonl, .parquet and datasets")
+    add("--text-column", default="text", help="where the text is, in .jsonl, .parquet and datasets")
     add("--tokenizer-revision", help="commit, tag or branch of a Hub tokenizer")
     add("--tiktoken-file", help="rank file (.tiktoken), instead of the one that tiktoken loads")
     add("--sample-bytes", type=whole_number, default=1 << 26, help=f"text from which the {BPE} is trained")
     add("--context", type=whole_number, help="the tokenizer's model_max_length (512 for the BPE)")
-    add("--max-bytes", type=whole_number, help=f"read at most so much text (8 MB of {INSTALLED})")
+    add("--max-bytes", type=whole_number, help=f"read at most this much text (8 MB of {INSTALLED})")
     add("--heldout-share", type=float, default=0.02, help="share of documents held out")
-    add("--heldout-documents", type=whole_number, help="hold out so many documents at most")
+    add("--heldout-documents", type=whole_number, help="hold out at most this many documents")
     add("--max-document-bytes", type=whole_number, help="skip longer documents")
     add("--shard-tokens", type=whole_number, default=1 << 27, help="tokens in a shard")
     add("--workers", type=int, help="tokenizing processes; one for each core when left out")
-    add("--save-seconds", type=float, default=SAVE_SECONDS, help="a kill costs at most so much work")
+    add("--save-seconds", type=float, default=SAVE_SECONDS, help="a kill costs at most this much work")
     args = parser.parse_args(argv)
     if args.workers is None:
         args.workers = len(os.sched_getaffinity(0))
@@ -74,6 +74,6 @@ def check(args: argparse.Namespace) -> None:
     if args.workers < 1:
         raise UsageError(f"--workers must be at least 1, not {args.workers}")
     if args.tiktoken_file is not None and not Path(args.tiktoken_file).is_file():
-        raise UsageError(f"--tiktoken-file {args.tiktoken_file} is no file")
+        raise UsageError(f"--tiktoken-file {args.tiktoken_file} is not a file")
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out} is not a folder")

@@ -33,13 +33,13 @@ def check(args: argparse.Namespace) -> None:
     try:
         validate_repo_id(args.repo)
     except HFValidationError as error:
-        raise UsageError(f"--repo {args.repo!r} is no name for a repository: {' '.join(str(error).split())}") from error
+        raise UsageError(f"--repo {args.repo!r} cannot name a repository: {' '.join(str(error).split())}") from error
     if args.repo.count("/") != 1:
         raise UsageError(f"--repo {args.repo!r} must be ORG/NAME")
     if args.revision is not None and (
         not args.revision or set(args.revision) & set(" ~^:?*[\\/") or ".." in args.revision
     ):
-        raise UsageError(f"--revision {args.revision!r} is no name for a branch")
+        raise UsageError(f"--revision {args.revision!r} is not a name for a branch")
     if args.revision is not None and args.all_checkpoints:
         raise UsageError("--revision with --all-checkpoints: the revisions are named by their steps")
     if args.step is not None and args.all_checkpoints:

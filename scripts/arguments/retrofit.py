@@ -12,6 +12,17 @@ def _rules(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _layers(text: str) -> list[int]:
+    """`2,29-30` as [1, 28, 29]: numbers from 1 on the command line, from 0 behind it."""
+    found: list[int] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        first, _, last = part.partition("-")
+        if not (first.isdigit() and (last or first).isdigit()):
+            raise UsageError(f"--keep {text!r} lists no layers: write such as 2,3,29-30")
+        found += range(int(first) - 1, int(last or first))
+    return found
+
+
 def parse(argv: list[str] | None = None, prog: str = "python -m scripts.retrofit") -> argparse.Namespace:
     parser = make_parser(
         prog,
@@ -37,8 +48,10 @@ def parse(argv: list[str] | None = None, prog: str = "python -m scripts.retrofit
         "to DST/heal")  # fmt: skip
     add("--heal-tokens", type=int, default=1_000_000, metavar="N", help="tokens of both healing runs together")
     add = more_options(parser).add_argument
-    add("--soften", type=float, default=0.0, metavar="X", help="epsilon of new output norms, in mean squares of their "
-        "branch: gives back loss, and their bound")  # fmt: skip
+    add("--keep", type=_layers, default=[], metavar="LAYERS", help="layers that keep the norms of SRC, such as "
+        "2,3,29-30 (from 1)")  # fmt: skip
+    add("--soften", type=float, default=0.0, metavar="X", help="epsilon of new output norms, in mean squares of "
+        "the largest token: gives back loss, and their bound")  # fmt: skip
     add("--heal-name", metavar="NAME", help="what the healing runs are called; DST's name when left out")
     add("--seed", type=int, default=0, help="which windows are drawn")
     add("--revision", help="branch, tag or commit of a model of the Hub")

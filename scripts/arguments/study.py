@@ -29,7 +29,7 @@ def parse_budget(text: str) -> Budget:
     """
     found = re.fullmatch(r"(?:(\d+)x)?(\d+(?:\.\d+)?)([smhd])", text.strip())
     if not found or float(found[2]) <= 0 or found[1] == "0":
-        raise UsageError(f"--budget {text!r} is no time: use 20m, 8h or, for 8 GPUs, 8x100h")
+        raise UsageError(f"--budget {text!r} is not a time: use 20m, 8h or, for 8 GPUs, 8x100h")
     return Budget(text, float(found[2]) * _UNITS[found[3]], int(found[1]) if found[1] else None)
 
 
@@ -37,7 +37,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     """(i, n) of `i/n`, i from 1. Raises UsageError for anything else."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UsageError(f"--shard {text!r} is no part of a whole: use 1/4 to 4/4")
+        raise UsageError(f"--shard {text!r} is not a part of a whole: use 1/4 to 4/4")
     return int(found[1]), int(found[2])
 
 
@@ -95,7 +95,7 @@ def check(args: argparse.Namespace) -> None:
     if args.verb == "export" and args.records is None:
         raise UsageError("export needs --records: the folder to write")
     if args.verb != "plan" and not args.out.is_dir():
-        raise UsageError(f"--out {args.out} is no folder: begin with periln study plan --budget 20m --out {args.out}")
+        raise UsageError(f"--out {args.out} is not a folder: begin with periln study plan --out {args.out}")
 
 
 def groups_of(args: argparse.Namespace) -> list[str]:

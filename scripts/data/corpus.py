@@ -1,6 +1,6 @@
 """Documents on their way to tokens: checked, without duplicates, split into train and held-out, in batches.
 
-Each batch carries a mark: everything that another process needs to go on after it as if nothing had happened.
+Each batch carries a mark: everything that another process needs to resume after it as if nothing had happened.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class Limits:
     Attributes:
         heldout_share: of the documents, by a hash of their names.
         max_bytes: reading ends with the document that reaches it; None: no limit.
-        heldout_documents: so many are held out at most; later ones go to training. None: no limit.
+        heldout_documents: the most that are held out; later ones go to training. None: no limit.
         max_document_bytes: longer documents are skipped; None: those of more than `sources.LONGEST`.
     """
 
@@ -104,8 +104,8 @@ class HashSet:
         return True
 
 
-class Records:
-    """The files written while reading, each cut back to what a mark says: held-out text, skipped names, hashes."""
+class SideFiles:
+    """Held-out text, skipped names and hashes: files written while a corpus is read, each cut back to a mark."""
 
     NAMES = ("heldout.jsonl", "skipped.jsonl", "hashes.bin")
 
@@ -153,7 +153,7 @@ class Corpus:
     """
 
     def __init__(
-        self, source: Source, limits: Limits, records: Records | None = None, mark: Mark | None = None, hashes=()
+        self, source: Source, limits: Limits, records: SideFiles | None = None, mark: Mark | None = None, hashes=()
     ):
         self.source, self.limits, self.records, self.mark = source, limits, records, mark or Mark()
         self._seen = HashSet()

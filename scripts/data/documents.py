@@ -12,7 +12,7 @@ NO_TEXT, TOO_LONG = "no text", "too long"
 
 
 class Document(NamedTuple):
-    """A document, or what stood in its place and why it cannot be one."""
+    """A document, or what was in its place and why it cannot be one."""
 
     name: str
     text: str
@@ -34,7 +34,7 @@ class Source(Protocol):
         ...
 
     def position(self) -> Any:
-        """Where to go on after the document that `read` gave last; JSON."""
+        """Where to resume after the last document that `read` gave; JSON."""
         ...
 
 

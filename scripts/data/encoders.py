@@ -1,4 +1,4 @@
-"""Text to ids on all cores: worker processes, each with a tokenizer of its own, and results in the order of the texts.
+"""Text to ids on all cores: worker processes, each with its own tokenizer, and results in the order of the texts.
 
 A worker (`python -m scripts.data.encoders TOKENIZER_JSON BEGIN END DTYPE`, ids as JSON) reads pickled lists of texts
 and writes arrays. It imports neither torch nor transformers, so it starts in a moment, and it ends when its input ends,
@@ -72,7 +72,7 @@ class Encoder:
     def _ids(self, texts: list[str]) -> tuple[list[np.ndarray], list[bool]]:
         try:
             return self.encode(texts)
-        except BaseException as error:  # a panic of the library is no Exception
+        except BaseException as error:  # a panic of the library is not an Exception
             if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
                 raise
             if len(texts) > 1:

@@ -76,7 +76,7 @@ class HubDataset:
 
     # --- files that are read here ------------------------------------------------------------------------
     def _files(self) -> list[str] | None:
-        """The split's files, where all are JSON lines or Parquet with no settings of their own."""
+        """The split's files, where all are JSON lines or Parquet without special settings."""
         from datasets import load_dataset_builder
 
         with warnings.catch_warnings():

@@ -20,7 +20,7 @@ class Options:
         tokenizer: `bpe`, `cl100k_base`, or a folder or Hub id.
         vocab_size: of the BPE; None where the tokenizer is another.
         context: the tokenizer's model_max_length; None: the tokenizer's own (512 for the BPE, 8192 for cl100k_base).
-        sample_bytes: the BPE is trained on so much of the training text, from its start.
+        sample_bytes: how much of the training text, from its start, the BPE is trained on.
         max_tokens: tokenizing ends with the document that reaches it; None: no limit.
         others: see `Limits`.
     """

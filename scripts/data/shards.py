@@ -26,7 +26,7 @@ def shard_name(number: int, kind: str) -> str:
 
 
 class ShardWriter:
-    """Appends tokens; `state()` after `sync()` is enough to go on after a kill, whatever was written behind it.
+    """Appends tokens; `state()` after `sync()` is enough to resume after a kill, whatever was written after it.
 
     Args:
         state: of an earlier process; None: from the start. Files are cut back to it.
@@ -47,7 +47,7 @@ class ShardWriter:
         self._open(here, ended)
 
     def _open(self, tokens: int, documents: int) -> None:
-        """The current shard's files, holding so much."""
+        """The current shard's files, cut to these lengths."""
         number = len(self.shards)
         self._files = []
         for kind, size in (("bin", tokens * self.dtype.itemsize), ("ends", documents * ENDS.itemsize)):

@@ -1,6 +1,6 @@
 """Where documents come from: files, installed Python text, datasets of the Hub. One at a time, in one fixed order.
 
-A source is read lazily, and can go on where an earlier process stopped: `position()` says where, in a few numbers.
+A source is read lazily, and can resume where an earlier process stopped: `position()` says where, in a few numbers.
 """
 
 from pathlib import Path

@@ -38,7 +38,7 @@ class TokenData:
         self.vocab_size: int = self.index["vocab_size"]
         self.shard_tokens: int = self.index["shard_tokens"]
         self.tokenizer_path = self.path / "tokenizer"
-        # An index without these is of a time when nothing stood before a document, and the end-of-text id behind it.
+        # An index without these is from when nothing came before a document, and the end-of-text id after it.
         self.begins_with: list[int] = self.index.get("begins_with", [])
         self.ends_with: list[int] | None = self.index.get("ends_with")
         self.dtype = token_dtype(self.vocab_size)

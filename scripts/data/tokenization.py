@@ -22,7 +22,7 @@ SPLIT_PATTERN = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?
 
 @dataclass(frozen=True)
 class TiktokenEncoding:
-    """What tiktoken knows of an encoding, beside its rank file.
+    """What tiktoken knows about an encoding besides its rank file.
 
     Attributes:
         pattern: splits text into the pieces within which bytes are merged, as Oniguruma reads it.
@@ -128,9 +128,9 @@ def read_ranks(path: Path, sha256: str | None = None) -> dict[bytes, int]:
         pairs = (line.split() for line in data.splitlines() if line)
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (ValueError, binascii.Error) as error:
-        raise UsageError(f"{path} is no rank file of tiktoken (lines of base64 and a number): {error}") from error
+        raise UsageError(f"{path} is not a rank file of tiktoken (lines of base64 and a number): {error}") from error
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([i]) in ranks for i in range(256)):
-        raise UsageError(f"{path} is no whole rank file of tiktoken: ranks or bytes are missing")
+        raise UsageError(f"{path} is not a whole rank file of tiktoken: ranks or bytes are missing")
     return ranks
 
 

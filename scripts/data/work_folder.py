@@ -1,4 +1,4 @@
-"""Where a preparation stands: its result, whole or not there, and beside it the hidden folder of unfinished work."""
+"""A preparation on disk: its result, whole or absent, and next to it the hidden folder of unfinished work."""
 
 import errno
 import fcntl
@@ -17,11 +17,11 @@ from periln.runkit.folder import read_json
 from periln.scripts.data.options import Options
 from periln.scripts.data.same_data import check_same_options
 
-DOCUMENT = "document.json"  # what stands around each document, in a folder of unfinished work
+DOCUMENT = "document.json"  # what surrounds each document, in a folder of unfinished work
 
 
 def standing(out: Path, options: Options) -> dict | None:
-    """The index of data that stands at `out` already."""
+    """The index of the data that is at `out` already."""
     if (out / "index.json").exists():
         index = read_json(out / "index.json")
         check_same_options(out, index, options)

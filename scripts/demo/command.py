@@ -2,8 +2,8 @@
 
     python -m scripts.demo            (what `make demo` runs)
 
-Each stage is a process of its own; what one hands to the next is run folders on disk. Interrupted at any
-moment, it goes on where it was when it is started again.
+Each stage is a separate process; what one hands to the next is run folders on disk. Interrupted at any
+moment, it resumes where it was when started again.
 """
 
 import argparse
@@ -15,11 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from periln.runkit.errors import StoppedBySignal, UsageError, UserError
+from periln.runkit.errors import StoppedBySignal, UserError
 from periln.runkit.folder import RunFolder, write_text
-from periln.runkit.process import StopRequest, python_m, stop_with_parent
+from periln.runkit.process import StopRequest, need_device, python_m, stop_with_parent
 from periln.runkit.recipes import dump_yaml, from_mapping, read_yaml, to_mapping
 from periln.runkit.resume import resumption
 from periln.scripts.arguments.demo import HUB_LIMIT, check
@@ -118,7 +116,7 @@ def plan_stages(recipe: DemoRecipe, out: Path) -> list[Stage]:
 
     # On a CPU, runs go side by side with one thread each: more steps a second than one run with all threads, and
     # a second busy process on the machine slows them by its share instead of stalling every parallel region.
-    # A run's numbers do not depend on how many stand beside it.
+    # A run's numbers do not depend on how many others there are.
     workers = max(1, min(2, os.cpu_count() or 1, len(cells))) if recipe.device == "cpu" else 1
     threads = ["--threads", 1] if recipe.device == "cpu" else []
     shards = [cells[i::workers] for i in range(workers)]
@@ -135,6 +133,12 @@ def plan_stages(recipe: DemoRecipe, out: Path) -> list[Stage]:
     evaluate += ["--limit", suite.limit] if suite.limit else []
     evaluate += ["--heldout", out / "data" / "heldout.jsonl", "--context", pretraining.sequence_length]
     tune = ["--config", out / "recipes" / "sft.yaml"]
+
+    bench = ["--last", "--quick", "--data", out / "data" / "heldout.jsonl", "--tokens", pretraining.sequence_length]
+    bench += ["--device", recipe.device]
+
+    def final(cell: Recipe) -> list[str]:
+        return [str(out / cell.name)]
 
     step = pretraining.batch_size * pretraining.sequence_length / 5000
     one = 600.0 if hub else 4.0
@@ -170,6 +174,11 @@ def plan_stages(recipe: DemoRecipe, out: Path) -> list[Stage]:
             side_by_side("eval.evaluate", *evaluate, of=lambda c: [str(out / c.name / "sft")]),
             12 + one * len(cells),
         ),
+        Stage(
+            "stability bench of the final checkpoints",
+            side_by_side("eval.stability", *bench, of=final),
+            10 + 5 * len(cells),
+        ),
         Stage("report", [python("eval.report", out)], 15),
     ]
 
@@ -201,7 +210,7 @@ def run_stage(stage: Stage, stop: StopRequest, debug: bool) -> None:
             break
         time.sleep(0.1)
     if stop.exit_code:
-        raise StoppedBySignal(stop.exit_code, "stopped; start the demo again and it goes on from here")
+        raise StoppedBySignal(stop.exit_code, "stopped; start the demo again to resume from here")
     if failed:
         error = UserError(f"the stage '{stage.title}' failed (exit code {failed}); see above")
         error.exit_code = failed if failed in (1, 2) else 1
@@ -210,8 +219,7 @@ def run_stage(stage: Stage, stop: StopRequest, debug: bool) -> None:
 
 def main(args: argparse.Namespace) -> None:
     recipe = resolve_recipe(args)
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device: cuda was asked for, but torch sees no CUDA device")
+    need_device(recipe.device, "device: cuda")
     check_disk(args.out, recipe)
     run = RunFolder(args.out)
     stop = StopRequest().install()
@@ -227,17 +235,29 @@ def main(args: argparse.Namespace) -> None:
         _run_stages(plan_stages(recipe, args.out), stop, args, run)
 
 
+def setup_seconds(started: float | None) -> float:
+    """Seconds from the start to here: of `make demo` (Unix time), where that is known, else of this process."""
+    if started is not None:
+        return max(0.0, time.time() - started)
+    try:  # since the machine's start, in ticks: the 22nd field, the second may hold spaces
+        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError):
+        return 0.0
+
+
 def _run_stages(stages: list[Stage], stop: StopRequest, args: argparse.Namespace, run: RunFolder) -> None:
+    setup = setup_seconds(args.started)
+    what = "environment, packages, imports" if args.started is not None else "imports"
+    print(f"set-up ({what}) took {_minutes(setup)}; it counts in the times below", flush=True)
     start, planned_done = time.monotonic(), 0.0
     stages = [stage for stage in stages if not stage.finished]
     for number, stage in enumerate(stages, start=1):
         elapsed = time.monotonic() - start
         pace = min(3.0, max(0.2, elapsed / planned_done)) if planned_done else 1.0
         left = pace * sum(s.seconds for s in stages[number - 1 :])
-        print(
-            f"\n[{number}/{len(stages)}] {stage.title} · {_minutes(elapsed)} so far, about {_minutes(left)} left",
-            flush=True,
-        )
+        so_far = f"{_minutes(setup + elapsed)} so far, about {_minutes(left)} left"
+        print(f"\n[{number}/{len(stages)}] {stage.title} · {so_far}", flush=True)
         run.set_status("running", stage=stage.title)
         try:
             run_stage(stage, stop, args.debug)
@@ -248,4 +268,6 @@ def _run_stages(stages: list[Stage], stop: StopRequest, args: argparse.Namespace
             run.set_status("failed", stage=stage.title)
             raise
         planned_done += stage.seconds
-    run.set_status("completed", seconds_since_last_start=round(time.monotonic() - start, 1))
+    took = setup + time.monotonic() - start
+    print(f"{run.path / 'report.html'}: done in {_minutes(took)}, of which set-up {_minutes(setup)}", flush=True)
+    run.set_status("completed", seconds_since_last_start=round(took, 1), setup_seconds=round(setup, 1))

@@ -41,7 +41,7 @@ def read_options(name: str, options: dict[str, Any]) -> Any:
     row = find_row(name)
     schema: Any = row.options
     if options and not fields(schema):
-        raise UsageError(f"optimizer.options.{next(iter(options))}: {name} has no options of its own")
+        raise UsageError(f"optimizer.options.{next(iter(options))}: {name} has no options")
     found: Any = from_mapping(schema, options, "optimizer.options.")
     row.check(found)
     return found

@@ -2,7 +2,7 @@
 
 Muon steps along the orthogonalized momentum of a matrix: Jordan et al., https://kellerjordan.github.io/posts/muon/;
 torch's own implementation. With `match_rms_adamw` (2502.16982) its steps have the size of AdamW's, so that one learning
-rate and weight decay serve both; with `original` the matrices want a rate of their own: `rate_factor`.
+rate and weight decay serve both; with `original` the matrices want their own rate: `rate_factor`.
 """
 
 from dataclasses import dataclass

@@ -174,7 +174,7 @@ def describe(p: dict[str, Any], recipe: Recipe, config: PeriLlamaConfig, vocabul
 
 
 def measure(recipe: Recipe, config: PeriLlamaConfig) -> dict[str, Any]:
-    """The step's live tensors counted on this CPU, beside the plan for it.
+    """The step's live tensors counted on this CPU, with the plan for it.
 
     Raises:
         UserError: the plan says that it does not fit this machine's free memory.
@@ -184,9 +184,7 @@ def measure(recipe: Recipe, config: PeriLlamaConfig) -> dict[str, Any]:
     expected = peak(config, situation(recipe, device="cpu"))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if expected.total > 0.8 * free:
-        raise UserError(
-            f"--measure would need {_gib(expected.total).strip()}, of which this machine has too little free"
-        )
+        raise UserError(f"--measure would need {_gib(expected.total).strip()}, and this machine has too little free")
     counted = measure_step(recipe, config)
     return {
         "planned_bytes": round(expected.total),

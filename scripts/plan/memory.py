@@ -22,7 +22,7 @@ Engines = Literal["single", "ddp", "fsdp2"]
 
 @dataclass(frozen=True)
 class Situation:
-    """What decides the memory of a step beside the model. Sizes in bytes an element."""
+    """What decides the memory of a step besides the model. Sizes in bytes an element."""
 
     micro: int  # sequences
     accumulates: bool  # more than one micro batch a step
@@ -48,7 +48,7 @@ class Situation:
 def situation(
     recipe: Recipe, gpus: int = 1, engine: Engines = "single", micro: int | None = None, device: str = "cuda"
 ) -> Situation:
-    """The recipe on `gpus` processes; `micro` in place of its micro batch."""
+    """The recipe on `gpus` processes, with `micro` as its micro batch."""
     mode, stream = recipe.precision.mode, recipe.precision.residual_dtype
     half = 2 if mode != "fp32" else FP32
     local = recipe.batch_size // gpus

@@ -1,8 +1,8 @@
 """Send a checkpoint to the Hub: `python -m scripts.push RUN_OR_CHECKPOINT --repo ORG/NAME`.
 
 Weights, configuration, code, tokenizer, card, figures, evaluations and the run's records go in one commit; what the
-repository has already is not sent, so that an interrupted push goes on where it was. `--all-checkpoints` also sends
-each of the run's checkpoints as a revision of its own (`step_2000`). Endpoint and token are huggingface_hub's:
+repository has already is not sent, so that an interrupted push resumes where it was. `--all-checkpoints` also sends
+each of the run's checkpoints as a separate revision (`step_2000`). Endpoint and token are huggingface_hub's:
 HF_ENDPOINT, and HF_TOKEN or `hf auth login`.
 """
 

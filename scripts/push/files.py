@@ -1,6 +1,6 @@
 """What of a checkpoint goes to the Hub: a fixed list of files, cleaned, and searched for what must not leave.
 
-A file whose name is not on the list is never sent, whatever stands in the folder: the trainer's state, optimizers,
+A file whose name is not on the list is never sent, whatever else is in the folder: the trainer's state, optimizers,
 pickles, caches, editors' copies.
 """
 
@@ -30,7 +30,7 @@ TEMPLATES = "additional_chat_templates"
 CONVERSION = "conversion.json"  # of an export: what it was compared with, and the difference
 RECORDS = ("recipe.yaml", "environment.json", "summary.json")
 CARD = "README.md"
-# Where a library notes from where it loaded something: no reader needs it, and it is a local path as often as not.
+# Where a library notes its source: no reader needs it, and it is often a local path.
 _ORIGINS = (
     "_name_or_path",
     "name_or_path",
@@ -68,7 +68,7 @@ def files_of(subject: Subject, options: CardOptions) -> list[Upload]:
     """Everything that is sent of a checkpoint, in the order of the names; the weights last.
 
     Raises:
-        UserError: the folder is no complete model, or its adapter needs a model that is only here.
+        UserError: the folder is not a complete model, or its adapter needs a model that is only here.
     """
     folder = subject.checkpoint
     found = [*_weights(folder), *_configs(folder), *_code(folder), *_tokenizer(folder), *_records(subject)]
@@ -209,7 +209,7 @@ def _metadata(weights: Path) -> dict[str, str]:
         with safe_open(weights, framework="pt") as file:
             return file.metadata() or {}
     except SafetensorError as error:
-        raise UserError(f"{weights} is no safetensors file ({error})") from error
+        raise UserError(f"{weights} is not a safetensors file ({error})") from error
 
 
 def _strings(value: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Calibrate what does not fold: gains of new norms, factors in the place of removed ones, in one forward pass.
+"""Calibrate what does not fold: gains of new norms, factors in place of removed ones, in one forward pass.
 
 All calibration text goes through the target as one batch. Where a norm has appeared or gone, a hook sees what arrives,
 sets the gain or scales the projections by a rule of `fit`, and the pass continues with that: each layer is calibrated
@@ -20,7 +20,7 @@ from periln.scripts.retrofit.fold import FIRST, HEAD, LAST, build, is_centered
 from periln.scripts.retrofit.plan import APPEARS, EMBEDDING, GOES, RetrofitPlan
 
 LEAST_SHARE = 1e-3  # a new norm's epsilon is at most this share of the mean square that it sees
-Hook = Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor] | None]
+Hook = Callable[[Any, tuple[torch.Tensor, ...]], tuple[torch.Tensor] | None]  # of a norm, or what is in its place
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ def calibrate(
 
     Args:
         folded: the model of `plan.folded`, in FP32; it stays as it is.
-        soften: new output norms get the epsilon soften times the mean square of their branch. At 0 it is the source's,
-            or `LEAST_SHARE` of the mean square where that is less. The larger, the nearer the norm is to a constant
-            factor: it gives back the loss, and its bound.
+        soften: new output norms get the epsilon soften times the largest mean square that a token's branch has. At 0 it
+            is the source's, or `LEAST_SHARE` of the mean square over all tokens where that is less. The larger, the
+            nearer the norm is to a constant factor: it gives back the loss, and its bound.
     """
     state = {name: t for name, t in folded.state_dict().items() if not _is_gone(name, plan)}
     if plan.target.tie_word_embeddings:
@@ -79,37 +79,38 @@ def _is_gone(name: str, plan: RetrofitPlan) -> bool:
     return parts[1] == "layers" and (int(parts[2]), parts[3]) in gone
 
 
-Epsilon = Callable[[float, float], float]  # of the configuration's epsilon and the mean square
+Epsilon = Callable[[float, float, float], float]  # of the configuration's epsilon, the mean square, a token's largest
 
 
 def _epsilon_rule(plan: RetrofitPlan, slot: str, layer: int | None, soften: float) -> Epsilon:
     """How a new norm's epsilon follows from what it sees; one that the placement itself names stays."""
     stream = plan.target.stream_plan()
     sublayer, _, place = slot.partition("_")
-    norm = stream.embedding_norm if layer is None else getattr(getattr(stream.layers[layer], sublayer), place)
+    norm: Any = stream.embedding_norm if layer is None else getattr(getattr(stream.layers[layer], sublayer), place)
     if norm.eps is not None:
-        return lambda eps, square: eps
+        return lambda eps, square, largest: eps
     if soften and place == "output_norm":
-        return lambda eps, square: soften * square or eps
-    return lambda eps, square: min(eps, LEAST_SHARE * square) if square else eps
+        return lambda eps, square, largest: soften * largest or eps
+    return lambda eps, square, largest: min(eps, LEAST_SHARE * square) if square else eps
 
 
 def _new_norm(note: dict[str, Any], rule: str, epsilon: Epsilon) -> Hook:
     """Set gain and epsilon of the norm that is about to run."""
 
-    def hook(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def hook(norm: Any, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0]
-        square = x.double().square().mean().item()
-        norm.variance_epsilon = epsilon(norm.variance_epsilon, square)
+        squares = x.double().square().mean(-1)
+        square, largest = squares.mean().item(), squares.max().item()
+        norm.variance_epsilon = epsilon(norm.variance_epsilon, square, largest)
         have = rms_norm(x, torch.ones(x.shape[-1]), norm.variance_epsilon)
         found = fit(x, have, rule)
         norm.weight.copy_(found.gain - float(is_centered(norm)))
-        note.update(found.summary() | {"eps": norm.variance_epsilon, "rms": square**0.5})
+        note.update(found.summary() | {"eps": norm.variance_epsilon, "rms": square**0.5, "largest_rms": largest**0.5})
 
     return hook
 
 
-def _removed_norm(note: dict[str, Any], rule: str, norm: nn.Module, layer: nn.Module) -> Hook:
+def _removed_norm(note: dict[str, Any], rule: str, norm: Any, layer: nn.Module) -> Hook:
     """Fold the norm's gain, times a factor for its scale, into the projections beside the place where it was."""
     sublayer, place = note["slot"].split("_", 1)
 
@@ -124,9 +125,10 @@ def _removed_norm(note: dict[str, Any], rule: str, norm: nn.Module, layer: nn.Mo
         factor = found.gain.to(x.dtype)
         if place == "input_norm":
             for name in FIRST[sublayer]:
-                layer.get_submodule(name).weight.mul_(factor)  # columns; a bias is added behind them
+                first: Any = layer.get_submodule(name)
+                first.weight.mul_(factor)  # columns; a bias is added behind them
             return None
-        last = layer.get_submodule(LAST[sublayer])
+        last: Any = layer.get_submodule(LAST[sublayer])
         last.weight.mul_(factor[:, None])
         if last.bias is not None:
             last.bias.mul_(factor)

@@ -140,7 +140,8 @@ def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     to = read_placement(args.to)
     origin = find_origin(args.src, "SRC", args.revision)
-    plan = make_plan(origin.config, to, args.src)
+    origin.config.residual_dtype = None  # a stream's dtype belongs to a run
+    plan = make_plan(origin.config, to, args.src, args.keep)
     print(table([list(HEAD), *plan.rows()]))
     print("\n".join(plan.said()))
     if not plan.is_exact and args.data is None and not args.dry_run:
@@ -162,7 +163,7 @@ def main(args: argparse.Namespace) -> None:
         samples = find_samples(find_tokenizer(origin.checkpoint, args.src), args.data, *asked)
     check_room(args.dst, 2 * sum(file.stat().st_size for file in origin.checkpoint.glob("*.safetensors")), "the model")
     source = load_weights(origin, "SRC")
-    source.config.residual_dtype = None  # a stream's dtype belongs to a run
+    source.config.residual_dtype = None
     folded = fold(source, plan)
     proof = prove(origin, source, folded, None if samples is None else samples.check, args.dst)
     print(f"exact part: largest difference {proof['largest_difference']:.3g} of {proof['largest_logit']:.6g}")
@@ -183,6 +184,7 @@ def main(args: argparse.Namespace) -> None:
         "exact": proof,
         "samples": None if samples is None else samples.described,
         "soften": args.soften,
+        "kept_layers": [layer + 1 for layer in args.keep],
         "calibration": calibration,
         "seconds": round(time.monotonic() - started, 1),
         "environment": describe_environment(torch.device("cpu")),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import torch
 
@@ -33,10 +34,10 @@ def fold(source: PeriLlamaForCausalLM, plan: RetrofitPlan) -> PeriLlamaForCausal
     elif plan.source.tie_word_embeddings:
         state.pop(HEAD, None)
     if before.embedding_norm and not after.embedding_norm:
-        norm = source.model.embed_norm
-        how = {"eps": norm.variance_epsilon, "before": float(plan.source.embedding_multiplier)}
-        gain = state.pop("model.embed_norm.weight")
-        state[TABLE] = normed_table(state[TABLE], gain, is_centered=is_centered(norm), **how)
+        norm: Any = source.model.embed_norm
+        before_it, gain = float(plan.source.embedding_multiplier), state.pop("model.embed_norm.weight")
+        eps, centered = float(norm.variance_epsilon), is_centered(norm)
+        state[TABLE] = normed_table(state[TABLE], gain, eps, before=before_it, is_centered=centered)
     for i, (old, new) in enumerate(zip(before.layers, after.layers, strict=True)):
         for name, had, has in (("attn", old.attn, new.attn), ("mlp", old.mlp, new.mlp)):
             layer = f"model.layers.{i}."
@@ -53,7 +54,13 @@ def is_centered(norm: torch.nn.Module) -> bool:
 
 
 def _scale(
-    state: dict[str, torch.Tensor], source: PeriLlamaForCausalLM, norm: str, linear: list[str], had, has, bias=False
+    state: dict[str, torch.Tensor],
+    source: PeriLlamaForCausalLM,
+    norm: str,
+    linear: list[str],
+    had: Any,
+    has: Any,
+    bias: bool = False,
 ) -> None:
     """Multiply a norm's gain, or where there is none the linear maps, by had / has."""
     factor = had / has

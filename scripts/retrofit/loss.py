@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 LOGIT_BYTES = 512 * 2**20  # of the source's logits, kept for the divergence
-ROWS = 256  # positions whose logits are in double precision at a time
+ROWS = 256  # positions compared at a time
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, reference: Reference) -> 
         logits = model(input_ids=row[None], use_cache=False).logits[0].float()
         nats += F.cross_entropy(logits[:-1], row[1:], reduction="sum").item()
         for p, q in zip(kept.split(ROWS), logits[:: reference.stride].split(ROWS), strict=True):
-            p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-            divergence += (p.exp() * (p - q)).sum().item()
+            p, q = p.log_softmax(-1), q.log_softmax(-1)
+            divergence += (p.exp() * (p - q)).sum(-1).double().sum().item()
             positions += len(p)
     return {"loss": nats / _predicted(ids), "kl": max(0.0, divergence / positions)}
 

@@ -14,12 +14,12 @@ stream rescales everything behind it, and no gain makes up for that.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from modeling_periln import PeriLlamaConfig
-from modeling_periln.placements import MIXTURES, LayerPlan, StreamPlan, SublayerPlan
+from modeling_periln.placements import MIXTURES, LayerPlan, StreamPlan, SublayerPlan, get_placement
 from modeling_periln.slots import Learned, Norm, evaluate_rule
 from periln.runkit.errors import UsageError
 
@@ -103,13 +103,19 @@ def _spans(numbers: tuple[int, ...]) -> str:
 # --- configurations --------------------------------------------------------------------------------------------
 
 
-def make_plan(source: PeriLlamaConfig, to: str | Mapping[str, Any], name: str = "SRC") -> RetrofitPlan:
+def make_plan(
+    source: PeriLlamaConfig, to: str | Mapping[str, Any], name: str = "SRC", keep: Sequence[int] = ()
+) -> RetrofitPlan:
     """The plan from a configuration to a placement: a name, or a mapping as `norm_placement` takes it.
 
+    Args:
+        keep: layers (from 0) that keep the norms and factors of the source.
+
     Raises:
-        UsageError: no such placement; the source's own; or a change that is neither exact nor a gain's to make up for.
+        UsageError: no such placement or layer; the source's own; or a change that is neither exact nor a gain's to make
+            up for.
     """
-    target = _with_placement(source, to)
+    target = _with_placement(source, to, keep)
     before, after = source.stream_plan(), target.stream_plan()
     _refuse_the_rest(source, target, name)
     changes = tuple(_changes(source, before, after))
@@ -133,11 +139,13 @@ def spelt(to: str | Mapping[str, Any]) -> str:
     return to if isinstance(to, str) else str(dict(to))
 
 
-def _with_placement(source: PeriLlamaConfig, to: str | Mapping[str, Any]) -> PeriLlamaConfig:
+def _with_placement(source: PeriLlamaConfig, to: str | Mapping[str, Any], keep: Sequence[int]) -> PeriLlamaConfig:
     config = copy.deepcopy(source)
     try:
         config.norm_placement = dict(to) if isinstance(to, Mapping) else to
         config.layer_placements = config.embedding_norm = config.final_norm = None
+        if keep:
+            _keep_layers(config, source, to, keep)
         plan = config.stream_plan()
         if not any(sublayer.output_norm for layer in plan.layers for sublayer in layer.sublayers):
             config.output_norm_learnable = True  # there is none to freeze any more
@@ -147,14 +155,34 @@ def _with_placement(source: PeriLlamaConfig, to: str | Mapping[str, Any]) -> Per
     return config
 
 
+def _keep_layers(
+    config: PeriLlamaConfig, source: PeriLlamaConfig, to: str | Mapping[str, Any], keep: Sequence[int]
+) -> None:
+    """Give each layer a placement of its own: `to`, or what the source has there."""
+    count, ends = source.num_hidden_layers, get_placement(to)
+    if wrong := [i + 1 for i in keep if not 0 <= i < count]:
+        raise UsageError(f"--keep {wrong[0]}: the model has layers 1 to {count}")
+    for slot in ("embedding_norm", "final_norm"):
+        if not isinstance(getattr(ends, slot), bool):
+            raise UsageError(f"--to: {slot}={getattr(ends, slot)!r}: with --keep it is true or false")
+        setattr(config, slot, getattr(ends, slot))
+    row = to if isinstance(to, str) else {k: v for k, v in to.items() if k not in ("embedding_norm", "final_norm")}
+    kept = _own_layers(source, source.stream_plan(), source.stream_plan())
+    config.layer_placements = [kept[i] if i in keep else row for i in range(count)]
+
+
+def _own_layers(source: PeriLlamaConfig, norms: StreamPlan, factors: StreamPlan) -> list[dict[str, Any]]:
+    """Every layer as a mapping of `layer_placements`: the norms of one plan, the factors of another."""
+    count = source.num_hidden_layers
+    scales = [evaluate_rule(source.residual_scale, i + 1, count) for i in range(count)]
+    rows = zip(norms.layers, factors.layers, scales, strict=True)
+    return [_layer_mapping(old, new, scale, source.qk_norm is None) for old, new, scale in rows]
+
+
 def _folded_config(source: PeriLlamaConfig, before: StreamPlan, after: StreamPlan) -> PeriLlamaConfig:
     """The source after the exact changes alone: its own norms, without a norm that folds, and the target's factors."""
     config = copy.deepcopy(source)
-    scale = [
-        evaluate_rule(source.residual_scale, i + 1, source.num_hidden_layers) for i in range(source.num_hidden_layers)
-    ]
-    rows = zip(before.layers, after.layers, scale, strict=True)
-    config.layer_placements = [_layer_mapping(old, new, s, source.qk_norm is None) for old, new, s in rows]
+    config.layer_placements = _own_layers(source, before, after)
     config.embedding_norm = before.embedding_norm is not None and after.embedding_norm is not None
     config.final_norm = before.final_norm is not None
     config.validate_norms()
@@ -176,7 +204,9 @@ def _layer_mapping(old: LayerPlan, new: LayerPlan, scale: float, with_qk: bool) 
 
 
 def _factor(factor: float | Learned, scale: float) -> Any:
-    return {"learned": factor.learned, "init": factor.init / scale} if isinstance(factor, Learned) else factor
+    if not isinstance(factor, Learned):
+        return factor
+    return {"learned": factor.learned, "init": float(factor.init) / scale}  # a plan has evaluated the rule
 
 
 def _given(norm: Norm) -> dict[str, Any]:
@@ -216,7 +246,7 @@ def _changes(source: PeriLlamaConfig, before: StreamPlan, after: StreamPlan) -> 
 
 
 def _refuse_the_rest(source: PeriLlamaConfig, target: PeriLlamaConfig, name: str) -> None:
-    """Raise UsageError for what differs and is no change of `_changes`; the message names slot and layer."""
+    """Raise UsageError for what differs and is not a change of `_changes`; the message names slot and layer."""
     before, after = source.stream_plan(), target.stream_plan()
     to = spelt(target.norm_placement)
 
@@ -228,25 +258,25 @@ def _refuse_the_rest(source: PeriLlamaConfig, target: PeriLlamaConfig, name: str
         refuse("final_norm", f"is there in one of {name} and the target alone, and no gain makes up for it")
     ends = (("embed_norm", before.embedding_norm, after.embedding_norm),
             ("final_norm", before.final_norm, after.final_norm))  # fmt: skip
-    for slot, old, new in ends:
-        if reason := _unlike(source, old, new):
+    for slot, end, other in ends:
+        if reason := _unlike(source, end, other, slot):
             refuse(slot, reason)
     for i, (old, new) in enumerate(zip(before.layers, after.layers, strict=True)):
         for slot in ("q_norm", "k_norm", "v_norm"):
             if getattr(old, slot) != getattr(new, slot):
                 refuse(slot, f"is another in {name}: norms on q, k and v are neither added nor removed", i)
         for sublayer, had, has in zip(SUBLAYERS, old.sublayers, new.sublayers, strict=True):
-            _refuse_sublayer(source, sublayer, had, has, name, lambda slot, why, i=i: refuse(slot, why, i))
+            _refuse_sublayer(source, sublayer, i, had, has, name, lambda slot, why, i=i: refuse(slot, why, i))
 
 
 def _refuse_sublayer(
-    source: PeriLlamaConfig, sublayer: str, had: SublayerPlan, has: SublayerPlan, name: str, refuse: Any
+    source: PeriLlamaConfig, sublayer: str, layer: int, had: SublayerPlan, has: SublayerPlan, name: str, refuse: Any
 ) -> None:
     for slot in ("residual_norm", "inner_norm"):
         if bool(getattr(had, slot)) != bool(getattr(has, slot)):
             refuse(f"{sublayer}_{slot}", f"is there in one of {name} and the target alone, and no gain makes up for it")
     for slot in ("input_norm", "output_norm", "residual_norm", "inner_norm"):
-        if reason := _unlike(source, getattr(had, slot), getattr(has, slot)):
+        if reason := _unlike(source, getattr(had, slot), getattr(has, slot), f"{sublayer}_{slot}", layer):
             refuse(f"{sublayer}_{slot}", reason)
     if had.alpha != has.alpha:
         refuse(f"{sublayer}: alpha", f"is {_number(had.alpha)} in {name} and {_number(has.alpha)} in the target")
@@ -260,10 +290,15 @@ def _number(factor: float | Learned) -> str:
     return f"learned ({factor.learned})" if isinstance(factor, Learned) else f"{factor:g}"
 
 
-def _unlike(config: PeriLlamaConfig, old: Norm | None, new: Norm | None) -> str | None:
+def _unlike(
+    config: PeriLlamaConfig, old: Norm | None, new: Norm | None, slot: str, layer: int | None = None
+) -> str | None:
     """Why a slot cannot be changed from one to the other; None where it can, or stays."""
     kinds = [None if norm is None else _kind(config, norm) for norm in (old, new)]
-    if kinds[0] == kinds[1] or kinds == [None, None]:
+    if old is not None and new is not None and old.eps != new.eps:
+        eps = [config.eps_of(slot, layer) if norm.eps is None else norm.eps for norm in (old, new)]
+        kinds = [f"{kind} and epsilon {number:g}" for kind, number in zip(kinds, eps, strict=True)]
+    if kinds[0] == kinds[1]:
         return None
     if None not in kinds:
         return f"is {kinds[0]} in the source and {kinds[1]} in the target: a norm that stays is not changed"

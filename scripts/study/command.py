@@ -20,7 +20,7 @@ from periln.runkit.environment import describe_environment
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import RunFolder
 from periln.runkit.process import StopRequest, python_m, stop_with_parent
-from periln.runkit.studies import Study, freeze
+from periln.runkit.studies import Study, check_untouched, freeze
 from periln.scripts.arguments.study import check, groups_of, parse_budget, parse_shard
 from periln.scripts.study import plan as plans
 from periln.scripts.study.design import SMALLEST, choose, size_for
@@ -52,6 +52,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def make_plan(args: argparse.Namespace) -> int:
+    check_untouched(args.out)
     budget = parse_budget(args.budget)
     size = size_of(args.size) if args.size else None
     workers = budget.machines or workers_of(args)

@@ -11,8 +11,9 @@ from periln.scripts.study.sizes import SIZES, SMALLEST, Size, larger, size_of
 RATES = (0.003, 0.001, 0.01, 0.03, 0.1, 0.0003, 0.3)  # most informative first: the middle, then the edges
 COMPARED = ("post", "pre", "peri")
 # A design: seeds of E2, of the others, rates. The richest whose cells are long enough is taken.
-DESIGNS = ((8, 8, 7), (5, 5, 7), (3, 3, 7), (2, 2, 6), (1, 1, 5), (1, 1, 3))
-ENOUGH_STEPS, FEWEST_STEPS = 600, 12
+DESIGNS = ((12, 12, 7), (8, 8, 7), (5, 5, 7), (3, 3, 7), (2, 2, 6), (1, 1, 5), (1, 1, 3))
+MOST_SEEDS = {"cpu": 12, "cuda": 5}  # on GPUs further hours go into the size, as in the paper
+ENOUGH_STEPS, FEWEST_STEPS = 400, 12
 FIRST_ROUND = 3  # seeds that every group gets before any group gets more
 PER_PARAMETER = 20  # tokens: a larger size is taken once the smaller one has so many
 STEPS_OF_TWO = 4  # steps come in multiples of it: the held-out loss is measured at each quarter
@@ -104,9 +105,10 @@ def _switched(size: Size, seeds: list[int]) -> Iterator[Cell]:
 
 def _larger(size: Size, seeds: list[int]) -> Iterator[Cell]:
     above = larger(size)
+    bigger = [("size x2", above, 1.0)] if above else []
     for seed in seeds:
-        for block, of, share in (("tokens x2", size, 2.0), ("size x2", above, 1.0), ("tokens x4", size, 4.0)):
-            for name in COMPARED if of else ():
+        for block, of, share in (("tokens x2", size, 2.0), *bigger, ("tokens x4", size, 4.0)):
+            for name in COMPARED:
                 yield Cell("E5", name, block, seed, of, {"norm_placement": name}, like=name, share=share)
 
 
@@ -170,6 +172,8 @@ def choose(
     options = [size] if size else SIZES[[s.name for s in SIZES].index(SMALLEST) :]
     found = None
     for seeds, others, rates in DESIGNS:
+        if seeds > MOST_SEEDS[device]:
+            continue
         for candidate in options:
             cells = cells_of(candidate, seeds, others, rates, groups)
             left = seconds - _fixed(cells, device)

@@ -20,7 +20,7 @@ PADDED = {"cl100k_base": 100352}  # vocabulary of the model
 def data_of(design: Design, source: str | None) -> dict[str, Any]:
     """The plan's section `data`: options of prepare_data, and where the result stands in the study's folder."""
     needed = max(map(design.tokens_of, design.cells))
-    tokens = min(MOST_INSTALLED, max(2_000_000, 32 * needed)) if needed <= MOST_INSTALLED else math.ceil(1.05 * needed)
+    tokens = min(MOST_INSTALLED, max(2_000_000, 40 * needed)) if needed <= MOST_INSTALLED else math.ceil(1.05 * needed)
     source = source or ("installed" if needed <= MOST_INSTALLED else DCLM)
     large = design.size.vocabulary in PADDED.values()
     tokenizer = {"tokenizer": "cl100k_base"} if large else {"vocab_size": design.size.vocabulary}
@@ -146,12 +146,16 @@ def table(plan: dict[str, Any]) -> list[str]:
     return lines
 
 
+def pairs_of(plan: dict[str, Any], group: str) -> int:
+    """The seeds that every comparison of a group has."""
+    return min(Counter((c["variant"], c["block"]) for c in plan["cells"] if c["group"] == group).values())
+
+
 def powers(plan: dict[str, Any]) -> list[str]:
     """What the comparisons of each group can find."""
     lines = []
     for group in sorted({cell["group"] for cell in plan["cells"]}):
-        seeds = Counter((c["variant"], c["block"]) for c in plan["cells"] if c["group"] == group)
-        pairs = min(seeds.values())
+        pairs = pairs_of(plan, group)
         least = detectable(pairs)
         found = f"{least:.1f} standard deviations of a difference" if math.isfinite(least) else "nothing: no interval"
         lines.append(f"{group}: {pairs} pair{'s' if pairs > 1 else ''} a comparison find {found} at 80 % power")

@@ -1,7 +1,7 @@
 """A sweep as data: one YAML, a recipe and a grid, and the cells that follow from it.
 
 A sweep file is a recipe (with a `base`, as a rule) that has one more field, `grid`: for each field, with its section,
-the values that it takes. Every combination is a cell, with a recipe file and a run folder of its own:
+the values that it takes. Every combination is a cell, with its own recipe file and run folder:
 
     runs/<sweep>/recipes/<cell>.yaml     the cell's recipe, resolved
     runs/<sweep>/logs/<cell>.log         what its trainer said, over all attempts
@@ -63,13 +63,13 @@ class Cell:
 
     @property
     def placement(self) -> str:
-        """The placement's name, or for one of the user's own what the grid calls it."""
+        """The placement's name, or for the user's own placement the grid's name for it."""
         placement = self.recipe.model.get("norm_placement", "peri")
         return placement if isinstance(placement, str) else label(placement)
 
     @property
     def state(self) -> str:
-        """The run's status; `waiting` before it began, `stopped` where it says `running` but nobody holds its lock."""
+        """The run's status; `waiting` before it began, `stopped` where it says `running` but its lock is free."""
         status = self.run.status or "waiting"
         return "stopped" if status == "running" and not _held(self.run.path) else status
 

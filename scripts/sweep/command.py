@@ -1,7 +1,7 @@
 """Sweeps: `python -m scripts.sweep plan|run|status|table SWEEP.yaml`.
 
     plan     what would be run: the cells, their tokens and FLOPs
-    run      run the cells that are not finished; stopped at any moment, the same command goes on
+    run      run the cells that are not finished; stopped at any moment, the same command resumes
     status   where each cell is
     table    loss, spikes, skips and divergence as CSV, Markdown and PNG; --best: the best learning rates
 

@@ -1,4 +1,4 @@
-"""Running a sweep's cells: each in a process of its own, so many at a time, until all are done or nothing helps."""
+"""Running a sweep's cells: each in its own process, several at a time, until all are done or nothing helps."""
 
 import os
 import shlex
@@ -25,7 +25,7 @@ class Way:
     jobs: int = 1
     threads: int | None = None  # CPU threads of each; None: the processors shared out among the jobs
     retries: int = 1  # further attempts for a cell that failed
-    launch: str | None = None  # in place of `python`: "accelerate launch --config_file ...", say
+    launch: str | None = None  # instead of `python`, for example "accelerate launch --config_file ..."
 
     def command(self, sweep: Sweep, cell: Cell) -> list[str]:
         threads = self.threads or (max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else None)
@@ -61,7 +61,7 @@ def run_sweep(sweep: Sweep, way: Way, stop: StopRequest, tell: Callable[[str], N
     recipe is not tried again. A stop is handed on to the running cells, once, and they save.
 
     Raises:
-        StoppedBySignal: all cells have stopped; the same command goes on.
+        StoppedBySignal: all cells have stopped; the same command resumes.
         UserError: some cells have failed for good; the others are finished.
     """
     with RunFolder(sweep.path).locked():
@@ -107,7 +107,7 @@ def _run(sweep: Sweep, way: Way, stop: StopRequest, tell: Callable[[str], None])
         _signal(running, signal.SIGTERM)  # left over only by a second signal, or an error of ours
     if stop.exit_code:
         raise StoppedBySignal(
-            stop.exit_code, f"stopped with {done} of {total} cells finished; the same command goes on"
+            stop.exit_code, f"stopped with {done} of {total} cells finished; the same command resumes"
         )
     if failed:
         name, why = next(iter(failed.items()))
@@ -119,7 +119,7 @@ def _start(sweep: Sweep, cell: Cell, way: Way) -> Job:
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as out:
         log_start = out.tell()
-        # A session of its own: a Ctrl-C at the terminal comes to us alone, and is handed on once.
+        # A separate session: a Ctrl-C at the terminal reaches us alone, and is passed on once.
         process = subprocess.Popen(
             way.command(sweep, cell), stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
         )

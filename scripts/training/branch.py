@@ -31,7 +31,7 @@ def _trunk(checkpoint: Path) -> tuple[RunFolder, int]:
     """The run of a checkpoint, and the steps that it had taken."""
     run = RunFolder(checkpoint.parent.parent)
     if checkpoint not in run.checkpoints():
-        raise UserError(f"branch_from: {checkpoint} is no checkpoint of a run (RUN/checkpoints/step_XXXXXXXX)")
+        raise UserError(f"branch_from: {checkpoint} is not a checkpoint of a run (RUN/checkpoints/step_XXXXXXXX)")
     return run, int(checkpoint.name.removeprefix("step_"))
 
 

@@ -1,6 +1,6 @@
 """The trainer's state beside a checkpoint's weights: optimizer, scaler, random numbers; safetensors only.
 
-Tensors are stored whole and under their parameter's name, so that any engine, on any number of processes, can go on
+Tensors are stored whole and under their parameter's name, so that any engine, on any number of processes, can resume
 from what another has written.
 """
 

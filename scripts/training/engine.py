@@ -5,7 +5,7 @@ about the result but rounding. What is mended:
 
 - FP16 on a CPU is real (`runkit/fp16.py`), and under FSDP2, which Accelerate leaves to a policy, it is autocast like
   everywhere else: parameters are gathered and gradients reduced in FP32.
-- FSDP2 works on a CPU, where Accelerate ignores its plugin without a word.
+- FSDP2 works on a CPU, where Accelerate silently ignores its plugin.
 - Whether a step is skipped is agreed on by all ranks. Sharded gradients overflow on one rank and not on another.
 """
 
@@ -34,8 +34,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from modeling_periln import PeriLlamaForCausalLM
 from modeling_periln.loss import softmax_part
-from periln.runkit.errors import UsageError
 from periln.runkit.fp16 import HalfMatmul, make_fp16_real
+from periln.runkit.process import need_device
 from periln.scripts.recipe import Recipe
 from periln.scripts.training.zero import Zero, zero_stage
 
@@ -59,8 +59,7 @@ def pick_device(asked: str) -> str:
     Raises:
         UsageError: `cuda` where torch sees none.
     """
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device: cuda was asked for, but torch sees no CUDA device")
+    need_device(asked, "device: cuda")
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
     return asked

@@ -5,9 +5,9 @@
     RUN/flight/step_XXXXXXXX.parquet  the rows of layers/ (mean |x|, variance, max |x|; the gradient's norm by
                                       sublayer) for the `steps` steps up to and including the one that names it
 
-A series of events is no series of copies: while the last file is younger than `steps` steps, events wait, and share the
-next file. What waits is written with the next checkpoint at the latest, and when the run ends. Beyond `files` files the
-oldest goes, and its events have no file any more.
+A series of events is not a series of copies: while the last file is younger than `steps` steps, events wait and share
+the next file. What waits is written with the next checkpoint at the latest, and when the run ends. Beyond `files` files
+the oldest goes, and its events have no file any more.
 
 The memory is not in the checkpoint: after a resume it fills anew, and a file written within its first `steps` steps has
 fewer of them. Events and files of steps that are done again are dropped, as their records are.

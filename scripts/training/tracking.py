@@ -1,7 +1,7 @@
 """Experiment trackers through Accelerate: trackio, tensorboard, wandb; offline unless the environment asks.
 
-They watch a run and decide nothing about it: one that fails is named and left out, and the run goes on. Steps that are
-done again after a kill are logged again; metrics.jsonl has each once.
+They watch a run and decide nothing about it: one that fails is named and left out, and the run continues. Steps that
+are done again after a kill are logged again; metrics.jsonl has each once.
 
     trackio      RUNS/.trackio, a database for all runs of the folder; TRACKIO_DIR=RUNS/.trackio trackio show
     tensorboard  RUN/tensorboard
@@ -87,7 +87,7 @@ class Tracking:
         self._trackers.append(tracker)
 
     def _guarded(self, name: str, work: Callable[[], Any]) -> bool:
-        """Do the work without what a tracker prints; an error of it is said, and ends nothing."""
+        """Do the work without the tracker's own output; its error is reported, and ends nothing."""
         said = io.StringIO()
         try:
             with redirect_stdout(said):

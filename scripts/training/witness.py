@@ -1,7 +1,7 @@
 """What a run is observed to do, for environment.json: dtypes, and the kernel of its attention.
 
-Seen in a forward pass of its own, uncompiled, before the process's first training step. Were it that step, a resumed
-compiled run would have a step computed otherwise than the run that nobody stopped.
+Seen in a separate forward pass, uncompiled, before the process's first training step. Were it that step, a resumed
+compiled run would have a step computed differently from the run that was not stopped.
 """
 
 from collections.abc import Callable

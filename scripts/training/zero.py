@@ -4,10 +4,10 @@ The launcher asks for it (scripts/launch/deepspeed_zero2.yaml). DeepSpeed shards
 numbers stays the recipe's:
 
 - Parameters, gradients and their reduction are FP32, products are autocast. DeepSpeed switches off an autocast that
-  it finds around its engine, so it stands around the model's own forward pass here.
+  it finds around its engine, so it is around the model's own forward pass here.
 - The loss scale is that of `torch.amp.GradScaler`, handed to DeepSpeed before each backward pass: its own FP16 mode
   would keep weights in FP16, and has other rules for growth.
-- Accelerate ignores the plugin on a CPU without a word; `adopt` mends that, as the engine does for FSDP2.
+- Accelerate silently ignores the plugin on a CPU; `adopt` corrects that, as the engine does for FSDP2.
 """
 
 import math
@@ -79,7 +79,7 @@ class Zero:
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**12,
         }
-        # `accelerate launch` lists here what its file says of DeepSpeed, and the plugin refuses to stand beside that.
+        # `accelerate launch` lists here what its file says about DeepSpeed, and the plugin refuses that combination.
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         self.plugin = DeepSpeedPlugin(hf_ds_config=config)
 

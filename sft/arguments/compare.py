@@ -9,7 +9,7 @@ from periln.runkit.errors import UsageError, make_parser
 def parse(argv: list[str] | None = None, prog: str = "python -m sft.compare") -> argparse.Namespace:
     parser = make_parser(prog, "Report on fine-tunings, before and after.", "runs/NAME --out before_after.md")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="fine-tuning runs, or runs that hold one")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the Markdown there and not to the terminal")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the Markdown there instead of to the terminal")
     return parser.parse_args(argv)
 
 

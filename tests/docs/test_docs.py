@@ -17,7 +17,7 @@ from periln.verbs import OTHERS, VERBS
 DOCS = ROOT / "docs"
 BUILDS_WITH = ("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers.python")
 ABBREVIATED = {"SRC": "here"}
-# Words that stand for a file of the reader's, which a command wants to read before it starts.
+# Words that mean a file of the reader's, which a command reads before it starts.
 A_RECIPE = "RECIPE.yaml"
 
 
@@ -86,7 +86,7 @@ def test_the_commands_of_a_page_are_command_lines(page):
         if name == "periln --help":
             continue
         command = verbs.get(name, name)
-        assert command in known, f"{name} is no command"
+        assert command in known, f"{name} is not a command"
         module = "periln.convert" if command == "convert" else arguments_of(command)
         try:
             importlib.import_module(module).parse(words, prog=name)

@@ -1,11 +1,14 @@
 """A page in headless Chromium, through the DevTools protocol: its console, its size, and a picture of it."""
 
 import asyncio
+import atexit
 import base64
+import functools
 import json
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +18,7 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
 
-# What sticks out to the right of the window, unless it stands in something that scrolls by itself.
+# What sticks out to the right of the window, unless it is in something that scrolls by itself.
 MEASURE = """(() => {
   const width = document.documentElement.clientWidth;
   const inside = e => { for (let p = e.parentElement; p; p = p.parentElement)
@@ -47,22 +50,36 @@ def look(
     height: int = 900,
     scripts: Sequence[str] = (),
     whole: bool = True,
+    javascript: bool = True,
 ) -> Seen:
     """Open a file, or an address of this machine, in a window of CSS pixels; run scripts on it one after the other.
 
     The page is measured after the scripts. With `picture`, keep a PNG of the whole page, or of the window alone.
     """
     address = page if isinstance(page, str) else page.resolve().as_uri()
-    visit = Visit(address, width, height, picture, tuple(scripts), whole)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # its helpers may still write
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0"]
-        command = [CHROMIUM, *flags, f"--user-data-dir={profile}", "about:blank"]
-        browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            return asyncio.run(asyncio.wait_for(_look(Path(profile), visit), timeout=90))
-        finally:
-            browser.terminate()
-            browser.wait(timeout=20)
+    visit = Visit(address, width, height, picture, tuple(scripts), whole, javascript)
+    return asyncio.run(asyncio.wait_for(_look(_port(), visit), timeout=90))
+
+
+@functools.cache
+def _port() -> int:
+    """The port of a browser that is started once and ends with this process."""
+    profile = Path(tempfile.mkdtemp(prefix="chromium"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0"]
+    command = [CHROMIUM, *flags, f"--user-data-dir={profile}", "about:blank"]
+    browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def end() -> None:
+        browser.terminate()
+        browser.wait(timeout=20)
+        shutil.rmtree(profile, ignore_errors=True)  # its helpers may still write
+
+    atexit.register(end)
+    file, deadline = profile / "DevToolsActivePort", time.monotonic() + 60
+    while not (file.exists() and file.read_text().count("\n")):
+        assert time.monotonic() < deadline and browser.poll() is None, "Chromium does not start"
+        time.sleep(0.05)
+    return int(file.read_text().split()[0])
 
 
 @dataclass(frozen=True)
@@ -73,20 +90,21 @@ class Visit:
     picture: Path | None
     scripts: tuple[str, ...]
     whole: bool
+    javascript: bool
 
 
-async def _look(profile: Path, visit: Visit) -> Seen:
+async def _look(port: int, visit: Visit) -> Seen:
     import aiohttp
 
-    port_file = profile / "DevToolsActivePort"
-    while not (port_file.exists() and port_file.read_text().count("\n")):
-        await asyncio.sleep(0.05)
-    port = port_file.read_text().split()[0]
     async with aiohttp.ClientSession() as session:
-        async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-            pages = [target for target in await answer.json() if target["type"] == "page"]
-        async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-            return await _Tab(socket).visit(visit)
+        async with session.put(f"http://127.0.0.1:{port}/json/new?about:blank") as answer:
+            tab = await answer.json()
+        try:
+            async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                return await _Tab(socket).visit(visit)
+        finally:
+            async with session.get(f"http://127.0.0.1:{port}/json/close/{tab['id']}"):
+                pass
 
 
 class _Tab:
@@ -132,6 +150,8 @@ class _Tab:
             await self.call(f"{domain}.enable")
         size = {"width": visit.width, "height": visit.height, "deviceScaleFactor": 1, "mobile": visit.width < 600}
         await self.call("Emulation.setDeviceMetricsOverride", **size)
+        if not visit.javascript:  # the page's own; that of `scripts` still runs
+            await self.call("Emulation.setScriptExecutionDisabled", value=True)
         self.loaded = False
         await self.call("Page.navigate", url=visit.address)
         while not self.loaded:

@@ -54,7 +54,7 @@ def make_run(path: Path, placement: str = "peri", step: int = 3, seed: int = 1) 
 
 @contextmanager
 def serving(store: Path, home: Path) -> Iterator[LocalHub]:
-    """The Hub's client of this process talks to a Hub on loopback, with a cache of its own."""
+    """The Hub's client of this process talks to a Hub on loopback, with its own cache."""
     import datasets.config
     import huggingface_hub.constants as hub_constants
 

@@ -1,4 +1,4 @@
-"""Scores against the lm_eval command line, what is not computed twice, and what is said of bad input."""
+"""Scores against the lm_eval command line, what is not computed twice, and what bad input is told."""
 
 import json
 import shutil
@@ -142,7 +142,7 @@ def test_log_likelihoods_are_bit_for_bit_those_of_the_harness(size, logits_cache
     assert len({answer for answer, _ in found}) > 20
 
 
-def test_an_automatic_batch_is_no_larger_than_the_memory_holds(monkeypatch):
+def test_an_automatic_batch_is_not_larger_than_the_memory_holds(monkeypatch):
     import psutil
 
     from periln.eval.scoring.likelihood import fitting_batch_size
@@ -157,7 +157,7 @@ def test_whole_texts_with_an_automatic_batch_are_read_in_batches_that_the_memory
     import psutil
 
     model, tokenizer = make_model(make_tokenizer()), make_tokenizer()
-    three = int(4 * 2 * 4 * 3.5 * 512 * len(tokenizer))  # bytes of which a quarter holds three windows' logits twice
+    three = int(4 * 2 * 4 * 3.5 * 512 * len(tokenizer))  # bytes, a quarter of which holds three windows' logits twice
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": three}))
     texts = [Instance("loglikelihood_rolling", {}, ("eggs and water " * n,), n) for n in (300, 2, 150)]
     rows, found = [], []
@@ -243,7 +243,7 @@ def test_log_likelihoods_that_are_no_numbers_are_no_scores(tmp_path, capsys):
     model.model.layers[0].mlp.down_proj.weight.data[3, 3] = torch.nan
     write_weights(run, model)
     assert call(run.path, "--tasks", "mini_piqa", "--limit", 3, "--device", "cpu") == 1
-    assert "mini_piqa: log-likelihoods are no numbers in torch.float32" in capsys.readouterr().err
+    assert "mini_piqa: log-likelihoods are not numbers in torch.float32" in capsys.readouterr().err
     assert not records(run.path / "eval")
 
 
@@ -312,15 +312,15 @@ def test_a_model_of_another_family_is_scored_beside_its_folder(tmp_path):
 def test_a_model_of_the_hub_is_scored_at_its_commit_and_pickles_are_refused(hub, tmp_path, capsys):
     words = ("--tasks", "mini_piqa", "--limit", 3, "--device", "cpu")
     assert call("someone/a-model", *words) == 2
-    assert "name a folder for its results with --out" in capsys.readouterr().err
+    assert "give --out, a folder for its results" in capsys.readouterr().err
     assert call("someone/a-model", *words, "--out", tmp_path) == 0
     (folder,) = tmp_path.iterdir()
     (record,) = records(folder)
     assert record["evaluated"]["path"] == "someone/a-model"
     assert folder.name == f"someone--a-model-{record['evaluated']['revision'][:8]}"
     for name, more, message in (
-        ("someone/nothing", (), "someone/nothing is no folder here, and the Hub does not have it"),
-        ("someone/a-model", ("--revision", "v9"), "someone/a-model@v9 is no folder here, and the Hub has no such rev"),
+        ("someone/nothing", (), "someone/nothing is not a folder here, and the Hub does not have it"),
+        ("someone/a-model", ("--revision", "v9"), "someone/a-model@v9 is not a folder here, and the Hub has no such"),
         ("someone/pickled", (), "has no weights in safetensors; pickled ones"),
     ):
         assert call(name, *words, *more, "--out", tmp_path) == 2
@@ -348,7 +348,7 @@ def test_a_hub_that_does_not_answer_is_one_sentence(tmp_path, monkeypatch, capsy
         (["--tasks", "mini", "--limit", "2.5"], "limit must be at least 1 item a task, or a share of them below 1"),
         (["--tasks", "mini", "--num-fewshot", "-1"], "num_fewshot must be at least 0, not -1"),
         (["--tasks", "mini", "--device", "cuda"], "torch sees no CUDA device"),
-        (["--tasks", "mini", "--device", "tpuu"], "--device tpuu is no device"),
+        (["--tasks", "mini", "--device", "tpuu"], "--device tpuu is not a device"),
         (["--tasks", "mini", "--revision", "v1"], "--revision v1 is for models of the Hub"),
     ],
 )
@@ -375,10 +375,10 @@ def test_what_cannot_be_scored_is_named(tmp_path, capsys, monkeypatch):
     assert "longer than the model's 512 positions" in capsys.readouterr().err
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
-    with pytest.raises(UserError, match="brings code of its own, which is only run with --trust-remote-code"):
+    with pytest.raises(UserError, match="brings its own code, which runs only with --trust-remote-code"):
         find_target(checkpoint).load("cpu")
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(UserError, match="has no weights in safetensors"):
         find_target(checkpoint)
-    with pytest.raises(UsageError, match="is no folder here"):
+    with pytest.raises(UsageError, match="is not a folder here"):
         find_target("no/such", None, False, None)

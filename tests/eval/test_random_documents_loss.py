@@ -145,7 +145,7 @@ def test_a_window_longer_than_the_positions_is_refused_before_a_document_is_read
     assert "--context 513 is more than the 512 positions of run" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_is_said_at_the_first_batch_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+def test_a_loss_that_is_not_a_number_is_said_at_the_first_batch_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     run, sample = make_run(tmp_path / "run"), tmp_path / "sample.jsonl"
     model = make_model(make_tokenizer())
     model.model.layers[0].mlp.down_proj.weight.data[3, 3] = torch.nan
@@ -191,7 +191,7 @@ def test_only_the_english_validation_split_is_called_c4():
     assert documents.named("allenai/c4", None, None, None, "abc").task == "c4"
     train = documents.named("c4", None, "train", None, None)
     assert not train.is_c4 and train.task == "allenai/c4 en train"
-    assert documents.named("wikitext", None, None, None, None).task == "wikitext"
+    assert documents.named("wikitext-pages", None, None, None, None).task == "wikitext-pages"
     assert documents.named("x/y", None, None, None, None) == Source("x/y", None, "validation", "text")
 
 

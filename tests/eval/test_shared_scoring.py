@@ -146,7 +146,7 @@ def test_weights_that_are_not_numbers_are_refused():
         ours.loglikelihood(asked(7), disable_tqdm=True)
 
 
-def test_a_record_says_how_it_was_scored_and_a_plain_one_is_no_substitute(tmp_path):
+def test_a_record_says_how_it_was_scored_and_a_plain_one_is_not_a_substitute(tmp_path):
     run = make_run(tmp_path / "run")
     words = [str(run.path), "--tasks", "mini_piqa,mini_winogrande", "--limit", "6", "--device", "cpu"]
     assert run_command(benchmarks.main, benchmarks.parse(words)) == 0

@@ -235,7 +235,7 @@ def test_a_cut_that_ends_is_not_even_noticed(hub, pushed, tmp_path, monkeypatch)
 
 
 def test_a_dry_run_lists_every_file_with_its_size_and_needs_no_network(run, pushed, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.delenv("HF_TOKEN", raising=False)
     code, out, _ = pushed(run, "--repo", "acme/dry", "--dry-run", "--all-checkpoints")
     assert code == 0 and "nothing was sent" in out
@@ -309,7 +309,7 @@ def test_a_path_of_any_machine_in_the_weights_metadata_stops_the_push(run, pushe
     assert code == 1 and "model.safetensors holds the path /lustre/somebody/x.bin" in err
     weights.write_bytes(b"no weights")
     code, _, err = pushed(model, "--repo", "acme/metadata")
-    assert code == 1 and "model.safetensors is no safetensors file" in err
+    assert code == 1 and "model.safetensors is not a safetensors file" in err
 
 
 def test_an_existing_public_repository_is_not_taken_for_a_private_one(hub, run, pushed):
@@ -325,8 +325,8 @@ def test_an_existing_public_repository_is_not_taken_for_a_private_one(hub, run, 
     ("words", "said"),
     [
         (["--repo", "no-owner"], "must be ORG/NAME"),
-        (["--repo", "a/b/c"], "no name for a repository"),
-        (["--repo", "acme/x", "--revision", "a b"], "--revision 'a b' is no name for a branch"),
+        (["--repo", "a/b/c"], "cannot name a repository"),
+        (["--repo", "acme/x", "--revision", "a b"], "--revision 'a b' is not a name for a branch"),
         (["--repo", "acme/x", "--revision", "v1", "--all-checkpoints"], "named by their steps"),
     ],
 )

@@ -23,7 +23,7 @@ FIVE = {"ARC-Easy": 0.30, "HellaSwag": 0.35, "PIQA": 0.40, "SIQA": 0.45, "Winogr
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Three seeds of one recipe, of which the last diverged; and another placement beside them."""
+    """Three seeds of one recipe, the last of which diverged; and another placement."""
     root = tmp_path_factory.mktemp("runs")
     for seed, status in ((1, "completed"), (2, "completed"), (3, "diverged")):
         hub_run.write_run(root, seed=seed, status=status)
@@ -76,6 +76,7 @@ def test_the_mini_sets_stand_in_the_text_and_not_in_the_metadata(tmp_path):
     assert "mini_arc_easy | acc | 30.00" in card.text and "compare with nobody else's" in card.text
     minis = ",".join(f"mini_{t}" for t in hub_run.HUB_TASKS)
     assert f"periln benchmarks ORG/NAME --tasks {minis} --trust-remote-code" in card.text
+    assert "lm_eval run" not in card.text  # whose tasks this card has no scores of
 
 
 def test_how_to_evaluate_names_the_tasks_that_the_scores_are_of(tmp_path):
@@ -94,6 +95,16 @@ def test_of_two_records_of_a_task_the_one_with_more_items_counts(tmp_path):
     card = ModelCard(render_card(find_subject(run)))
     assert {r.dataset_name: r.metric_value for r in card.data.eval_results} == FIVE
     assert "| piqa | acc | 90.00 ± 10.00 % | 10 (limit 10) |" in card.text
+
+
+def test_a_card_has_no_empty_sections(tmp_path, card):
+    heads = ("Placement of the norms", "Results", "Seeds", "FP16", "Figures", "Limitations", "How to evaluate")
+    assert all(f"# {head}\n" in card.text for head in heads)
+    bare = ModelCard(render_card(Subject(hub_run.write_run(tmp_path) / "checkpoints" / "step_00000008", None)))
+    assert "# Seeds" not in bare.text and "# Figures" not in bare.text
+    assert section(bare, "FP16").strip().startswith("Headroom, certificate and number formats: not measured (")
+    for part in re.split(r"^#+ .*$", bare.text, flags=re.MULTILINE)[1:]:
+        assert part.strip() not in ("", "Not recorded.", "None were drawn.")
 
 
 # The text
@@ -171,7 +182,7 @@ def test_an_overflow_is_said_wherever_it_was_recorded(tmp_path):
     assert "in training | 12.0 bits (" in render_card(find_subject(run, 4))
 
 
-def test_a_loss_that_was_not_finite_is_no_number(tmp_path):
+def test_a_loss_that_was_not_finite_is_not_a_number(tmp_path):
     run = hub_run.write_run(tmp_path, status="diverged")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines[-3:]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hub_run
 import pytest
+from browser import CHROMIUM, look
 
 from modeling_periln.convert import convert
 from periln.model_cards import zoo
@@ -90,12 +91,35 @@ def test_the_page_is_one_file_with_the_same_cells_and_no_local_path(root, tmp_pa
     html, markdown = (tmp_path / "zoo.html").read_text(), (tmp_path / "zoo.md").read_text()
     page = Cells(html)
     assert page.rows[0] == list(zoo.HEAD) and len(page.rows) == 5  # a folder named twice is listed once
-    assert page.loaded == []
+    assert page.loaded == ["data:,"]  # the icon, which is none
     assert [line.split(" | ")[0].lstrip("| ") for line in markdown.splitlines()[6:]] == [r[0] for r in page.rows[1:]]
     assert str(root) not in html + markdown
     first = html, markdown
     assert run_command(zoo.main, args) == 0
     assert first == ((tmp_path / "zoo.html").read_text(), (tmp_path / "zoo.md").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_rows_can_be_read_and_sorted_at_any_width(root, tmp_path, width):
+    pytest.importorskip("aiohttp", reason="the DevTools protocol is spoken through aiohttp")
+    assert run_command(zoo.main, zoo.parse([str(root), "--out", str(tmp_path)])) == 0
+    names = "[...document.querySelectorAll('tbody tr')].map(r => r.cells[0].textContent)"
+    if width == 400:  # by the list above: there are no heads
+        chosen = f"list.value = {zoo.HEAD.index('FP16 headroom')}; list.dispatchEvent(new Event('change'))"
+        sort = f"(() => {{ const list = document.querySelector('.sort-by'); {chosen} }})()"
+    else:
+        sort = f"document.querySelectorAll('th button')[{zoo.HEAD.index('FP16 headroom')}].click()"
+    inner = "[...document.querySelectorAll('.scroll')].map(s => s.scrollWidth - s.clientWidth)"
+    heads = "document.querySelector('thead').getBoundingClientRect().height > 0"
+    seen = look(tmp_path / "zoo.html", width, scripts=[names, sort, names, inner, heads])
+    before, _, after, beyond, has_heads = seen.answers
+    assert seen.problems == [] and seen.page["wide"] == [] and seen.page["scroll"] <= width
+    assert before != after and sorted(before) == sorted(after)
+    assert after[0] == "models/runs/pre_seed1"  # 12.0 bits, the least
+    assert beyond == [0]
+    assert has_heads == (width > 400)
 
 
 def test_a_folder_without_models_is_refused_by_name(root, tmp_path, capsys):
@@ -111,4 +135,4 @@ def test_a_configuration_that_is_none_is_named(root, tmp_path, capsys):
     assert [row["placement"] for row in zoo.collect([odd], zoo.parse([str(odd)]))] == ["not recorded"]
     (odd / "config.json").write_text("[]")
     assert run_command(zoo.main, zoo.parse([str(odd), "--out", str(tmp_path)])) == 1
-    assert "config.json is no configuration: it holds a list" in capsys.readouterr().err
+    assert "config.json is not a configuration: it holds a list" in capsys.readouterr().err

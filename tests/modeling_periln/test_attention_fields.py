@@ -211,7 +211,7 @@ WRONG = {
     "no sliding layer": ({"layer_types": [FULL] * 3, "sliding_window": 4}, "sliding_window=4, but layer_types has"),
     "a window of none": ({"sliding_window": 0}, "sliding_window=0 must be at least 2"),
     "a window of one": ({"sliding_window": 1}, "sliding_window=1 must be at least 2"),
-    "a window that is no number": ({"sliding_window": "4"}, "sliding_window='4'"),
+    "a window that is not a number": ({"sliding_window": "4"}, "sliding_window='4'"),
     "too many layers without rope": (
         {"no_rope_layers": [1] * 4},
         "no_rope_layers has 4 entries for num_hidden_layers=3",
@@ -227,7 +227,7 @@ WRONG = {
     ),
     "a rope beside": (
         MIXED | {"rope_parameters": {FULL: ROPE, SLIDING: ROPE, "rope_theta": 1e4}},
-        "rope_parameters has 'rope_theta' beside ropes for layer types",
+        "rope_parameters has 'rope_theta' as well as ropes for layer types",
     ),
     "a rope of null": (
         MIXED | {"rope_parameters": {FULL: None, SLIDING: ROPE}},

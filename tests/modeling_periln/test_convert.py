@@ -48,7 +48,7 @@ OWN_PRE = {"input_norm": True, "final_norm": True}
 OWN_OUTPUT = {"output_norm": True, "final_norm": True}
 OWN_PERI = OWN_PRE | OWN_OUTPUT | {"c": 0.7, "s": "1/sqrt(2L)"}
 BIASES = {"attention_bias": True, "mlp_bias": True}
-# The plain export to each architecture, and everything that is folded, or stands in another place, on the way.
+# The plain export to each architecture, and everything that is folded or moved on the way.
 PLAIN = {
     "llama": {"norm_placement": "pre"},
     "olmo2": OUTPUT,
@@ -193,7 +193,7 @@ FROM["hyperclova x, multipliers, tied"] = ("HyperCLOVAX", MULTIPLIERS | {"tie_wo
 
 
 def stock_model(name: str, **fields):
-    """A model as Transformers makes it, every weight far from where it began."""
+    """A model as Transformers makes it, every weight far from its initial value."""
     fields = SIZES | {"pad_token_id": None, "rope_parameters": ROPE} | fields
     config = getattr(transformers, f"{name}Config")(**fields)
     model = shaken(getattr(transformers, f"{name}ForCausalLM")(config).eval())
@@ -279,7 +279,7 @@ REFUSED = [
     ("llama", {"norm_placement": "pre", "hidden_size": 22}, "hidden_size=22 is not .*num_attention_heads=4"),
     ("hyperclovax", {"hidden_size": 22}, "hidden_size=22"),
     ("llama", {"norm_placement": "pre", "pad_token_id": 61}, "pad_token_id=61 is outside of vocab_size=61"),
-    ("gpt2", {}, "'gpt2' is no architecture"),
+    ("gpt2", {}, "'gpt2' is not a known architecture"),
     ("olmo", {}, "did you mean 'olmo.'"),
 ]  # fmt: skip
 
@@ -314,8 +314,8 @@ def test_what_cannot_be_imported_is_refused():
         "head_dim=5 must be even": stock_model("Llama"),
         "is_causal=False": stock_model("Llama", is_causal=False),
         "needs a LlamaForCausalLM, not a LlamaModel": stock_model("Llama").model,
-        "'qwen2' is no row": stock_model("Qwen2"),
-        "'peri_llama' is no row": tiny_model(),
+        "'qwen2' is not a row": stock_model("Qwen2"),
+        "'peri_llama' is not a row": tiny_model(),
     }
     refused["head_dim=5 must be even"].config.head_dim = 5
     for message, model in refused.items():
@@ -567,20 +567,20 @@ def test_wikitext_is_read_from_the_hub_and_the_record_says_where_it_is_not(tmp_p
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     capsys.readouterr()
     assert main([str(src), str(tmp_path / "without"), "--to", "glm4"]) == 0
-    assert "not compared on text: WikiText cannot be had from the Hub" in capsys.readouterr().out
+    assert "not compared on text: WikiText is not available from the Hub" in capsys.readouterr().out
     skipped = json.loads((tmp_path / "without" / "conversion.json").read_text())["compared"]["text"]
-    assert "WikiText cannot be had" in skipped["skipped"]
+    assert "WikiText is not available" in skipped["skipped"]
     # Asked for by name it is no longer a remark.
     assert main([str(src), str(tmp_path / "asked"), "--to", "glm4", "--text", "wikitext"]) == 2
-    assert "--text wikitext: WikiText cannot be had" in capsys.readouterr().err
+    assert "--text wikitext: WikiText is not available" in capsys.readouterr().err
     assert main([str(src), str(tmp_path / "asked"), "--to", "glm4", "--text", "nowhere.txt"]) == 2
-    assert "--text nowhere.txt is no file" in capsys.readouterr().err
+    assert "--text nowhere.txt is not a file" in capsys.readouterr().err
     assert not (tmp_path / "asked").exists()
 
 
 @pytest.mark.parametrize("target", PLAIN)
 def test_where_generation_ends_goes_through_a_conversion_and_back(target, tmp_path):
-    """Two ends, of which the configuration names one: what stops a fine-tuned model is its generation configuration."""
+    """Two ends, one of which the configuration names: what stops a fine-tuned model is its generation configuration."""
     needs(target)
     model = shaken_model(**PLAIN[target], eos_token_id=60, bos_token_id=59)
     model.generation_config.eos_token_id = [60, 57]
@@ -630,8 +630,8 @@ def test_a_mistake_is_one_sentence_and_an_exit_code(tmp_path, capsys):
         (2, [src, "--to", "llama"], "cannot convert to llama: norm_placement='peri' has output norms"),
         (2, [src, "--to", "peri_llama"], "is 'peri_llama': only"),
         (2, [llama, "--to", "olmo2"], "is 'llama': only peri_llama converts to olmo2"),
-        (2, [src, "--to", "glm4", "--max-shard-size", "5TB"], "max_shard_size='5TB' is no size"),
-        (2, [src, "--to", "glm4", "--max-shard-size", "0"], "max_shard_size='0' is no size"),
+        (2, [src, "--to", "glm4", "--max-shard-size", "5TB"], "max_shard_size='5TB' is not a size"),
+        (2, [src, "--to", "glm4", "--max-shard-size", "0"], "max_shard_size='0' is not a size"),
         (1, [broken, "--to", "glm4"], "model.safetensors is damaged: "),
         (1, [lost, "--to", "glm4"], "is missing, though the index names it"),
         (1, [headless, "--to", "glm4"], "weights are missing, the first is lm_head.weight"),
@@ -684,7 +684,7 @@ def test_a_source_on_the_hub_is_fetched_and_one_that_is_not_there_is_said(tmp_pa
             if to == "llama":
                 assert done.returncode == 2
                 assert done.stderr.count("\n") == 1
-                assert "someone/absent is no folder here, and was not found on the Hub" in done.stderr
+                assert "someone/absent is not a folder here, and was not found on the Hub" in done.stderr
             else:
                 assert done.returncode == 0, done.stderr
     source = tmp_path / "store" / "models" / "someone" / "peri-tiny"

@@ -31,7 +31,7 @@ heads = pytest.mark.parametrize("head", HEADS)
 
 
 def headed(head: str, seed: int = 0, **changes):
-    """A model with this head and three labels, its weights far from where they began."""
+    """A model with this head and three labels, its weights far from their initial values."""
     changes = {"num_labels": 3, "pad_token_id": PAD, **changes}
     return shaken(HEADS[head][0].from_config(tiny_config(**changes)), seed + 1).eval()
 
@@ -88,7 +88,7 @@ def test_a_model_with_a_head_is_saved_and_loaded(head, tmp_path):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_sequence_is_classified_at_its_last_token_that_is_no_padding(side):
+def test_a_sequence_is_classified_at_its_last_token_that_is_not_padding(side):
     model = headed("sequence")
     ids, mask = padded(side)
     hidden = model.model(ids, attention_mask=mask).last_hidden_state

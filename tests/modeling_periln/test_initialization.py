@@ -217,7 +217,7 @@ def test_rotary_frequencies_survive_a_reload_in_fp32(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("norm_type", ["rmsnorm", "layernorm"])
-def test_frozen_gamma_is_no_parameter(norm_type):
+def test_frozen_gamma_is_not_a_parameter(norm_type):
     frozen = tiny_model(output_norm_learnable=False, norm_type=norm_type)
     free = tiny_model(norm_type=norm_type)
     gone = free.state_dict().keys() - dict(frozen.named_parameters()).keys()

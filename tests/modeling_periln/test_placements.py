@@ -88,6 +88,7 @@ def test_mix_is_post_in_the_first_quarter_and_pre_in_the_rest(num_layers, post):
         ("sqrt(log(2L))", 1.7001093),
         ("(2L)^(1/4)", 2.0597671),
         ("(8L)^(-1/4)", 0.3432945),
+        ("admin", 2.3351322),
     ],
 )
 def test_rule_at_layer_4_of_9(rule, value):
@@ -96,7 +97,7 @@ def test_rule_at_layer_4_of_9(rule, value):
 
 def test_every_rule_was_checked_and_a_number_is_itself():
     checked = {"1/sqrt(l)", "1/sqrt(L)", "1/sqrt(2L)", "1/L", "2L", "(2L)^(1/4)", "(8L)^(-1/4)", "sqrt(log(2L))"}
-    assert set(RULES) == checked
+    assert set(RULES) == checked | {"admin"}
     assert evaluate_rule(0.25, 4, 9) == 0.25
     assert evaluate_rule(3, 4, 9) == 3.0
 
@@ -166,7 +167,7 @@ def test_residual_scale_multiplies_the_s_of_a_row_of_the_users_own():
     assert factors(plan, "s") == pytest.approx([0.125] * 8)
 
 
-# A row of the user's own
+# The user's own row
 
 SANDWICH = {
     "input_norm": True,

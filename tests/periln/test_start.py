@@ -184,7 +184,7 @@ def test_the_readme_names_the_extras():
         (["bounds", "here", "--out", "full"], "full exists: nothing is overwritten"),
         (["prepare-data", "--out", "new", "--tokenizer", "cl100k"], "(did you mean 'cl100k_base'?)"),
         (["prepare-data", "--out", "file"], "--out file is not a folder"),
-        (["convert", "here", "new", "--to", "llama", "--text", "nowhere"], "--text nowhere is no file"),
+        (["convert", "here", "new", "--to", "llama", "--text", "nowhere"], "--text nowhere is not a file"),
         (["pretrain", "--config", "file", "--runs", "file"], "file must hold a mapping"),
         (["card", "here", "--out", "full"], "--out full is a folder"),
     ],

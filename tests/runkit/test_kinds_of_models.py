@@ -1,4 +1,4 @@
-"""What is no causal LM of plain weights is refused in one sentence, before anything is loaded."""
+"""What is not a causal LM of plain weights is refused in one sentence, before anything is loaded."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def folder(tmp_path, config: dict, weights: str = "model.safetensors"):
         ({"model_type": "t5", "is_encoder_decoder": True}, "an encoder with a decoder .model_type t5."),
         ({"model_type": "gemma3", "vision_config": {}}, "reads more than text .model_type gemma3, vision_config."),
         ({"model_type": "qwen2_audio", "audio_config": {}}, "audio_config"),
-        ([], "no mapping"),
+        ([], "not a mapping"),
     ],
 )
 def test_another_kind_of_model_is_named(tmp_path, config, said):
@@ -69,5 +69,5 @@ def test_what_is_not_gguf_is_not_widened(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"PK\x03\x04")
     with pytest.raises(UsageError, match="is not a GGUF file"):
         check(SimpleNamespace(file=tmp_path / "a.gguf", out=tmp_path / "out"))
-    with pytest.raises(UsageError, match="is no file"):
+    with pytest.raises(UsageError, match="is not a file"):
         check(SimpleNamespace(file=tmp_path / "b.gguf", out=tmp_path / "out"))

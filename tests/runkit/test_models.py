@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_that_is_named_itself_is_refused_everywhere(run):
 
 @pytest.mark.parametrize(("change", "said"), [
     (lambda t: t.pop("model.layers.0.mlp.down_proj.weight"), "lacks 1 of the model's weights, model.layers.0.mlp.down"),
-    (lambda t: t.update({"model.layers.0.extra.weight": torch.ones(2)}), "holds 1 weights that the model has not, mod"),
+    (lambda t: t.update({"model.layers.0.extra.weight": torch.ones(2)}), "holds 1 weights that the model does not"),
 ])  # fmt: skip
 def test_weights_that_are_not_the_models_are_refused_by_whatever_loads(tmp_path, change, said):
     folder = tmp_path / "alone"  # no manifest: nothing but the weights tells

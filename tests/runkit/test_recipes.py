@@ -72,7 +72,7 @@ def test_yaml_is_safe_and_keys_stand_once(tmp_path):
     with pytest.raises(UsageError, match="not valid YAML"):
         read_yaml(file)
     file.write_text("a: 1\na: 2\n")
-    with pytest.raises(UsageError, match="field 'a' stands twice"):
+    with pytest.raises(UsageError, match="field 'a' appears twice"):
         read_yaml(file)
     file.write_text("- 1\n")
     with pytest.raises(UsageError, match="must hold a mapping"):
@@ -136,7 +136,7 @@ def test_a_base_that_cannot_be_used_is_named(tmp_path):
         read_yaml(tmp_path / "c.yaml")
     with pytest.raises(UsageError, match=r"d\.yaml: base must be the path of another recipe, not \['a\.yaml'\]"):
         read_yaml(tmp_path / "d.yaml")
-    with pytest.raises(UsageError, match=r"e\.yaml: base: .*f\.yaml is not valid YAML: field 'steps' stands twice"):
+    with pytest.raises(UsageError, match=r"e\.yaml: base: .*f\.yaml is not valid YAML: field 'steps' appears twice"):
         read_yaml(tmp_path / "e.yaml")
 
 
@@ -152,8 +152,8 @@ def test_overrides_are_yaml_and_leave_the_rest_alone():
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["steps"], "'steps' is no assignment: write field=value"),
-        (["section..rate=1"], "is no assignment"),
+        (["steps"], "'steps' is not an assignment: write field=value"),
+        (["section..rate=1"], "is not an assignment"),
         (["clip="], "'clip=' has no value: write clip=null for none"),
         (["steps=1", "steps=2"], "steps is assigned twice"),
         (["stepps=1"], r"unknown field stepps \(did you mean 'steps'\?\)"),

@@ -183,7 +183,7 @@ def test_a_result_of_the_time_of_one_build_is_measured_again(tiny_cases, tmp_pat
 
 
 def test_a_mistake_is_said_before_anything_is_measured(tmp_path):
-    with pytest.raises(UsageError, match="'decode-2' is no case.*did you mean 'decode-1'"):
+    with pytest.raises(UsageError, match="'decode-2' is not a case.*did you mean 'decode-1'"):
         run(tmp_path, "--cases", "decode-2")
     with pytest.raises(UsageError, match="--pairs 1 is too few"):
         run(tmp_path, "--pairs", "1")

@@ -72,7 +72,7 @@ def test_a_section_that_cannot_be_done_is_skipped_and_an_error_fails(tmp_path, m
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--sections", "sped"], r"--sections 'sped' is no section \(did you mean 'speed'\?\)"),
+        (["--sections", "sped"], r"--sections 'sped' is not a section \(did you mean 'speed'\?\)"),
         (["--seconds", "0"], "--seconds must be above 0, not 0"),
     ],
 )

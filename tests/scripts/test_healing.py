@@ -27,9 +27,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 def models(tmp_path_factory, data):
     """A Llama, and what a retrofit made of it with two healing recipes."""
     folder = tmp_path_factory.mktemp("healing")
-    llama = save_llama(folder / "llama", data)
+    llama = save_llama(folder / "llama", data, initializer_range=0.3)
     words = [llama, folder / "peri", "--to", "peri", "--data", data / "heldout.jsonl", "--samples", 4]
-    words += ["--check-samples", 2, "--tokens", 32, "--rules", "scalar", "--heal", data, "--heal-tokens", 8 * 128 * 10]
+    words += ["--check-samples", 2, "--tokens", 32, "--rules", "unit", "--heal", data, "--heal-tokens", 8 * 128 * 10]
     command.main(parse([str(word) for word in words]))
     return llama, folder / "peri"
 

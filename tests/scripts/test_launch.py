@@ -62,7 +62,7 @@ def test_only_a_run_that_was_told_to_stop_is_queued_again(tmp_path, code, again)
     assert ("scontrol requeue 42" in seen) == again
 
 
-def test_a_time_limit_that_leaves_no_time_is_no_endless_loop(tmp_path):
+def test_a_time_limit_that_leaves_no_time_is_not_an_endless_loop(tmp_path):
     done, seen = submit(tmp_path, "r.yaml", code=143, seconds=-1000)
     assert done.returncode == 143
     assert "scontrol requeue 42" not in seen

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 
 @pytest.fixture(scope="module")
 def untouched(data, tmp_path_factory):
-    """One run that nobody interrupted, in a process of its own."""
+    """One run that was not interrupted, in its own process."""
     folder = tmp_path_factory.mktemp("untouched")
     done = run("scripts.pretrain", "--config", write_recipe(folder, data), "--runs", folder / "runs")
     assert done.returncode == 0, done.stderr
@@ -344,7 +344,7 @@ def test_a_run_that_must_go_on_and_one_that_must_not_exist(tmp_path, data):
     def start(mode: str) -> None:
         pretrain.main(pretrain.parse([*words, mode]))
 
-    with pytest.raises(UserError, match="--resume must: .*run has no checkpoint to go on from"):
+    with pytest.raises(UserError, match="--resume must: .*run has no checkpoint to resume from"):
         start("must")
     assert not (tmp_path / "runs").exists()
     start("never")

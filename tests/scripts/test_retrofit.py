@@ -187,6 +187,10 @@ def test_a_softened_norm_gives_the_function_back_and_its_epsilons_are_stored(tmp
     for soften in (0.0, 4.0, 1e4):
         _, other = retrofitted(model, "sandwich", "least-squares", ids, soften)
         apart[soften] = (logits(other, ids) - before).abs().max().item()
+        if soften:
+            for name, y in branches(other, ids).items():
+                largest = y.double().square().mean(-1).max().item()
+                assert other.get_submodule(name).variance_epsilon == pytest.approx(soften * largest, rel=1e-5)
         other.save_pretrained(tmp_path / str(soften))
         again = PeriLlamaForCausalLM.from_pretrained(tmp_path / str(soften)).eval()
         torch.testing.assert_close(logits(again, ids), logits(other, ids), rtol=0, atol=1e-5)
@@ -228,6 +232,9 @@ def test_a_centered_gain_is_stored_as_its_difference_from_one():
         ("pre", "sandwich", {"norm_type": "layernorm"}, "only an rmsnorm with a gain a channel"),
         ("pre", "sandwich", {"norm_gain": "scalar"}, "only an rmsnorm with a gain a channel"),
         ("pre", {"input_norm": {"kind": "layernorm"}, "final_norm": True}, {}, "a norm that stays is not changed"),
+        ("pre", {"input_norm": {"eps": 0.1}, "output_norm": True, "final_norm": True}, {}, "epsilon 0.1 in the target"),
+        ({"input_norm": {"eps": 0.1}, "final_norm": True}, "sandwich", {}, "and epsilon 1e-06 in the target: a norm"),
+        ({"input_norm": {"eps": 1e-6}, "final_norm": True}, "sandwich", {}, None),
         ("sandwich", "peri", {"qk_norm": "full", "output_norm_learnable": False}, None),
         ("output", {"output_norm": {"gain": "scalar"}, "final_norm": True}, {}, "a norm that stays is not changed"),
     ],
@@ -241,6 +248,26 @@ def test_what_is_neither_exact_nor_a_gains_to_mend_is_refused(source, to, fields
         make_plan(config, to)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_layers_that_are_kept_have_the_norms_of_the_source():
+    model = model_of("lns", residual_scale="1/L")
+    plan = make_plan(model.config, "peri", keep=[0, 2])
+    assert [change.layers for change in plan.changes if change.slot == "mlp_output_norm"] == [(1,)]
+    assert [change.layers for change in plan.changes if change.slot == "attn_c"] == [(1,)]
+    assert plan.target.stream_plan().embedding_norm is not None
+    other = calibrate(fold(model, plan), plan, ids_of(), "scalar").model
+    kinds = [type(layer.mlp_output_norm).__name__ for layer in other.model.layers]
+    assert [kind == "Identity" for kind in kinds] == [True, False, True]
+    whole = make_plan(model.config, "sandwich", keep=[0, 1])
+    far, near = (logits(calibrate(fold(model, p), p, ids_of(), "unit").model, ids_of()) for p in (plan, whole))
+    assert not torch.allclose(far, near)
+    row = {"input_norm": True, "output_norm": True, "final_norm": True}
+    assert make_plan(model.config, row, keep=[1]).target.stream_plan().layers[1] == model.config.stream_plan().layers[1]
+    with pytest.raises(UsageError, match="--keep 4: the model has layers 1 to 3"):
+        make_plan(model.config, "peri", keep=[3])
+    with pytest.raises(UsageError, match="all layers of SRC are already|the norms of SRC are already"):
+        make_plan(model.config, "sandwich", keep=[0, 1, 2])
 
 
 def test_frozen_gains_cannot_be_calibrated():
@@ -333,6 +360,7 @@ def test_a_dry_run_writes_nothing(tmp_path, llama, capsys):
         (["--to", "peri", "--rules", "scaler"], "did you mean 'scalar'"),
         (["--to", "peri", "--tokens", "1"], "--tokens must be at least 4"),
         (["--to", "peri", "--soften", "-1"], "--soften must be at least 0"),
+        (["--to", "peri", "--keep", "9", "--data", "TEXT"], "--keep 9: the model has layers 1 to 3"),
     ],
 )
 def test_refusals_come_before_work_in_one_sentence(tmp_path, llama, text, words, message):

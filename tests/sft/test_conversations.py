@@ -71,7 +71,7 @@ def test_what_training_would_choke_on_is_named_with_its_row_when_data_are_checke
     assert re.search(rf"^error: talk\.jsonl, row 3: .*{message}", error) and len(error.splitlines()) == 1
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+def test_a_byte_order_mark_is_not_a_part_of_the_first_row(tmp_path):
     (tmp_path / "talk.jsonl").write_bytes(b'\xef\xbb\xbf{"conversations": ["hi", "hello"]}\n')
     assert len(load_conversations(str(tmp_path / "talk.jsonl"))) == 1
 

@@ -1,4 +1,4 @@
-"""Choosing an epoch: the rule, what is recorded, and a selection that is stopped and goes on."""
+"""Choosing an epoch: the rule, what is recorded, and a selection that is stopped and resumed."""
 
 import json
 import sys
@@ -138,5 +138,5 @@ def test_a_run_of_which_an_epoch_is_damaged_or_that_is_not_done_is_not_chosen_fr
     run.set_status("interrupted")
     assert chosen(run) == 1
     assert "is not completed (status: interrupted)" in capsys.readouterr().err
-    with pytest.raises(UserError, match="is no fine-tuning run and holds none"):
+    with pytest.raises(UserError, match="is not a fine-tuning run and holds none"):
         select.find_run(tmp_path)

@@ -42,7 +42,7 @@ def source_version(source: Path) -> str:
     """
     init = source / "src" / "transformers" / "__init__.py"
     if not (source / "tests" / "test_modeling_common.py").is_file() or not init.is_file():
-        raise ValueError(f"{source} holds no tests/test_modeling_common.py and src/transformers: it is no source tree")
+        raise ValueError(f"{source} holds no tests/test_modeling_common.py and src/transformers")
     found = re.search(r'^__version__ = "(.+)"', init.read_text(encoding="utf-8"), re.MULTILINE)
     if found is None:
         raise ValueError(f"{init} names no __version__")
@@ -69,7 +69,7 @@ def install(source: Path) -> None:
     _stand_in("exporters.test_export", "no tests of export", ExportTesterMixin=_empty("ExportTesterMixin"))
     _stand_in(
         "utils.test_configuration_utils",
-        f"configurations are tested with {len(_COMMON_KWARGS)} common fields of our own",
+        f"configurations are tested with {len(_COMMON_KWARGS)} of our own common fields",
         config_common_kwargs=_COMMON_KWARGS,
     )
     if importlib.util.find_spec("tests.distributed_testing_utils") is None:

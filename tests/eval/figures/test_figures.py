@@ -1,4 +1,4 @@
-"""Tests of the figures: the paper's by their numbers, from runs of every shape, and what is said where records lack."""
+"""Tests of the figures: the paper's by number, from runs of every shape, and what they say where records are absent."""
 
 import json
 import shutil
@@ -26,12 +26,12 @@ from periln.runkit import placements
 from periln.runkit.errors import run_command
 
 ROOT = Path(__file__).resolve().parents[3]
-CURVES = ("3a", "8", "12", "13", "14")  # over learning rates, of which there must be three
+CURVES = ("3a", "8", "12", "13", "14")  # over learning rates; there must be three
 PAPER = ["1", "3a", "3b", "3c", "4", "5", "6", "7a", "7b", "7c", "7d", *map(str, range(8, 19)), "20", "21", "22"]
 
 
 def figures_of(root: Path, *names: str) -> dict[str, FigureFiles]:
-    """Chart, without the cost of an image: `words` say what stands there, or what it needs."""
+    """Chart, without the cost of an image: `words` describe it, or say what it needs."""
     view = view_of(load(root))
     return {name: draw_files(name, view, kinds=()) for name in names}
 
@@ -129,7 +129,7 @@ def test_models_that_are_no_runs_are_drawn_from_the_benchs_records(tmp_path):
     out = write_models(tmp_path / "out", gemma="peri", glm="peri", llama="pre", odd=None)
     view = view_of(load_measured([out]))
     assert list(view.runs.series) == ["gemma", "glm", "llama", "odd"] and set(view.runs["size"]) == {"150K parameters"}
-    # Their placement's colour, told apart by dashes; one of unknown placement has a colour of its own.
+    # Their placement's colour, told apart by dashes; one of unknown placement has its own colour.
     assert [view.looks[name].marker for name in ("gemma", "glm", "llama")] == ["^", "^", "s"]
     assert view.looks["gemma"].style != view.looks["glm"].style
     assert view.looks["odd"].colour not in [view.looks[name].colour for name in ("gemma", "llama")]
@@ -162,7 +162,7 @@ def test_the_command_takes_a_model_s_folder_and_names_what_is_damaged(tmp_path, 
     assert command("5", out / "llama", "--out", tmp_path / "figs", "--format", "svg") == 0
     assert (tmp_path / "figs" / "figure_5.svg").exists()
     assert command("5", out, "--learning-rate", "0.1", "--out", tmp_path / "figs") == 2
-    assert "none of the runs': there is none" in capsys.readouterr().err
+    assert "is not a rate of these runs: there is none" in capsys.readouterr().err
     (out / "llama" / "stability.json").write_text("{}")
     assert command("5", out, "--out", tmp_path / "more") == 1
     assert "stability.json holds no measurement" in capsys.readouterr().err
@@ -173,12 +173,12 @@ def test_a_run_with_one_late_checkpoint_alone_has_no_panel_of_its_initialization
     shutil.rmtree(run / "layers")
     write_bench(run, [40], layers=2)
     drawn = figures_of(tmp_path, "5")["5"]
-    assert "One step is recorded of each (40): there is no earlier one beside it." in drawn.words
+    assert "One step is recorded of each (40): there is no earlier one to compare." in drawn.words
     write_any(tmp_path, "early", seed=2)
     with pieces.settings():
         figure = depth.hidden_state(view_of(load(tmp_path))).figure
     assert figure.axes[0].get_title() == "at initialization"
-    assert len(figure.axes[0].lines) == 1 and len(figure.axes[2].lines) > 1  # the late run stands at the end alone
+    assert len(figure.axes[0].lines) == 1 and len(figure.axes[2].lines) > 1  # the late run is at the end only
 
 
 def test_missing_records_are_named_with_the_command_that_makes_them(tmp_path):
@@ -201,7 +201,7 @@ def test_missing_records_are_named_with_the_command_that_makes_them(tmp_path):
             assert (ROOT / recipe).exists(), recipe
 
 
-# --- what stands in them -------------------------------------------------------------------------------------
+# --- what they show ------------------------------------------------------------------------------------------
 
 
 def test_colours_are_the_placements_and_variants_differ_in_dashes(paper):
@@ -286,7 +286,7 @@ def test_a_run_whose_checkpoint_is_old_is_drawn_at_its_end_from_the_trainers_rec
     assert {(r.source, r.step) for r in rows.itertuples()} == {("trainer", 0), ("trainer", 40)}
 
 
-def test_the_one_checkpoint_that_is_no_initialization_is_not_called_so(tmp_path):
+def test_the_one_checkpoint_that_is_not_the_initial_one_is_not_called_so(tmp_path):
     run = write_any(tmp_path, "a")
     write_bench(run, [40], layers=2)
     assert "one measured checkpoint each, of step 40" in figures_of(tmp_path, "7a")["7a"].words
@@ -471,7 +471,7 @@ def test_mistakes_are_one_sentence(paper, tmp_path, capsys):
     assert command("headrom", paper, "--out", tmp_path / "x") == 2
     assert "did you mean 'headroom'?" in capsys.readouterr().err
     assert command("5", paper, "--learning-rate", 0.3, "--out", tmp_path / "x") == 2
-    assert "--learning-rate 0.3 is none of the runs': 0.002" in capsys.readouterr().err
+    assert "--learning-rate 0.3 is not a rate of these runs: 0.002" in capsys.readouterr().err
     assert command("5", tmp_path / "nowhere") == 2
     (tmp_path / "file").touch()
     assert command("5", paper, "--out", tmp_path / "file") == 2
@@ -502,7 +502,7 @@ def test_the_report_quotes_verdict_and_certificate(paper):
     assert entry["measured"] == "The stability bench, on wikitext, 1,000 samples (255,000 predicted tokens):"
     assert entry["certificate"][0] == (
         "FP16 certificate from the weights alone (step 40): 1 of 2 tensors have a bound for any input, the largest 99 "
-        "(layer 1, mlp, residual_add); 0 of the bounds lie above 65,504."
+        "(layer 1, mlp, residual_add); 0 of the bounds are above 65,504."
     )
     assert entry["certificate"][1] == "Not bounded: 1 tensors (branch). Why: no norm."
 
@@ -516,5 +516,5 @@ def test_a_damaged_table_is_named(tmp_path):
     assert bench(load(tmp_path))[0]["verdict"] == []
 
 
-def test_not_recorded_is_no_error_of_the_program():
+def test_not_recorded_is_not_an_error_of_the_program():
     assert not issubclass(NotRecorded, (OSError, ValueError)) and pieces.DPI * pieces.WIDTH == 900

@@ -223,10 +223,10 @@ def test_the_cheapest_has_the_fewest_bits_of_those_within_one_per_cent():
 @pytest.mark.parametrize(
     ("rises", "ends"),
     [
-        ((0.5, 0.3, 0.01), ": outliers decide, and scales of their own for channels take away 98% of what is lost."),
-        ((0.5, -0.01, 0.2), ": outliers decide, and scales of their own for tokens take away 100% of what is lost."),
-        ((None, 0.3, 0.01), ": outliers decide, and scales of their own for channels take away 100% of what is lost."),
-        ((0.5, 0.5, 0.4), ": it is not a few tokens or channels that decide."),
+        ((0.5, 0.3, 0.01), ": outliers decide, and separate scales for channels recover 98% of the loss."),
+        ((0.5, -0.01, 0.2), ": outliers decide, and separate scales for tokens recover 100% of the loss."),
+        ((None, 0.3, 0.01), ": outliers decide, and separate scales for channels recover 100% of the loss."),
+        ((0.5, 0.5, 0.4), ": a few tokens or channels do not decide."),
         ((0.0001, 0.0001, 0.0001), "+0.01%, +0.01% and +0.01% of the loss."),
     ],
 )

@@ -113,7 +113,7 @@ def test_any_powers_of_two_leave_the_function_as_it_is(family, seed):
 @pytest.mark.parametrize("row", ["hybrid", "sub_ln", "normformer"])
 def test_norms_inside_a_sublayer_are_refused_by_name(row):
     model = build(f"peri_llama:{row}")
-    with pytest.raises(UserError, match=r"no rewrite is known, it has a norm of its own inside \((v|inner)_norm\)"):
+    with pytest.raises(UserError, match=r"no rewrite is known, it has a norm inside \((v|inner)_norm\)"):
         cure(model, [IDS], Wish())
 
 
@@ -169,7 +169,7 @@ def test_of_two_plans_the_one_that_keeps_the_gradients_finite_too_is_taken(loss_
     record, *_ = cure(model, [IDS], Wish(loss_scale=loss_scale))
     assert record["after"]["forward"] is None and record["after"]["backward"] is None
     assert record["after"]["loss_scale"] == loss_scale and not record["uniform"]
-    for difference in ("fp32", "fp16_pass"):  # one epsilon stands for all norms and was left
+    for difference in ("fp32", "fp16_pass"):  # there is one epsilon for all norms, and it was left
         assert record["differences"][difference] <= 1e-2 * reference.abs().max().item()
 
 
@@ -295,7 +295,7 @@ def test_one_epsilon_left_as_it_is_moves_the_logits_and_is_reported():
     model = with_stream_overflow("hyperclovax_peri")
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
-            module.variance_epsilon = 1e-2  # not small beside the squares of the modules' outputs
+            module.variance_epsilon = 1e-2  # not small next to the squares of the modules' outputs
     model.config.rms_norm_eps = 1e-2
     reference = logits_of(model, IDS)
     record, *_ = cure(model, [IDS], Wish(keep_eps=True, tolerance=1.0))
@@ -404,7 +404,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind_by_a_refusal(tmp_path
     assert refused(tmp_path / "tame", tmp_path / "out") == 0
     assert re.search(r"nothing has to move: .* finite, and the least headroom, \d+\.\d bits", capsys.readouterr().out)
     assert refused(tmp_path / "wild", tmp_path / "out", "--text", "story.txt") == 2
-    assert "'story.txt' is no file" in capsys.readouterr().err
+    assert "'story.txt' is not a file" in capsys.readouterr().err
     assert refused(tmp_path / "wild", tmp_path / "out", "--data", "wikitext") == 2
     assert "has no tokenizer" in capsys.readouterr().err
     # A written model that is not what was announced is removed.

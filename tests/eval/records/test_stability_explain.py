@@ -187,13 +187,13 @@ def test_old_records_without_spikes_are_searched_for_them(tmp_path):
 def test_a_calm_run_is_called_calm(tmp_path):
     run = tmp_path / "run"
     write_metrics(run, 20, s1={"skip_kind": "probe"})
-    assert "Nothing happened that the records know of" in explain(run)
+    assert "The records show no incident" in explain(run)
 
 
 def test_an_empty_or_missing_folder_is_an_error_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="nowhere is missing"):
         explain(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         explain(tmp_path)
     write_metrics(tmp_path / "run", 3)
     (tmp_path / "run" / "layers").mkdir()

@@ -95,7 +95,7 @@ def test_runs_that_are_not_finished_are_counted_and_not_compared(tmp_path):
     )
 
 
-def test_an_overflow_is_no_number_of_bits(tmp_path):
+def test_an_overflow_is_not_a_number_of_bits(tmp_path):
     grid(tmp_path, {"pre": (5.5,)}, growth=1e9)
     grid(tmp_path, {"peri": (5.6,)})
     said = answer(load(tmp_path))[1]

@@ -82,12 +82,16 @@ def test_the_file_loads_nothing_from_elsewhere(page):
     assert page.open == []
     assert len(page.all("img")) == len(DRAWN)
     for tag, attrs in page.tags:
-        assert tag not in ("script", "iframe", "object", "embed")
+        assert tag not in ("iframe", "object", "embed")
         for name in ("src", "href", "srcset", "poster", "background"):
             assert attrs.get(name, "data:").startswith(("data:", "#")), (tag, name)
     style = page.words[page.words.index("body {") :][:4000]
     assert "url(" not in style
     assert "@import" not in style
+    assert [attrs.get("id") for attrs in page.all("script")] == ["plots", None]
+    (policy,) = (meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
 
 
 def test_images_are_described_and_captions_stand_below(page):
@@ -152,33 +156,6 @@ def test_the_report_needs_no_torch():
         "assert 'periln.eval.report.page' in sys.modules and not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
-@pytest.mark.parametrize("width", [400, 1280])
-def test_a_browser_shows_it_whole_without_a_word_of_complaint(demo, width):
-    pytest.importorskip("aiohttp", reason="the DevTools protocol is spoken through aiohttp")
-    unfold = "document.querySelectorAll('details').forEach(d => d.open = true)"
-    seen = look(demo / "report.html", width, scripts=[unfold])
-    assert seen.problems == []
-    assert seen.page["wide"] == []
-    assert seen.page["scroll"] <= seen.page["width"] <= width
-    assert (seen.page["images"], seen.page["broken"]) == (len(DRAWN), 0)
-    assert seen.page["smallest"] >= 600  # of 900: lettering of 10 pixels and more
-    assert seen.page["font"] >= 14
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
-def test_the_answer_and_the_first_figure_are_above_the_fold(demo):
-    pytest.importorskip("aiohttp", reason="the DevTools protocol is spoken through aiohttp")
-    bottom = "document.querySelector('{}').getBoundingClientRect().bottom"
-    hidden = "[...document.querySelectorAll('details.part')].filter(d => d.open).length"
-    seen = look(demo / "report.html", 1280, height=800, scripts=[*map(bottom.format, (".answer", "figure")), hidden])
-    answer_ends, figure_ends, open_parts = seen.answers
-    assert 0 < answer_ends < figure_ends <= 800
-    assert open_parts == 0  # the details are folded
 
 
 @pytest.mark.slow
@@ -253,7 +230,7 @@ def test_samples_are_escaped(tmp_path):
     write_sample(run, "</pre><script>alert(1)</script>\x00\ud800 & so on")
     write_sample(write_sft(run, [0.3] * 5), "<img src=http://x>", "<b>How?")
     html = render(load(tmp_path), [])
-    assert "<script>" not in html
+    assert "<script>alert" not in html
     assert "&lt;/pre&gt;&lt;script&gt;alert(1)" in html
     assert "<img" not in html
     assert "\x00" not in html

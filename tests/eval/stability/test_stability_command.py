@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from periln.eval.arguments.stability import left_out, parse
 from periln.eval.stability.command import main
-from periln.eval.stability.files import Records
+from periln.eval.stability.files import BenchFolder
 from periln.eval.targets import find_measured
 from periln.runkit.checkpoints import write_checkpoint
 from periln.runkit.errors import UsageError, UserError
@@ -219,7 +219,7 @@ def test_quick_is_what_is_done_where_no_run_is_given(place):
 def test_a_record_that_was_stopped_is_measured_again(measured):
     folder = measured / "out" / "gemma"
     entry = json.loads((folder / "stability.json").read_text())["checkpoints"][0]
-    records = Records(folder, str(measured / "gemma"), single=True)
+    records = BenchFolder(folder, str(measured / "gemma"), single=True)
     assert records.has(0, entry["asked"], entry["weights_sha256"])
     records.old["checkpoints"][0]["stopped"] = "backward"
     assert not records.has(0, entry["asked"], entry["weights_sha256"])

@@ -71,7 +71,7 @@ def test_an_overflow_before_an_output_norm_is_named_as_the_module_s_output(famil
 
 
 def test_an_overflow_inside_a_module_is_named_by_the_product_that_made_it():
-    """The product of gate and up is no module's output: it is what the down projection reads."""
+    """The product of gate and up is not a module's output: it is what the down projection reads."""
     model = build("llama")
     with torch.no_grad():
         for matrix in (model.model.layers[1].mlp.gate_proj, model.model.layers[1].mlp.up_proj):

@@ -6,7 +6,9 @@ from stability_families import FAMILIES, LAYERS, PLACEMENTS, build, perturb
 from torch import nn
 from transformers import MptConfig, MptForCausalLM
 
+from modeling_periln.norms import PeriLlamaLayerNorm, PeriLlamaRMSNorm
 from periln.eval.structure.anatomy import find_anatomy
+from periln.eval.structure.norms import norm_facts
 from periln.runkit.errors import UserError
 
 # A, B, C of every layer, the final norm, and the first gain's offset.
@@ -141,7 +143,7 @@ def test_a_module_that_adds_the_stream_by_itself_is_refused():
         find_anatomy(perturb(MptForCausalLM(MptConfig(**sizes))))
 
 
-def test_what_is_no_causal_language_model_is_refused():
+def test_what_is_not_a_causal_language_model_is_refused():
     with pytest.raises(UserError, match="no config"):
         find_anatomy(nn.Linear(2, 2))
     with pytest.raises(UserError, match="no language-model head"):
@@ -155,3 +157,10 @@ def test_a_pass_that_is_not_finite_is_refused_by_the_name_of_the_layer():
         model.model.layers[0].mlp.up_proj.weight.fill_(1e30)
     with pytest.raises(UserError, match=r"model\.layers\.0 is not finite in torch\.float32"):
         find_anatomy(model)
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+def test_the_facts_of_a_norm_whose_gain_is_frozen(kind):
+    """Its gain is a buffer, so that no parameter tells its size."""
+    facts = norm_facts((PeriLlamaRMSNorm if kind == "rmsnorm" else PeriLlamaLayerNorm)(24, learnable=False))
+    assert facts.kind == ("rms" if kind == "rmsnorm" else "layer") and bool((facts.gain == 1).all())

@@ -62,7 +62,7 @@ NO_STREAM = {
     "mpt": "its output is not the stream after attention plus what its MLP gives",
     "bloom": "what its MLP reads is not its input plus what attention gives",
     "minimax": "what its MLP reads is not its input plus what attention gives",
-    **dict.fromkeys(("opt", "xglm", "biogpt"), "not two modules that write to the stream"),
+    **dict.fromkeys(("opt", "xglm", "biogpt"), "does not have two modules that write to the stream"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Tests of Table 2, Tables 6 to 11 and what stands beside and under them: from the paper's numbers and from runs."""
+"""Tests of Table 2, Tables 6 to 11 and what is next to and under them: from the paper's numbers and from runs."""
 
 import csv
 import io
@@ -192,7 +192,7 @@ def test_provenance_beside_the_scores_is_compared(capsys, tmp_path):
         "Unequal token counts at 1.5B: 30,000,000,000 (post 1.5B seeds 1, 2, 4, 5; pre 1.5B seeds 1 to 5), 15" in text
     )
     assert "Unequal token counts at 400M" not in text
-    assert "Different tokenizers, so that losses in nats a token do not compare" in text
+    assert "Different tokenizers, so that losses in nats a token cannot be compared" in text
     assert "Mixed" not in tables(capsys, "--scores", FOLDER / "tables_06_to_11.csv", "--table", "means")
 
 
@@ -206,17 +206,17 @@ LINE = "pretrain,peri,400M,1,completed,0.5,0.4,0.6,0.4,0.5\n"
         ("", "is empty"),
         (HEAD, "has no rows below its line 1"),
         (HEAD.replace("size", "sise") + LINE, "line 1: no column 'size' (did you mean 'sise'?)"),
-        (HEAD.replace(",", ";"), "line 1: no column 'stage'; cells are set apart by commas"),
-        (HEAD.replace("piqa", "arc_easy") + LINE, "line 1: column 'arc_easy' stands twice"),
-        ("# note\n" + HEAD + LINE + LINE, "line 4, column seed: pretrain peri 400M seed 1 stood in line 3 already"),
+        (HEAD.replace(",", ";"), "line 1: no column 'stage'; cells are separated by commas"),
+        (HEAD.replace("piqa", "arc_easy") + LINE, "line 1: column 'arc_easy' appears twice"),
+        ("# note\n" + HEAD + LINE + LINE, "line 4, column seed: pretrain peri 400M seed 1 is in line 3 already"),
         (HEAD + LINE.replace("0.6", "60.1"), "line 2, column piqa: 60.1 is above 1: scores are fractions, not percent"),
         (HEAD + LINE.replace("0.6", "-0.1"), "line 2, column piqa: -0.1 is below 0"),
-        (HEAD + LINE.replace("0.6", "nan"), "line 2, column piqa: 'nan' is no number"),
-        (HEAD + LINE.replace("0.6", "N/A"), "line 2, column piqa: 'N/A' is no number"),
+        (HEAD + LINE.replace("0.6", "nan"), "line 2, column piqa: 'nan' is not a number"),
+        (HEAD + LINE.replace("0.6", "N/A"), "line 2, column piqa: 'N/A' is not a number"),
         (HEAD + LINE.replace("completed", "complete"), "line 2, column status: 'complete' is none of"),
         (HEAD + LINE.replace("pretrain", "train"), "line 2, column stage: 'train' is none of pretrain, sft"),
         (HEAD + LINE.replace("peri", ""), "line 2, column placement: empty"),
-        (HEAD + LINE.replace("400M,1", "400M,one"), "line 2, column seed: 'one' is no whole number"),
+        (HEAD + LINE.replace("400M,1", "400M,one"), "line 2, column seed: 'one' is not a whole number"),
         (HEAD + LINE.replace(",0.5\n", "\n"), "line 2: 9 cells, but line 1 names 10 columns"),
         (HEAD + LINE.replace("pretrain", "sft"), "has no row whose column stage is 'pretrain'"),
         ("stage,placement,size,seed,status\npretrain,peri,1B,1,completed\n", "line 1: no column of a task"),
@@ -337,7 +337,7 @@ def test_runs_and_folders_may_be_named_one_by_one_and_twice(capsys, runs):
     one_by_one = [runs / f"{p}_lr0.002_seed{s}" for p, s in (("peri", 1), ("peri", 2), ("pre", 1), ("pre", 2))]
     found = as_csv(capsys, *one_by_one, runs, one_by_one[0])
     assert found.equals(as_csv(capsys, runs))
-    assert "stands 2 times" not in tables(capsys, *one_by_one, runs, "--table", "means")
+    assert "occurs 2 times" not in tables(capsys, *one_by_one, runs, "--table", "means")
 
 
 def test_tables_by_seed_and_pairs_of_runs(capsys, runs):
@@ -408,7 +408,7 @@ def test_a_second_fine_tuning_and_one_without_a_run_are_said(capsys, runs):
     (one / "sft-again").mkdir()
     (one / "sft-again" / "recipe.yaml").write_text("stage: sft\nname: again\n")
     text = " ".join(tables(capsys, runs, "--table", "means").split())
-    assert "Fine-tunings that stand in no pretraining run are left out: alone." in text
+    assert "Fine-tunings outside any pretraining run are left out: alone." in text
     assert "pre_lr0.002_seed1 was fine-tuned 2 times" in text and "pre_lr0.002_seed1/sft counts." in text
 
 
@@ -458,7 +458,7 @@ def test_nothing_else_is_overwritten_unasked(capsys, tmp_path):
     out, source = tmp_path / "tables.md", FOLDER / "tables_06_to_11.csv"
     arguments = ["--scores", source, "--format", "markdown", "--out", out]
     assert tables(capsys, *arguments).strip() == str(out)
-    tables(capsys, *arguments)  # the same bytes are no loss
+    tables(capsys, *arguments)  # the same bytes are not loss
     out.write_text("something of mine")
     with pytest.raises(UserError, match="holds something else; it is left alone"):
         tables(capsys, *arguments)

@@ -45,6 +45,14 @@ def test_cells_are_mean_and_sample_deviation_over_seeds(two_seeds):
     assert shown["seeds survived"] == "2/2"
 
 
+def test_the_right_answers_bits_a_byte_stand_beside_the_scores(tmp_path):
+    for seed, bits in ((1, [1.0, 2.0, 3.0, 4.0, 5.0]), (2, [2.0, 3.0, 4.0, 5.0, 6.0])):
+        write_scores(write_run(tmp_path, "pre", seed=seed), [0.25] * 5, loss=4.0, gold=bits)
+    assert row(load(tmp_path), "pre")["gold bits per byte"] == "3.500 ± 0.707"
+    write_scores(tmp_path / "pre_lr0.002_seed2", [0.25] * 5, gold=[2.0])  # of one task alone: no mean
+    assert row(load(tmp_path), "pre")["gold bits per byte"] == "3.000 (n=1)"
+
+
 def test_average_is_the_plain_mean_of_the_five_task_means(two_seeds):
     assert row(load(two_seeds), "pre")["Avg."] == "39.0"  # (30 + 25 + 55 + 35 + 50) / 5
 
@@ -246,7 +254,7 @@ def test_a_seed_that_stands_twice_counts_once(tmp_path):
     frames = load(tmp_path)
     assert row(frames, "pre")["mini_piqa"] == "20.0 (n=1)"
     said = " ".join(build(frames, "mini").notes)
-    assert "stands 2 times (a/pre_lr0.002_seed1, b/pre_lr0.002_seed1): only a/pre_lr0.002_seed1 counts." in said
+    assert "occurs 2 times (a/pre_lr0.002_seed1, b/pre_lr0.002_seed1): only a/pre_lr0.002_seed1 counts." in said
 
 
 def test_sizes_are_not_mixed(tmp_path):
@@ -314,5 +322,5 @@ def test_markdown_and_html_hold_every_cell_escaped(two_seeds):
     table = build(load(two_seeds), "mini")
     table.text.loc[0, "placement"] = "<i>a|b"
     assert "| <i>a\\|b | 30.0 ± 7.1 |" in to_markdown(table)
-    assert '<th scope="row">&lt;i&gt;a|b</th><td>30.0 ± 7.1</td>' in to_html(table)
+    assert '<th scope="row">&lt;i&gt;a|b</th><td data-label="mini_arc_easy">30.0 ± 7.1</td>' in to_html(table)
     assert "<i>" not in to_html(table)

@@ -13,7 +13,7 @@ import pytest
 from periln.runkit.errors import UserError
 from periln.scripts.data import corpus as corpus_module
 from periln.scripts.data import readers
-from periln.scripts.data.corpus import INSTALLED, Corpus, HashSet, Limits, Mark, Records
+from periln.scripts.data.corpus import INSTALLED, Corpus, HashSet, Limits, Mark, SideFiles
 from periln.scripts.data.sources import open_source
 
 FIFTH = Limits(0.2)
@@ -38,7 +38,7 @@ def write_folder(tmp_path):
 def read_all(source, folder, limits=FIFTH):
     """(training texts, held-out records, last mark) of a reading that writes its records into `folder`."""
     folder.mkdir(exist_ok=True)
-    records = Records(folder, {})
+    records = SideFiles(folder, {})
     batches = list(Corpus(open_source(str(source)), limits, records).batches())
     records.end(batches[-1].mark.lengths)
     heldout = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
@@ -177,7 +177,7 @@ def test_rows_of_a_large_chunk_are_read_one_by_one(text, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.md", "notes"])
-def test_a_byte_order_mark_is_no_text(tmp_path, name):
+def test_a_byte_order_mark_is_not_text(tmp_path, name):
     content = b'{"text": "the text"}\n' if name == "a.jsonl" else b"the text"
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
     assert [document.text for document in open_source(str(tmp_path / name)).read(None)] == ["the text"]
@@ -234,7 +234,7 @@ def test_a_source_goes_on_after_any_document(text, monkeypatch):
 def test_a_reading_goes_on_after_any_batch(tmp_path, text, monkeypatch):
     monkeypatch.setattr(corpus_module, "BATCH_DOCUMENTS", 4)
     write_folder(text)
-    records = Records(tmp_path, {})
+    records = SideFiles(tmp_path, {})
     batches = list(Corpus(open_source(str(text)), Limits(0.05), records).batches())
     records.end(batches[-1].mark.lengths)
     assert len(batches) > 8

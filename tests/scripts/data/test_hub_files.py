@@ -94,7 +94,7 @@ def test_a_record_above_the_limit_is_named_and_never_decoded(tmp_path, monkeypat
     assert [d.name.rpartition(":")[2] for d in read if d.problem == TOO_LONG] == ["10"] and len(read) == 23
 
 
-def test_a_line_that_is_no_json_is_named_too(tmp_path):
+def test_a_line_that_is_not_json_is_named_too(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": \n{"text": "\xff"}\n{"text": "two"}\n')
     read = list(open_source(f"hf:{tmp_path}").read(None))
     assert [(d.text, d.problem) for d in read] == [

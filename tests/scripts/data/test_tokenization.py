@@ -158,7 +158,7 @@ def test_a_rank_file_that_is_none_is_said(tmp_path):
     file = tmp_path / "a.tiktoken"
     with pytest.raises(UserError, match=r"cannot read .*a\.tiktoken: No such file"):
         read_ranks(file)
-    for content, message in (("no ranks", "is no rank file"), ("IQ== 0\n", "is no whole rank file")):
+    for content, message in (("no ranks", "is not a rank file"), ("IQ== 0\n", "is not a whole rank file")):
         file.write_text(content)
         with pytest.raises(UserError, match=message):
             read_ranks(file)

@@ -19,7 +19,7 @@ WSD = {"schedule": "wsd", "warmup": 0.0, "learning_rate": 5e-3}
 
 @pytest.fixture
 def trunk(tmp_path, data):
-    """Twelve steps without decay, of which every third checkpoint stays."""
+    """Twelve steps without decay; every third checkpoint stays."""
     optimizer = WSD | {"schedule": "constant"}
     return train(tmp_path, data, name="trunk", optimizer=optimizer, keep_every=3, keep_last=1)
 
@@ -47,7 +47,7 @@ def test_a_branch_is_the_run_that_decays_there(tmp_path, data, trunk):
         ({"steps": 6}, UsageError, "steps 6: a branch of step 6 needs more"),
         ({"optimizer": WSD | {"decay": 0.5}, "steps": 10}, UsageError, "begins at step 5 of 10"),
         ({"optimizer": WSD | {"warmup": 0.7}}, UsageError, "would have step 6 in its warm-up"),
-        ({"branch_from": "/nowhere/checkpoints/step_00000006"}, UserError, "is no checkpoint of a run"),
+        ({"branch_from": "/nowhere/checkpoints/step_00000006"}, UserError, "is not a checkpoint of a run"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_by_name(tmp_path, data, trunk, fields, error, message):
@@ -68,7 +68,7 @@ def test_what_an_older_run_does_not_name_is_as_it_was_then(tmp_path, data, trunk
             check_branch(load_recipe(write_recipe(tmp_path, data, name="other", **fields, **more))[0])
 
 
-def test_a_damaged_checkpoint_is_no_beginning(tmp_path, data, trunk):
+def test_a_damaged_checkpoint_is_not_a_beginning(tmp_path, data, trunk):
     weights = trunk.checkpoint_path(6) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     file = write_recipe(tmp_path, data, name="b", branch_from=str(trunk.checkpoint_path(6)), optimizer=WSD, steps=20)

@@ -18,7 +18,7 @@ FP32 = {"mode": "fp32", "residual_dtype": None}
 
 @pytest.fixture
 def sets(tmp_path, data):
-    """The data's own held-out text under a name of its own, and another text."""
+    """The data's own held-out text under another name, and another text."""
     other = tmp_path / "numbers.jsonl"
     other.write_text("".join(json.dumps({"text": " ".join(map(str, range(n, n + 200)))}) + "\n" for n in range(3)))
     return {"own": str(data / "heldout.jsonl"), "numbers": str(other)}
@@ -56,7 +56,7 @@ def test_a_set_that_has_changed_is_refused(tmp_path, data, sets):
     ("fields", "error", "message"),
     [
         ({"heldout_sets": {"a": "x"}}, UsageError, "heldout_sets needs heldout_every"),
-        ({"heldout_sets": {"a/b": "x"}, "heldout_every": 3}, UsageError, "heldout_sets: 'a/b' is no name"),
+        ({"heldout_sets": {"a/b": "x"}, "heldout_every": 3}, UsageError, "heldout_sets: 'a/b' is not a name"),
         (
             {"heldout_sets": {"a": 3}, "heldout_every": 3},
             UsageError,

@@ -104,7 +104,7 @@ def test_every_row_has_the_state_that_its_plan_counts():
     ("optimizer", "message"),
     [
         ({"name": "muno"}, r"optimizer.name 'muno' is none of adamw, muon \(did you mean 'muon'\?\)"),
-        ({"options": {"momentum": 0.9}}, "optimizer.options.momentum: adamw has no options of its own"),
+        ({"options": {"momentum": 0.9}}, "optimizer.options.momentum: adamw has no options"),
         ({"name": "muon", "options": {"momentun": 0.9}}, "unknown field optimizer.options.momentun.*'momentum'"),
         ({"name": "muon", "options": {"momentum": 1.0}}, "optimizer.options.momentum must be at least 0 and below 1"),
         ({"name": "muon", "options": {"rate_factor": 0}}, "optimizer.options.rate_factor must be above 0, not 0"),

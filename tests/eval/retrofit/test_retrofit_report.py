@@ -1,0 +1,102 @@
+"""The report on a retrofit: its numbers computed again from the models, and what it refuses."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from modeling_periln import PeriLlamaForCausalLM
+from modeling_periln.convert import from_native
+from periln.eval.arguments.retrofit import check, parse
+from periln.eval.retrofit.command import main
+from periln.eval.texts.samples import random_samples
+from periln.runkit.errors import UsageError, UserError
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Llama, and its tensors in a model with output norms of unit gain."""
+    where = tmp_path_factory.mktemp("report")
+    torch.manual_seed(3)
+    config = LlamaConfig(vocab_size=200, max_position_embeddings=64, initializer_range=0.3, **SIZES)
+    llama = LlamaForCausalLM(config)
+    llama.save_pretrained(where / "llama")
+    ours = from_native(llama)
+    config = ours.config
+    config.norm_placement, config.embedding_norm = "peri", None
+    peri = PeriLlamaForCausalLM(config)
+    peri.load_state_dict(ours.state_dict(), strict=False)
+    peri.save_pretrained(where / "peri")
+    return where
+
+
+def run(folder, out, *words):
+    args = parse([str(folder / "llama"), str(folder / "peri"), "--out", str(out), "--data", "random",
+                  "--samples", "5", "--tokens", "24", "--batch-size", "2", *words])  # fmt: skip
+    check(args)
+    main(args)
+    return json.loads((out / "report.json").read_text())
+
+
+def test_the_numbers_are_those_of_the_models(tmp_path, folder, capsys):
+    report = run(folder, tmp_path / "out", "--rows", "weights: INT4 per row,stream: FP16")
+    ids = random_samples(200, 5, 24, 0).ids
+    with torch.no_grad():
+        logits = [
+            AutoModelForCausalLM.from_pretrained(folder / name)(ids).logits.double() for name in ("llama", "peri")
+        ]
+    losses = [F.cross_entropy(z[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item() for z in logits]
+    p, q = (z.log_softmax(-1) for z in logits)
+    source, peri = report["models"]
+    assert [source["loss"], peri["loss"]] == pytest.approx(losses, rel=1e-5)
+    assert source["kl"] is None
+    assert peri["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert peri["top1"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert len(peri["stream_max_abs"]) == 4
+    assert (source["placement"], peri["placement"]) == ("pre", "peri")
+    assert [f["row"] for f in peri["formats"]] == ["weights: INT4 per row", "stream: FP16"]
+    assert peri["formats"][1]["kl"] < 0.01 * peri["formats"][0]["kl"]
+    shown = capsys.readouterr().out
+    assert "peri: the loss is +" in shown or "peri: the loss is -" in shown
+    frame = pd.read_csv(tmp_path / "out" / "report.csv")
+    assert frame.loss.tolist() == pytest.approx(losses, rel=1e-4)
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_headroom_and_massive_activations_are_those_of_the_largest_value(tmp_path, folder):
+    large = tmp_path / "models"
+    shutil.copytree(folder, large)
+    model = AutoModelForCausalLM.from_pretrained(large / "peri")
+    with torch.no_grad():
+        model.model.layers[1].mlp_output_norm.weight[7] = 5e4
+    model.save_pretrained(large / "peri")
+    report = run(large, tmp_path / "out", "--rows", "stream: FP16")
+    peri = report["models"][1]
+    assert peri["largest"]["headroom_bits"] < 0
+    assert [m["channel"] for m in peri["massive_activations"]] == [7]
+    assert peri["massive_activations"][0]["layer"] == 2
+    assert peri["formats"][0]["rise_share"] is None
+    assert "not finite" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_what_it_refuses(tmp_path, folder):
+    with pytest.raises(UsageError, match="--rows has no 'stream: FP17' .did you mean 'stream: FP16'"):
+        run(folder, tmp_path / "out", "--rows", "stream: FP17")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("kept")
+    with pytest.raises(UsageError, match="nothing is overwritten"):
+        run(folder, tmp_path / "there")
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    config = LlamaConfig(vocab_size=201, max_position_embeddings=64, **SIZES)
+    shutil.rmtree(other / "peri")
+    LlamaForCausalLM(config).save_pretrained(other / "peri")
+    with pytest.raises(UserError, match="has 201 tokens, and its source .* 200"):
+        run(other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

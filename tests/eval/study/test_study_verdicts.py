@@ -1,0 +1,111 @@
+"""From records to verdicts: what is supported and what is not, what is written, and that a changed record is found."""
+
+import json
+
+import pytest
+from study_records import CLAIMS, make
+
+from periln.eval.arguments.study import parse
+from periln.eval.study import command
+from periln.eval.study.tests import Results
+from periln.eval.study.verdicts import judge
+from periln.runkit.errors import UserError
+from periln.runkit.recipes import read_yaml
+from periln.runkit.studies import CELLS, best_rates
+
+
+def verdicts_of(study) -> dict:
+    results = study.results()
+    found = judge(read_yaml(CLAIMS), Results(list(results.values()), best_rates(study.plan, results)))
+    return {verdict.name: verdict for verdict in found}
+
+
+@pytest.fixture
+def study(tmp_path):
+    return make(tmp_path / "study")
+
+
+def test_every_claim_has_a_verdict_and_says_what_would_change_it(study):
+    found = verdicts_of(study)
+    assert list(found) == [f"C{n}" for n in range(1, 21)]
+    assert found["C19"].verdict == "not testable here" and found["C19"].change
+    assert found["C1"].verdict == "undecided" and "no run of it yet" in found["C1"].change
+    assert found["C9"].verdict == "supported"
+    assert all(verdict.change for verdict in found.values())
+
+
+def test_a_rate_at_which_all_of_the_others_diverged_counts(study):
+    lower = verdicts_of(study)["C10"].parts[0]
+    assert lower.verdict == "supported" and lower.outcome.estimate.value < 0
+    assert "rate 0.1: every run of pre diverged, none of the other's" in lower.outcome.details
+
+
+def test_one_pair_of_which_one_run_diverged_decides_nothing(tmp_path):
+    found = verdicts_of(make(tmp_path / "study", cells=9))["C10"].parts[0]
+    assert found.outcome.details[-1].startswith("rate 0.1: every run of pre diverged")
+    assert found.verdict == "undecided"
+
+
+def test_the_best_rate_is_that_of_the_first_seed(study):
+    assert best_rates(study.plan, study.results()) == {"post": 0.01, "pre": 0.01, "peri": 0.01}
+    results = study.results()
+    del results["e2_pre_rate-0.001_seed1"]
+    assert best_rates(study.plan, results)["pre"] is None
+
+
+def test_few_seeds_leave_it_undecided(tmp_path):
+    found = verdicts_of(make(tmp_path / "study", cells=9))  # the first seed alone
+    assert {found[name].verdict for name in ("C9", "C10")} == {"undecided"}
+    assert "two pairs at least" in found["C9"].change
+
+
+def test_one_counterexample_contradicts_never(study, tmp_path):
+    lines = (study.path / CELLS).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    next(row for row in rows if row["variant"] == "peri")["overflow"] = True
+    (study.path / CELLS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert verdicts_of(study)["C11"].verdict == "contradicted"
+
+
+def test_pairs_are_within_one_text(study):
+    results = study.results()
+    for row in results.values():
+        row["data"] = row["variant"]  # each placement read another text
+    found = judge(read_yaml(CLAIMS), Results(list(results.values()), best_rates(study.plan, results)))
+    assert found[8].name == "C9" and found[8].parts[0].outcome.estimate.n == 0
+
+
+def test_export_and_check(study, tmp_path, capsys):
+    records = tmp_path / "records"
+    command.main(parse(["export", str(study.path), "--records", str(records)]))
+    assert {"plan.yaml", "claims.yaml", "frozen.json", "cells.jsonl", "verdicts.json", "verdicts.md"} <= {
+        path.name for path in records.iterdir()
+    }
+    command.main(parse(["check", str(records)]))
+    assert "20 verdicts from 45 cells, as they are stored" in capsys.readouterr().out
+    text = (records / CELLS).read_text()
+    changed = text.replace('"heldout_loss": 4.111', '"heldout_loss": 4.911')
+    assert changed != text
+    (records / CELLS).write_text(changed)
+    with pytest.raises(UserError, match="C10: stored .*, recomputed"):
+        command.main(parse(["check", str(records)]))
+
+
+def test_a_changed_plan_or_claim_is_refused(study):
+    with open(study.path / "claims.yaml", "a") as file:
+        file.write("# a threshold\n")
+    with pytest.raises(UserError, match=r"claims\.yaml has changed since it was frozen"):
+        command.main(parse(["report", str(study.path)]))
+
+
+def test_the_report_is_one_page_with_its_figures(study):
+    command.main(parse(["report", str(study.path)]))
+    page = (study.path / "report.html").read_text()
+    assert "data:image/png;base64" in page and 'class="supported"' in page and "45 of 45 cells" in page
+    markdown = (study.path / "verdicts.md").read_text()
+    assert "Peri-LN has the lowest mean held-out loss" in markdown and "0.001, 0.01, 0.1." in markdown
+    assert "Diverged in E2: Post-LN 0 of 15, Pre-LN 5 of 15, Peri-LN 0 of 15." in markdown
+    assert "| 0.1 |" in markdown and "5 of 5 diverged" in markdown
+    before = page, markdown
+    command.main(parse(["report", str(study.path)]))
+    assert before == ((study.path / "report.html").read_text(), (study.path / "verdicts.md").read_text())
