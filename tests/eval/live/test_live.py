@@ -67,7 +67,7 @@ def test_a_running_run_has_its_numbers_and_the_time_that_is_left(tmp_path):
     assert found["left"] == pytest.approx(120 * 2.0) and found["seconds"] == 2.0
     assert found["skips"] == {"probe": 2}
     assert found["bits"] == pytest.approx(9.8, abs=0.1)
-    assert state(tmp_path)["left"] == found["left"]
+    assert state(tmp_path)["left"] == found["left"] and state(tmp_path)["pause"] > 0
 
 
 def test_a_run_whose_process_is_gone_is_said_to_have_stopped(tmp_path):
