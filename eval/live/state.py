@@ -36,7 +36,8 @@ class Watch:
         self._made: tuple[float, str] = (-math.inf, "")
 
     def state(self) -> str:
-        """The state as JSON: name, runs (rows of the table), left (seconds), pause (before the next question), and what `plots.packed` gives."""
+        """The state as JSON: name, runs (rows of the table), left (seconds), pause (seconds before the next question),
+        and what `plots.packed` gives."""
         with self._lock:
             if time.monotonic() - self._made[0] > FRESH_SECONDS:
                 self._made = (time.monotonic(), self._state())
