@@ -12,6 +12,7 @@ from periln.runkit.public import public
 from periln.runkit.studies import CELLS, FROZEN, Study
 
 LARGEST = 5_000_000  # bytes
+WORDS = ("details", "what_would_change_it")
 
 
 def export(study: Study, results: dict[str, dict[str, Any]], verdicts: list[Verdict], out: Path) -> int:
@@ -42,9 +43,9 @@ def export(study: Study, results: dict[str, dict[str, Any]], verdicts: list[Verd
 
 
 def _same(new: Any, old: Any) -> bool:
-    """Equal; numbers to one in a thousand, as another SciPy or processor may give them. Words of details are left out."""
+    """Equal; numbers to one in a thousand, as another SciPy or processor gives them. What is said of them is left out."""
     if isinstance(new, dict) and isinstance(old, dict):
-        return new.keys() == old.keys() and all(_same(new[k], old[k]) for k in new if k != "details")
+        return new.keys() == old.keys() and all(_same(new[k], old[k]) for k in new if k not in WORDS)
     if isinstance(new, list) and isinstance(old, list):
         return len(new) == len(old) and all(map(_same, new, old))
     if isinstance(new, float) and isinstance(old, (int, float)):
