@@ -159,18 +159,18 @@ COMMANDS = """
     periln retrofit SMOLLM2 OUT --to sandwich --data validation.parquet --samples 20 --check-samples 8 --tokens 128
     periln retrofit-report SMOLLM2 OUT --data test.parquet --out report
 """
-AROUND = """The table is of a smaller sample (8 windows of 64 tokens to calibrate on, 4 others to look at, least squares;
-the functions of both commands, in one process). With a fifth of the text the calibrated model is worse still. The massive
-activation of layer 12 is no longer in the stream, but it is still in the MLP's output before its norm (1.7e4), which FP16
-has to hold too: the headroom grows by half a bit, no more. The columns of formats are a share of each model's own loss,
-and say nothing for a model that is worse than chance."""
-HEALED = """A smaller model (3 layers, 64 channels, tied head, 307 thousand tokens) became `peri`. The scalar rule was best
-on the calibration text (24 windows of 64 tokens). Two healing runs followed, on KL from the source: 6 thousand tokens for
-the new gains alone (`peri-gains`), then 55 thousand for everything (`peri-kl`). On 48 windows of 64 tokens of held-out
-text, formats as the rise of each model's own loss:"""
-HEALING_SAYS = """Calibration costs 0.036 nats, the gains alone give back 0.005 of it, and training everything on 55 thousand
-tokens, a fifth of what the source was trained on, gives back 0.029. Headroom and formats do not move: nothing was wrong
-with them."""
+AROUND = """The table is of a smaller sample (8 windows of 64 tokens to calibrate on, 4 others to look at, least
+squares; the functions of both commands, in one process). With a fifth of the text the calibrated model is worse
+still. The massive activation of layer 12 is no longer in the stream, but it is still in the MLP's output before its
+norm (1.7e4), which FP16 has to hold too: the headroom grows by half a bit, no more. The columns of formats are a
+share of each model's own loss, and say nothing for a model that is worse than chance."""
+HEALED = """A smaller model (3 layers, 64 channels, tied head, 307 thousand tokens) became `peri`. The scalar rule was
+best on the calibration text (24 windows of 64 tokens). Two healing runs followed, on KL from the source: 6 thousand
+tokens for the new gains alone (`peri-gains`), then 55 thousand for everything (`peri-kl`). On 48 windows of 64 tokens
+of held-out text, formats as the rise of each model's own loss:"""
+HEALING_SAYS = """Calibration costs 0.036 nats, the gains alone give back 0.005 of it, and training everything on 55
+thousand tokens, a fifth of what the source was trained on, gives back 0.029. Headroom and formats do not move:
+nothing was wrong with them."""
 
 
 def around() -> str:
