@@ -23,7 +23,7 @@ from periln.scripts.demo.recipe import DemoRecipe
 
 
 def tiny_recipe(folder, **more):
-    """A demo that takes seconds, on text of its own."""
+    """A demo that takes seconds, on its own text."""
     text = folder / "text"
     if not text.exists():
         text.mkdir()
