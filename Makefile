@@ -2,6 +2,7 @@
 #   PYTHON=python3        the interpreter to build the virtual environment with (3.11 or newer)
 #   TORCH_INDEX=URL       another package index for torch, e.g. https://download.pytorch.org/whl/cpu
 #   TORCH=torch==X        another torch for `make test-oldest` and `make test-newest`, with TORCH_INDEX
+#   KILLS=60  COMPILE=0|1  how often `make test-slow` kills a run, and whether the run is compiled
 #   DEVICE=cpu|cuda  TEXT=PATH  HUB=1  LIMIT=N  PLACEMENTS=a,b  OUT=runs/demo  DEBUG=1      for `make demo`
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,8 +36,9 @@ $(STAMP):
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
+demo: STARTED := $(shell date +%s)
 demo: $(STAMP) ## the Peri-LN study in miniature: ends with report.html
-	@exec $(BIN)/python -m scripts.demo $(DEMO_FLAGS) --stop-with-parent $$PPID
+	@exec $(BIN)/python -m scripts.demo $(DEMO_FLAGS) --started $(STARTED) --stop-with-parent $$PPID
 
 test: $(STAMP) ## the whole test suite, the fast tests first
 	$(BIN)/python -m pytest -m 'not kills and not notebooks and not published' $(PARALLEL) $(PYTEST_ARGS)
@@ -47,8 +49,8 @@ docs: $(STAMP) ## the documentation, into site/; a broken link or reference fail
 notebooks: $(STAMP) ## the notebooks of examples/ from top to bottom, at their full size
 	$(BIN)/python -m pytest -m notebooks $(PYTEST_ARGS)
 
-test-slow: $(STAMP) ## what takes minutes by itself: a run killed sixty times, a study of 20 minutes
-	$(BIN)/python -m pytest -m kills $(PYTEST_ARGS)
+test-slow: $(STAMP) ## what takes minutes by itself: a study of 20 minutes, a run killed sixty times (KILLS=1000, COMPILE=1)
+	KILLS="$(KILLS)" COMPILE="$(COMPILE)" $(BIN)/python -m pytest -m kills $(PYTEST_ARGS)
 
 # PUBLISHED_TOKENS, PUBLISHED_LIMIT and PUBLISHED_LENGTH raise what is measured: see tests/README.md.
 test-published: $(STAMP) ## two published checkpoints, bench and cure; fetches 430 MB with pip into .published/

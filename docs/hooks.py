@@ -371,7 +371,7 @@ def result_pages() -> str:
 
 
 def study() -> str:
-    """The study's tables, as `periln study export` wrote them beside its records."""
+    """The study's tables, as `periln study export` wrote them next to its records."""
     text = (DOCS / "results" / "records" / "study" / "verdicts.md").read_text()
     return text.partition("\n")[2].strip()
 

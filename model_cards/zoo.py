@@ -111,7 +111,7 @@ def row_of(subject: Subject, root: Path) -> dict[str, str]:
         "placement": placement_name(config, "not recorded") if ours else _architecture(config),
         "parameters (with embeddings)": number(subject.parameters),
         "tokens": number(tokens_seen(subject)),
-        "status": text(subject.summary.get("status")) if subject.run is not None else "no run beside it",
+        "status": text(subject.summary.get("status")) if subject.run is not None else "no run next to it",
         "loss": loss_of(subject),
         "scores": scores_of(subject),
         "FP16 headroom": str(headroom) if headroom else MISSING,

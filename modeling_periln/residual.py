@@ -34,7 +34,7 @@ class PeriLlamaResidual(nn.Module):
         for name, factor in (("alpha", alpha), ("s", s)):
             if isinstance(factor, float):
                 value = factor
-            else:  # not isinstance of Learned: remote code has a copy of the class of its own
+            else:  # not isinstance of Learned: remote code has its own copy of the class
                 self.initial[name] = float(factor.init)
                 value = nn.Parameter(torch.full((FACTORS[factor.learned](hidden_size),), float(factor.init)))
             setattr(self, name, value)

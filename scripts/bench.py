@@ -160,6 +160,7 @@ def norm_pair(case: Case, device: torch.device) -> tuple[Callable[[], Any], Call
 
 
 def _cases() -> Iterator[Case]:
+    shared: dict[str, Any]
     for target, compiled in ((1.0, False), (0.97, True)):
         how = "compiled" if compiled else "eager"
         for dtype in DTYPES:
@@ -168,7 +169,7 @@ def _cases() -> Iterator[Case]:
                 shared = {"dtype": dtype, "compiled": compiled, "placements": (ours, None), "native": native}
                 yield Case(name, what, native, target, (2, 256), training_pair, **shared)
     what = "training step, peri, FP32, compiled, d 1024"
-    pair = {"compiled": True, "sizes": WIDE, "placements": ("peri", "pre")}
+    pair: dict[str, Any] = {"compiled": True, "sizes": WIDE, "placements": ("peri", "pre")}
     yield Case("peri-over-pre", what, "our own pre", 0.97, (1, 2048), training_pair, **pair)
     for batch in (1, 16):
         yield Case(
@@ -183,7 +184,7 @@ def _cases() -> Iterator[Case]:
         )
     shared = {"placements": ("pre", "pre")}
     yield Case("same-train", "training step, pre, FP32, eager", "itself", 0.0, (2, 256), training_pair, **shared)
-    same = {"new_tokens": 32} | shared
+    same: dict[str, Any] = {"new_tokens": 32} | shared
     yield Case("same-decode", "decoding, batch 1, FP32", "itself", 0.0, (1, 32), decoding_pair, **same)
     for other, target in (("plain", 1.0), ("F.rms_norm", 1.0), ("F.layer_norm", 0.0)):
         yield Case(f"norm-{other}", "RMSNorm, forward and backward", other, target, (8, 512), norm_pair)

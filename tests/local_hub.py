@@ -44,7 +44,7 @@ def git_blob_id(data: bytes) -> str:
 
 
 class Store:
-    """Repositories as folders, their commits as snapshots beside them.
+    """Repositories as folders, their commits as snapshots next to them.
 
     `main` is the folder itself, another branch a folder under `.branches`; a branch's log holds its commits.
     """

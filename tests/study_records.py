@@ -87,6 +87,8 @@ def result(cell: dict[str, Any], plan_hash: str) -> dict[str, Any]:
         "seconds": 10.0,
         "heldout_loss": None if lost else round(loss, 5),
         "heldout": [],
+        "loss": [[0, 5.7], [500, loss]],
+        "grad_norm": [[0, 1.0], [500, 0.5]],
         "initial_loss": 5.7,
         "spikes": {"post": 3, "pre": 5, "peri": 1}[variant] + seed % 2,
         "headroom": {"stream": {"post": 12.0, "pre": 4.0, "peri": 9.0}[variant] + 0.1 * seed},

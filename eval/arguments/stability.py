@@ -32,6 +32,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m eval.stability")
     add("--tokens", type=int, metavar="N", help=f"tokens a sample; {TOKENS}, or what the model takes, when left out")
     add("--out", type=Path, metavar="DIR", help="results in DIR/NAME; when left out, ./stability for what is not a run")
     add("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
+    add("--last", action="store_true", help="of a run the last checkpoint alone, and none of one that has diverged")
     add("--again", action="store_true", help="measure again what has been measured")
     add = more_options(parser).add_argument
     add("--seed", type=int, default=0, help="which samples are drawn")

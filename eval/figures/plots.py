@@ -89,7 +89,7 @@ def depth_lines(view: View, data: pd.DataFrame, panel: int) -> list[dict[str, An
 
 
 def spread(values: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the values, the first and the last among them."""
+    """At most `most` of the values, including the first and the last."""
     if len(values) <= most:
         return list(values)
     return [values[i] for i in sorted({round(k * (len(values) - 1) / (most - 1)) for k in range(most)})]

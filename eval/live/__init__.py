@@ -1,1 +1,1 @@
-"""A live page beside running pretrainings: served on this machine alone, from run folders alone."""
+"""A live page of running pretrainings, served on this machine alone, from run folders alone."""

@@ -1,4 +1,4 @@
-"""A live page beside running pretrainings: `python -m eval.live RUNS`."""
+"""A live page of running pretrainings: `python -m eval.live RUNS`."""
 
 import sys
 

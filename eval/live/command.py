@@ -1,4 +1,4 @@
-"""A live page beside running pretrainings and sweeps, on this machine alone.
+"""A live page of running pretrainings and sweeps, on this machine alone.
 
     python -m eval.live runs/
 

@@ -16,6 +16,7 @@ from periln.eval.live.followed import Followed
 from periln.eval.records.frames import load
 from periln.runkit.errors import UserError
 
+SHARE = 0.05  # of a core at most: the page waits accordingly, and trainings keep their processors
 FRESH_SECONDS = 1.0  # a state as old as this is given once more
 MOST_MARKS = 200  # of skipped steps of a run
 SKIPPED = ("checkpoints", "trainer_state", "eval", "layers", "flight", "figures", "sft", "data", "logs")
@@ -35,13 +36,15 @@ class Watch:
         self._made: tuple[float, str] = (-math.inf, "")
 
     def state(self) -> str:
-        """The state as JSON: name, runs (rows of the table), left (seconds), and what `plots.packed` gives."""
+        """The state as JSON: name, runs (rows of the table), left (seconds), pause (seconds before the next question),
+        and what `plots.packed` gives."""
         with self._lock:
             if time.monotonic() - self._made[0] > FRESH_SECONDS:
                 self._made = (time.monotonic(), self._state())
             return self._made[1]
 
     def _state(self) -> str:
+        began = time.thread_time()
         self._find()
         for run in self._runs.values():
             run.refresh()
@@ -54,6 +57,7 @@ class Watch:
         rows += [{"name": name, "status": "waiting"} for name in self._waiting()]
         left = [row["left"] for row in rows if row.get("left") is not None and row["status"] == "running"]
         head = {"name": self.root.resolve().name, "runs": rows, "left": max(left) if left else None}
+        head["pause"] = round((1 / SHARE - 1) * (time.thread_time() - began), 2)
         return json.dumps(head, allow_nan=False)[:-1] + ", " + packed({k: p for k, p in plots.items() if p})[1:]
 
     # --- the runs ------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""How a retrofitted model does beside its source: loss, divergence, headroom, massive activations, formats."""
+"""How a retrofitted model compares with its source: loss, divergence, headroom, massive activations, formats."""

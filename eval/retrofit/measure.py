@@ -1,4 +1,4 @@
-"""One model beside the source it was made from, on the same samples."""
+"""One model and its source, on the same samples."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ class Measured:
 
 @contextmanager
 def _seen_by(probe: Probe, model: nn.Module) -> Iterator[None]:
-    """Every pass of the model stands between the probe's `start` and `finish`."""
+    """Every pass of the model is between the probe's `start` and `finish`."""
     first = 0
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ python -m eval.stability RUN_OR_CHECKPOINT_OR_HUB_ID... --data wikitext --sample
 import argparse
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from periln.eval.text_table import Table, to_terminal
 from periln.eval.texts.samples import Samples, find_samples
 from periln.runkit.environment import describe_environment
 from periln.runkit.errors import UsageError
+from periln.runkit.folder import RunFolder
 from periln.runkit.number_format import FP16
 from periln.runkit.process import need_device, quiet_transformers, start_stage
 
@@ -156,6 +158,14 @@ def _records_of(args: argparse.Namespace, model: Model) -> BenchFolder:
     return BenchFolder(folder, model.name if model.run is not None else model.asked, single=model.run is None)
 
 
+def _diverged(asked: str) -> bool:
+    """Whether this is the folder of a run that has diverged, which is said."""
+    lost = RunFolder(asked).status == "diverged"
+    if lost:
+        tqdm.write(f"{asked} has diverged: it is not measured")
+    return lost
+
+
 def _measure_model(bench: _Bench, model: Model, records: BenchFolder) -> None:
     args, folder = bench.args, records.folder
     for checkpoint in model.checkpoints:
@@ -180,7 +190,9 @@ def main(args: argparse.Namespace) -> None:
         print(explain(args.explain))
         return
     quiet_transformers()
-    models = [find_measured(asked, args.revision) for asked in args.models]
+    models = [find_measured(asked, args.revision) for asked in args.models if not (args.last and _diverged(asked))]
+    if args.last:
+        models = [replace(model, checkpoints=model.checkpoints[-1:]) for model in models]
     names = [m.name for m in models if m.run is None or args.out is not None]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:

@@ -1,6 +1,7 @@
 """A study's records: small enough for a repository, enough to judge again and to continue on another machine."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from periln.runkit.public import public
 from periln.runkit.studies import CELLS, FROZEN, Study
 
 LARGEST = 5_000_000  # bytes
+WORDS = ("details", "what_would_change_it")
 
 
 def export(study: Study, results: dict[str, dict[str, Any]], verdicts: list[Verdict], out: Path) -> int:
@@ -40,6 +42,17 @@ def export(study: Study, results: dict[str, dict[str, Any]], verdicts: list[Verd
     return len(text)
 
 
+def _same(new: Any, old: Any) -> bool:
+    """Equal; numbers to one in a thousand, as another SciPy may give them; what is said of them is left out."""
+    if isinstance(new, dict) and isinstance(old, dict):
+        return new.keys() == old.keys() and all(_same(new[k], old[k]) for k in new if k not in WORDS)
+    if isinstance(new, list) and isinstance(old, list):
+        return len(new) == len(old) and all(map(_same, new, old))
+    if isinstance(new, float) and isinstance(old, (int, float)):
+        return math.isclose(new, old, rel_tol=1e-3, abs_tol=1e-6)
+    return new == old
+
+
 def compare(out: Path, verdicts: list[Verdict]) -> list[str]:
     """How recomputed verdicts differ from those that `out` holds; empty where they are the same.
 
@@ -49,11 +62,11 @@ def compare(out: Path, verdicts: list[Verdict]) -> list[str]:
     stored = {entry["claim"]: entry for entry in read_json(out / "verdicts.json")}
     lines = []
     for verdict in verdicts:
-        # As JSON has it, so that a list is a list.
-        new, old = json.loads(json.dumps(verdict.record())), stored.pop(verdict.name, None)
-        if new != old:
+        new, old = verdict.record(), stored.pop(verdict.name, None)
+        if not _same(new, old):
             was = old["verdict"] if old else "absent"
-            parts = [i for i, part in enumerate(new["parts"]) if not old or part != (old["parts"] + [None] * 9)[i]]
+            before = (old["parts"] if old else []) + [None] * len(new["parts"])
+            parts = [i for i, part in enumerate(new["parts"]) if not _same(part, before[i])]
             named = "; ".join(new["parts"][i]["words"] for i in parts)
             lines.append(f"{verdict.name}: stored {was}, recomputed {verdict.verdict}{f' ({named})' if named else ''}")
     return lines + [f"{name}: stored, and no claim of the study" for name in stored]

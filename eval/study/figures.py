@@ -63,6 +63,7 @@ def _over_rates(results: Results, of: Callable[[Cell], float | None], label: str
             text = f" {number}/{len(at)}"
             ax.text(rate, y, text, fontsize=7.5, va="center", **mark)
     ax.set(xscale="log", xlabel="learning rate", ylabel=label)
+    ax.margins(y=0.22 if crosses else 0.05)  # room for the crosses
     ax.legend(frameon=False, loc="lower left" if crosses else "best")
     return figure
 
@@ -132,8 +133,65 @@ def pairs(results: Results) -> Figure | None:
         ax.plot([float(np.mean(values))], [y], "|", color="black", markersize=11)
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [name for name, _, _ in rows[::-1]])
-    ax.set_xlabel("held-out loss minus Peri-LN's (nats a token; right: Peri-LN is better)")
+    ax.set_xlabel("held-out loss minus Peri-LN's\n(nats a token; right: Peri-LN is better)")
     return figure
+
+
+def course(results: Results) -> Figure | None:
+    """Training loss and gradient norm of each placement at its best rate, all seeds; E2."""
+    cells = [cell for cell in results.of({"group": "E2"}) if cell["rate"] == results.best.get(cell["variant"])]
+    cells.sort(key=lambda cell: (COMPARED.index(cell["variant"]), cell["seed"]))
+    if not cells:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.2), layout="constrained")
+    for ax, name, label in zip(
+        axes, ("loss", "grad_norm"), ("training loss (nats a token)", "gradient norm"), strict=True
+    ):
+        named = set()
+        for cell in cells:
+            title = f"{TITLES[cell['variant']]}, {cell['rate']:g}"
+            steps, values = zip(*cell[name], strict=True)
+            shown = None if title in named else title
+            ax.plot(steps, values, color=COLOURS[cell["variant"]], linewidth=1.2, label=shown)
+            named.add(title)
+        ax.set(xlabel="step", ylabel=label)
+    axes[1].set_yscale("log")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def _by_layer(results: Results, of: Callable[[Cell], list[float] | None], label: str) -> Figure | None:
+    curves: dict[str, list[list[float]]] = {}
+    for cell in results.of({"group": "E1", "status": "completed"}):
+        if values := of(cell):
+            curves.setdefault(cell["variant"], []).append(values)
+    if not curves:
+        return None
+    figure, ax = plt.subplots(figsize=(6.2, 3.4), layout="constrained")
+    for i, (variant, rows) in enumerate(curves.items()):
+        mean = np.array(rows, dtype=float).mean(0)
+        look = (
+            _look(variant)
+            if variant in COMPARED
+            else {"color": OTHER_COLOUR, "linestyle": ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))[i % 4]}
+        )
+        ax.plot(range(1, len(mean) + 1), mean, label=TITLES.get(variant, variant), **look)
+    ax.set(xlabel="layer", ylabel=label)
+    ax.legend(frameon=False, fontsize=7.5)
+    return figure
+
+
+def angles(results: Results) -> Figure | None:
+    return _by_layer(results, lambda cell: (cell.get("inside") or {}).get("angular"), "angular distance (units of pi)")
+
+
+def gamma(results: Results) -> Figure | None:
+    def at_end(cell: Cell) -> list[float] | None:
+        tables = cell.get("gamma") or {}
+        values = tables[max(tables, key=int)] if tables else None
+        return values if values and None not in values else None
+
+    return _by_layer(results, at_end, "mean gamma of the output norms")
 
 
 FIGURES: dict[str, tuple[Callable[[Results], Figure | None], str]] = {
@@ -141,6 +199,10 @@ FIGURES: dict[str, tuple[Callable[[Results], Figure | None], str]] = {
         rates,
         "Held-out loss against the learning rate (as the paper's Figures 3a and 8). Dots are seeds, lines their "
         "means; a cross is a rate at which runs diverged, with how many of all.",
+    ),
+    "course": (
+        course,
+        "Training loss and gradient norm at each placement's best rate (as Figures 3b and 3c), a line a seed, thinned.",
     ),
     "depth": (
         depth,
@@ -152,6 +214,8 @@ FIGURES: dict[str, tuple[Callable[[Results], Figure | None], str]] = {
         headroom,
         f"Bits between the largest entry of stream, sum and module output and {FP16.limit}, at the recorded steps.",
     ),
+    "angles": (angles, "Angular distance over each layer after training (as Figure 7c), mean over seeds; E1."),
+    "gamma": (gamma, "Mean gamma of the output norms by layer after training (as the end of Figure 7b); E1."),
     "pairs": (pairs, "Paired differences of held-out loss: a dot a seed, a bar their mean."),
 }
 

@@ -32,8 +32,9 @@ def look_inside(run: Path, texts: Path) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()
     model = find_measured(str(run))
     network = model.chosen.load(torch.float32, "cpu", False)
-    length = min(TOKENS, network.config.max_position_embeddings)
-    samples = find_samples(network.config, model.tokenizer(None, False), str(texts), SAMPLES, length, SEED)
+    config: Any = network.config
+    length = min(TOKENS, config.max_position_embeddings)
+    samples = find_samples(config, model.tokenizer(None, False), str(texts), SAMPLES, length, SEED)
     anatomy = find_anatomy(network)
     steps = steps_of(anatomy, certify(network, anatomy=anatomy))
     taken = step_summary(token_steps(anatomy, steps, samples.batches(BATCH)), steps)

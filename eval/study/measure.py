@@ -1,8 +1,6 @@
 """A trained cell's result: all that verdicts and figures read of it, a few kilobytes."""
 
 import math
-import shutil
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -120,7 +118,7 @@ def gold_bits(run: RunFolder) -> dict[str, float] | None:
 
 
 def measure(study: Study, name: str) -> None:
-    """Write a cell's cell.json, and drop the optimizer's state, which no cell needs any more.
+    """Write a cell's cell.json.
 
     Raises:
         UserError: no such cell, or it has not ended.
@@ -137,9 +135,3 @@ def measure(study: Study, name: str) -> None:
     if (gold := gold_bits(run)) is not None:
         result[GOLD] = gold
     write_json(run.path / "cell.json", json_number(result))
-    for checkpoint in run.checkpoints():
-        _drop(checkpoint / "trainer_state")
-
-
-def _drop(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)

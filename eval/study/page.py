@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from periln.eval.study.figures import FIGURES, TITLES, draw
 from periln.eval.study.tests import Results
-from periln.eval.study.verdicts import PartVerdict, Verdict
+from periln.eval.study.verdicts import CONTRADICTED, SUPPORTED, UNDECIDED, UNTESTABLE, PartVerdict, Verdict
 from periln.runkit.folder import write_bytes, write_text
 from periln.runkit.studies import Study
 
@@ -122,12 +122,56 @@ def facts(study: Study, results: Results, best: dict[str, float | None]) -> list
     return said
 
 
+def findings(results: Results, verdicts: list[Verdict]) -> list[str]:
+    """What the verdicts and E2's losses say, in sentences."""
+    kinds = [verdict.verdict for verdict in verdicts]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in (SUPPORTED, CONTRADICTED, UNDECIDED, UNTESTABLE))
+    said = [f"Of {len(verdicts)} claims: {counts}."]
+    for kind in (SUPPORTED, CONTRADICTED):
+        parts = [f"{v.name}: {p.words} ({effect(p)})" for v in verdicts for p in v.parts if p.verdict == kind]
+        if parts:
+            said.append(f"Parts of claims that are {kind}: {'; '.join(parts)}.")
+    lowest: dict[str, list[str]] = {}
+    for rate in sorted({cell["rate"] for cell in results.of({"group": "E2"})}):
+        cells = results.of({"group": "E2", "rate": rate})
+        common = set.intersection(*({c["seed"] for c in cells if c["variant"] == name} for name in TITLES))
+        means = {}
+        for name in TITLES:
+            losses = [c["heldout_loss"] for c in cells if c["variant"] == name and c["seed"] in common]
+            if losses and None not in losses:
+                means[name] = fmean(losses)
+        if common and len(means) > 1:
+            best = min(means, key=lambda name: means[name])
+            lowest.setdefault(best, []).append(f"{rate:g}")
+    for name, rates in lowest.items():
+        said.append(
+            f"{TITLES[name]} has the lowest mean held-out loss of the placements whose runs all completed, over the "
+            f"seeds that all three have, at learning rate{'s' if len(rates) > 1 else ''} {', '.join(rates)}."
+        )
+    lost = {title: results.of({"group": "E2", "variant": name}) for name, title in TITLES.items()}
+    parts = [
+        f"{title} {sum(c['status'] == 'diverged' for c in cells)} of {len(cells)}"
+        for title, cells in lost.items()
+        if cells
+    ]
+    if parts:
+        said.append(f"Diverged in E2: {', '.join(parts)}.")
+    return said
+
+
 def markdown(study: Study, results: Results, verdicts: list[Verdict], best: dict[str, float | None]) -> str:
     """verdicts.md."""
-    parts = ["# Verdicts", "", " ".join(facts(study, results, best)), "", markdown_table(verdict_table(verdicts))]
+    parts = ["# Verdicts", "", " ".join(facts(study, results, best)), ""]
+    parts += [f"- {sentence}" for sentence in findings(results, verdicts)]
     rows = rate_table(results)
     if rows:
-        parts += ["", "Held-out loss, nats a token: mean (completed runs).", "", markdown_table(rows)]
+        parts += [
+            "",
+            "Held-out loss in nats a token, by learning rate: mean (completed runs).",
+            "",
+            markdown_table(rows),
+        ]
+    parts += ["", "## Every claim", "", markdown_table(verdict_table(verdicts))]
     parts += ["", "## What would change each verdict", ""]
     parts += [f"- **{verdict.name}** ({verdict.verdict}): {verdict.change}" for verdict in verdicts]
     return "\n".join(parts) + "\n"
@@ -162,6 +206,10 @@ def write_report(
         for v in verdicts
     ]
     html = jinja.get_template("study.html.j2").render(
-        facts=facts(study, found, best), rows=rows, rates=rate_table(found), figures=figures
+        facts=facts(study, found, best),
+        findings=findings(found, verdicts),
+        rows=rows,
+        rates=rate_table(found),
+        figures=figures,
     )
     write_text(out / "report.html", html)

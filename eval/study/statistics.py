@@ -63,7 +63,10 @@ def depth_form(values: Sequence[float | None]) -> dict[str, float | str | None]:
 def log_slope(values: Sequence[float | None]) -> float | None:
     """Slope of log(value) over the layer, a layer; None with fewer than three positive values."""
     points = [(i, math.log(v)) for i, v in enumerate(values, start=1) if v is not None and math.isfinite(v) and v > 0]
-    return float(np.polyfit(*zip(*points, strict=True), 1)[0]) if len(points) >= 3 else None
+    if len(points) < 3:
+        return None
+    layers, logs = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    return float(np.polyfit(layers, logs, 1)[0])
 
 
 def log_spread(values: Sequence[float | None]) -> float | None:

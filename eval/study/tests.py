@@ -175,12 +175,13 @@ def every(results: Results, part: Part) -> Outcome:
     """a below b in every block: by the standard deviation pooled over the blocks, Holm over them.
 
     The outcome's p is the largest of the blocks' where all favour the claim, else the smallest of those against it,
-    adjusted. A block in which all of b's runs diverged and none of a's counts for it without a difference, the
-    reverse against it; one in which runs of both diverged, or some of one's, is told and left out.
+    adjusted. Pairs of which one run diverged have no difference. Where a block has such pairs alone, and one side's
+    runs are those that diverged, it counts for the other side with the p of Fisher's exact test. A block in which both
+    runs of every pair diverged says nothing.
     """
     measure, unit = MEASURES[part["measure"]]
     blocks: dict[str, list[float]] = {}
-    told, ahead, behind, seeds = [], 0, 0, set()
+    told, fates, seeds = [], {}, set()
     pairs: dict[str, list[tuple[Cell, Cell]]] = {}
     for one, other in results.pairs(part["a"], part["b"]):
         pairs.setdefault(one["block"], []).append((one, other))
@@ -188,7 +189,8 @@ def every(results: Results, part: Part) -> Outcome:
     for block, of in pairs.items():
         lost = [sum(pair[i]["status"] == "diverged" for pair in of) for i in (0, 1)]
         if lost == [0, len(of)] or lost == [len(of), 0]:
-            ahead, behind = ahead + (lost[0] == 0), behind + (lost[1] == 0)
+            p = 2 / math.comb(2 * len(of), len(of))  # Fisher's exact test, n of n against 0 of n
+            fates[block] = Estimate(math.inf if lost[0] else -math.inf, math.nan, math.nan, p, len(of))
             told.append(f"{block}: every run of {of[0][lost[0] == 0]['variant']} diverged, none of the other's")
             continue
         values = [(measure(a), measure(b)) for a, b in of]
@@ -198,16 +200,16 @@ def every(results: Results, part: Part) -> Outcome:
         if any(lost):
             told.append(f"{block}: {lost[0]} and {lost[1]} of {len(of)} runs diverged")
     estimates = dict(zip(blocks, pooled_estimates(list(blocks.values())), strict=True))
-    ps = dict(zip(blocks, holm([e.p for e in estimates.values()]), strict=True))
     lines = [f"{b}: {e.value:+.4f} [{e.low:+.4f}, {e.high:+.4f}], {e.n} pairs" for b, e in estimates.items()]
+    estimates |= fates
+    ps = dict(zip(estimates, holm([e.p for e in estimates.values()]), strict=True))
     if not estimates:
         return Outcome(NONE, 0, unit, tuple(sorted(seeds)), tuple(told))
     against = [b for b, e in estimates.items() if e.value >= 0]
-    if against or behind:
-        chosen = min(against, key=lambda b: (math.isnan(ps[b]), ps[b])) if against else max(ps, key=lambda b: ps[b])
-        certain = behind > 0
+    if against:
+        chosen = min(against, key=lambda b: (math.isnan(ps[b]), ps[b]))
         found = replace(estimates[chosen], p=ps[chosen])
-        return Outcome(found, -1, f"{unit} ({chosen})", tuple(sorted(seeds)), (*lines, *told), certain)
+        return Outcome(found, -1, f"{unit} ({chosen})", tuple(sorted(seeds)), (*lines, *told))
     chosen = max(ps, key=lambda b: (math.isnan(ps[b]), ps[b]))
     p = max(ps.values()) if not any(map(math.isnan, ps.values())) else math.nan
     return Outcome(replace(estimates[chosen], p=p), 1, f"{unit} ({chosen})", tuple(sorted(seeds)), (*lines, *told))

@@ -16,6 +16,7 @@ HEADS = {
     "c4_bits_per_byte": "C4 bits per byte",
     "loss": "held-out loss",
     "bits_per_byte": "bits per byte",
+    "gold_bits_per_byte": "gold bits per byte",
 }
 STAGE_WORDS = {"pretrain": "Pretraining", "sft": "Fine-tuning"}
 PAPER_TABLES = {

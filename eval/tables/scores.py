@@ -14,11 +14,12 @@ from periln.runkit.placements import placement_order
 from periln.runkit.sizes import size_name, size_value
 from periln.runkit.tasks import SUITES
 
-LOSSES = {
+LOSSES: dict[str, tuple[str | None, str]] = {  # task and metric; None: the mean over the suite's tasks
     "c4_loss": ("c4", "loss"),
     "c4_bits_per_byte": ("c4", "bits_per_byte"),
     "loss": ("heldout", "loss"),
     "bits_per_byte": ("heldout", "bits_per_byte"),
+    "gold_bits_per_byte": (None, "gold_bits_per_byte"),
 }
 KEYS = ["stage", "size", "learning_rate", "placement", "seed"]  # what must be unique
 PROVENANCE = (
@@ -109,11 +110,18 @@ def _taken(frames: Frames, tasks: tuple[str, ...], metric: str) -> pd.DataFrame:
     return scores.loc[order].drop_duplicates(["run", "task"], keep="last")
 
 
+def _mean_over(tasks: tuple[str, ...], scores: pd.DataFrame) -> float | None:
+    """The plain mean of a metric over tasks that all have it, each once."""
+    values = scores[scores.task.isin(tasks)].drop_duplicates("task", keep="last").value
+    return float(values.mean()) if len(values) == len(tasks) else None
+
+
 def _row(frames: Frames, run: pd.Series, owner: pd.Series, taken: pd.DataFrame, tasks: tuple[str, ...]) -> dict:
     """One row: the run's own scores under the placement, rate, seed and size of the pretraining run it belongs to."""
     every = frames.scores[frames.scores.run == run.run]
     of = taken[taken.run == run.run]
-    found = {name: every[(every.task == task) & (every.metric == m)] for name, (task, m) in LOSSES.items()}
+    found = {name: every[(every.task == task) & (every.metric == m)] for name, (task, m) in LOSSES.items() if task}
+    means = {n: _mean_over(tasks, every[every.metric == m]) for n, (task, m) in LOSSES.items() if task is None}
     values = of.set_index("task").value
     steps = of.at_step.dropna()
     step = steps.min() if len(steps) else pd.to_numeric(run.step)
@@ -123,6 +131,7 @@ def _row(frames: Frames, run: pd.Series, owner: pd.Series, taken: pd.DataFrame, 
         **{"placement": owner.placement, "seed": owner.seed, "status": run.status, "run": run.run},
         **{task: values.get(task) for task in tasks},
         **{name: rows.value.iloc[0] if len(rows) else None for name, rows in found.items()},
+        **means,
         "harness": _together(of.harness),
         "limit": _together(of.limit.astype(object).where(of.limit.notna(), "none")),
         "num_fewshot": _together(of.num_fewshot),

@@ -72,7 +72,7 @@
     } catch {
       // the server has gone: said below
     }
-    setTimeout(ask, every);
+    setTimeout(ask, Math.max(every, 1000 * (state ? state.pause : 0)));
     if (state) show(state);
     else byId("now").textContent = `no answer at ${new Date().toLocaleTimeString()}: does periln live still run?`;
   }

@@ -24,6 +24,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m scripts.demo") -
     parser.add_argument("--placements", metavar="A,B,...", help="placements to compare; the recipe's when left out")
     parser.add_argument("--hub", action="store_true", help="the real lm-eval tasks and the real GAIR/lima")
     parser.add_argument("--limit", type=int, metavar="N", help=f"items a task, 0 for all; {HUB_LIMIT} with --hub")
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)  # Unix time at which `make demo` began
     return parser.parse_args(argv)
 
 

@@ -126,7 +126,8 @@ class InstalledText(Files):
 
     def _choose(self) -> dict[str, Any]:
         if self._found is None:
-            seen, counts, near = SeenLines(), {}, 0
+            seen, near = SeenLines(), 0
+            counts: dict[str, list[int]] = {}
             for name, path in self._all:
                 document = read_file(name, path)
                 if document.problem is None and not seen.add(document.text):
@@ -140,7 +141,8 @@ class InstalledText(Files):
         return self._found
 
     def _mixture(self, counts: dict[str, list[int]]) -> dict[str, dict[str, int]]:
-        total, mixed = sum(size for _, size in counts.values()), {}
+        total = sum(size for _, size in counts.values())
+        mixed: dict[str, dict[str, int]] = {}
         for name, (documents, size) in sorted(counts.items(), key=lambda item: -item[1][1]):
             small = size < self.SMALL * total and name.startswith("documentation/")
             entry = mixed.setdefault("documentation/others" if small else name, {"documents": 0, "bytes": 0})

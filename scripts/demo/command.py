@@ -134,6 +134,12 @@ def plan_stages(recipe: DemoRecipe, out: Path) -> list[Stage]:
     evaluate += ["--heldout", out / "data" / "heldout.jsonl", "--context", pretraining.sequence_length]
     tune = ["--config", out / "recipes" / "sft.yaml"]
 
+    bench = ["--last", "--quick", "--data", out / "data" / "heldout.jsonl", "--tokens", pretraining.sequence_length]
+    bench += ["--device", recipe.device]
+
+    def final(cell: Recipe) -> list[str]:
+        return [str(out / cell.name)]
+
     step = pretraining.batch_size * pretraining.sequence_length / 5000
     one = 600.0 if hub else 4.0
     # Gated, missing or unreachable: better known before an hour of training than after it.
@@ -167,6 +173,11 @@ def plan_stages(recipe: DemoRecipe, out: Path) -> list[Stage]:
             "evaluation after fine-tuning",
             side_by_side("eval.evaluate", *evaluate, of=lambda c: [str(out / c.name / "sft")]),
             12 + one * len(cells),
+        ),
+        Stage(
+            "stability bench of the final checkpoints",
+            side_by_side("eval.stability", *bench, of=final),
+            10 + 5 * len(cells),
         ),
         Stage("report", [python("eval.report", out)], 15),
     ]
@@ -224,17 +235,29 @@ def main(args: argparse.Namespace) -> None:
         _run_stages(plan_stages(recipe, args.out), stop, args, run)
 
 
+def setup_seconds(started: float | None) -> float:
+    """Seconds from the start to here: of `make demo` (Unix time), where that is known, else of this process."""
+    if started is not None:
+        return max(0.0, time.time() - started)
+    try:  # since the machine's start, in ticks: the 22nd field, the second may hold spaces
+        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError):
+        return 0.0
+
+
 def _run_stages(stages: list[Stage], stop: StopRequest, args: argparse.Namespace, run: RunFolder) -> None:
+    setup = setup_seconds(args.started)
+    what = "environment, packages, imports" if args.started is not None else "imports"
+    print(f"set-up ({what}) took {_minutes(setup)}; it counts in the times below", flush=True)
     start, planned_done = time.monotonic(), 0.0
     stages = [stage for stage in stages if not stage.finished]
     for number, stage in enumerate(stages, start=1):
         elapsed = time.monotonic() - start
         pace = min(3.0, max(0.2, elapsed / planned_done)) if planned_done else 1.0
         left = pace * sum(s.seconds for s in stages[number - 1 :])
-        print(
-            f"\n[{number}/{len(stages)}] {stage.title} · {_minutes(elapsed)} so far, about {_minutes(left)} left",
-            flush=True,
-        )
+        so_far = f"{_minutes(setup + elapsed)} so far, about {_minutes(left)} left"
+        print(f"\n[{number}/{len(stages)}] {stage.title} · {so_far}", flush=True)
         run.set_status("running", stage=stage.title)
         try:
             run_stage(stage, stop, args.debug)
@@ -245,4 +268,6 @@ def _run_stages(stages: list[Stage], stop: StopRequest, args: argparse.Namespace
             run.set_status("failed", stage=stage.title)
             raise
         planned_done += stage.seconds
-    run.set_status("completed", seconds_since_last_start=round(time.monotonic() - start, 1))
+    took = setup + time.monotonic() - start
+    print(f"{run.path / 'report.html'}: done in {_minutes(took)}, of which set-up {_minutes(setup)}", flush=True)
+    run.set_status("completed", seconds_since_last_start=round(took, 1), setup_seconds=round(setup, 1))

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from periln.runkit.environment import describe_environment
-from periln.runkit.errors import UsageError, UserError
+from periln.runkit.errors import UsageError
 from periln.runkit.folder import RunFolder
 from periln.runkit.process import StopRequest, python_m, stop_with_parent
 from periln.runkit.studies import Study, check_untouched, freeze
@@ -120,6 +120,4 @@ def status(study: Study) -> int:
         print(f"{group}: {len(ended)} of {len(cells)} cells done, {lost} of them diverged")
     left = sum(cell["seconds"] for cell in study.cells if cell["name"] not in results)
     print(f"{len(results)} of {len(study.cells)} cells; {left / 3600:.1f} h of one core or GPU are left by the plan")
-    if not results and not (study.path / "cells").exists():
-        raise UserError(f"{study.path}: no cell has run yet: periln study run --out {study.path}")
     return 0

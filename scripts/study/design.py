@@ -105,9 +105,10 @@ def _switched(size: Size, seeds: list[int]) -> Iterator[Cell]:
 
 def _larger(size: Size, seeds: list[int]) -> Iterator[Cell]:
     above = larger(size)
+    bigger = [("size x2", above, 1.0)] if above else []
     for seed in seeds:
-        for block, of, share in (("tokens x2", size, 2.0), ("size x2", above, 1.0), ("tokens x4", size, 4.0)):
-            for name in COMPARED if of else ():
+        for block, of, share in (("tokens x2", size, 2.0), *bigger, ("tokens x4", size, 4.0)):
+            for name in COMPARED:
                 yield Cell("E5", name, block, seed, of, {"norm_placement": name}, like=name, share=share)
 
 

@@ -151,9 +151,10 @@ class Runner:
         name, code = job.cell["name"], job.process.returncode
         run = RunFolder(self.study.run_path(name))
         stage = self._after_training(job.cell, run) if job.stage == "train" else "measure"
-        if (
-            (job.stage == "score" and code == 0) or (job.stage == "train" and run.status in ENDED)
-        ) and not self.stop.exit_code:
+        if job.stage == "score" and code and not self.stop.exit_code:
+            print(f"{name}: the five tasks could not be asked of it (exit code {code})", flush=True)
+        passed = job.stage == "score" or (job.stage == "train" and run.status in ENDED)
+        if passed and not self.stop.exit_code:
             self.spent += time.monotonic() - job.begin
             self.jobs.append(self._spawn(job.cell, job.slot, stage))
             return

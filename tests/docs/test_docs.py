@@ -17,7 +17,7 @@ from periln.verbs import OTHERS, VERBS
 DOCS = ROOT / "docs"
 BUILDS_WITH = ("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers.python")
 ABBREVIATED = {"SRC": "here"}
-# Words that stand for a file of the reader's, which a command wants to read before it starts.
+# Words that mean a file of the reader's, which a command reads before it starts.
 A_RECIPE = "RECIPE.yaml"
 
 

@@ -116,8 +116,14 @@ def write_layers(run: Path, placement: str, learning_rate: float, seed: int, ste
         layer_rows(placement, learning_rate, seed, step).to_parquet(run / "layers" / f"step_{step:08d}.parquet")
 
 
-def write_scores(run: Path, accuracies: list[float], loss: float | None = None, limit: int | None = None) -> None:
-    """eval/*.json: accuracies of the five mini tasks in [0, 1], and a held-out loss."""
+def write_scores(
+    run: Path,
+    accuracies: list[float],
+    loss: float | None = None,
+    limit: int | None = None,
+    gold: list[float] | None = None,
+) -> None:
+    """eval/*.json: accuracies of the five mini tasks in [0, 1], a held-out loss, and bits a byte of right answers."""
     n = limit or 48
     results = []
     for task, value in zip(TASKS, accuracies, strict=True):
@@ -125,6 +131,8 @@ def write_scores(run: Path, accuracies: list[float], loss: float | None = None, 
         results.append({"task": task, "metric": "acc", "value": value, "stderr": stderr, "n": n})
         if task not in WITHOUT_ACC_NORM:
             results.append({"task": task, "metric": "acc_norm", "value": value / 2, "stderr": stderr, "n": n})
+    for task, value in zip(TASKS, gold or [], strict=False):
+        results.append({"task": task, "metric": "gold_bits_per_byte", "value": value, "stderr": 0.1, "n": n})
     head = {"evaluated": {"path": "/home/somebody/runs/x", "revision": None, "weights_sha256": "ab"}, "batch_size": 16}
     suite = {"harness": {"name": "lm-eval", "version": "0.4.13"}, "suite": "mini", "num_fewshot": 0, "limit": limit}
     write_json(run / "eval" / "benchmarks-mini.json", head | suite | {"dtype": "float32", "results": results})

@@ -1,4 +1,4 @@
-"""Scores against the lm_eval command line, what is not computed twice, and what is said of bad input."""
+"""Scores against the lm_eval command line, what is not computed twice, and what bad input is told."""
 
 import json
 import shutil
@@ -157,7 +157,7 @@ def test_whole_texts_with_an_automatic_batch_are_read_in_batches_that_the_memory
     import psutil
 
     model, tokenizer = make_model(make_tokenizer()), make_tokenizer()
-    three = int(4 * 2 * 4 * 3.5 * 512 * len(tokenizer))  # bytes of which a quarter holds three windows' logits twice
+    three = int(4 * 2 * 4 * 3.5 * 512 * len(tokenizer))  # bytes, a quarter of which holds three windows' logits twice
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": three}))
     texts = [Instance("loglikelihood_rolling", {}, ("eggs and water " * n,), n) for n in (300, 2, 150)]
     rows, found = [], []
@@ -312,7 +312,7 @@ def test_a_model_of_another_family_is_scored_beside_its_folder(tmp_path):
 def test_a_model_of_the_hub_is_scored_at_its_commit_and_pickles_are_refused(hub, tmp_path, capsys):
     words = ("--tasks", "mini_piqa", "--limit", 3, "--device", "cpu")
     assert call("someone/a-model", *words) == 2
-    assert "name a folder for its results with --out" in capsys.readouterr().err
+    assert "give --out, a folder for its results" in capsys.readouterr().err
     assert call("someone/a-model", *words, "--out", tmp_path) == 0
     (folder,) = tmp_path.iterdir()
     (record,) = records(folder)

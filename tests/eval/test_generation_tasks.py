@@ -1,4 +1,4 @@
-"""Tasks of which the answer is generated, through the harness."""
+"""Tasks whose answer is generated, through the harness."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tasks of the user's own through `--include-path`: scored, recorded with their definition, and not scored twice."""
+"""The user's own tasks through `--include-path`: scored, recorded with their definition, and not scored twice."""
 
 import json
 import math

@@ -74,7 +74,7 @@ def test_a_training_is_watched_to_its_end_although_it_removes_its_checkpoints(tm
 
 @pytest.fixture
 def trained(tmp_path):
-    """A completed run of which checkpoints 3 (from `make_run`), 6 and 9 are there."""
+    """A completed run with checkpoints 3 (from `make_run`), 6 and 9."""
     run = make_run(tmp_path / "run")
     tokenizer = make_tokenizer()
     for step in (6, 9):
@@ -150,7 +150,7 @@ def test_a_trainer_that_is_gone_ends_the_watch_after_a_while(tmp_path):
 
 def test_what_cannot_be_watched_is_said(tmp_path, capsys):
     assert call(tmp_path / "none", "--wait", 0, *TASKS) == 2
-    assert "is not a run folder (recipe.yaml), and none came within 0 seconds" in capsys.readouterr().err
+    assert "is not a run folder (recipe.yaml), nor became one in 0 seconds" in capsys.readouterr().err
     run = make_run(tmp_path / "run")
     assert call(run.path, "--every", 0, *TASKS) == 2
     assert "--every must be at least 1, not 0" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def pushed(capsys):
-    """Push in this process: (exit code, what was printed, what was said of an error)."""
+    """Push in this process: (exit code, what was printed, what was reported as an error)."""
 
     def call(*words: object) -> tuple[int, str, str]:
         code = run_command(push.main, parse([str(word) for word in words]))

@@ -1,7 +1,7 @@
 """Load a repository in every way, in whatever environment runs this: no import of the project but the one asked for.
 
 argv: repository, file for the tensors, `remote` or `installed`; as JSON: names that must not be importable, token ids,
-other repositories of which only the logits are wanted.
+other repositories for their logits alone.
 """
 
 import importlib.util

@@ -15,7 +15,7 @@ model, tokenizer = hub_run.model(seed=11), hub_run.tokenizer()
 model.push_to_hub("acme/plain")
 tokenizer.push_to_hub("acme/plain")
 
-# Loaded from the Hub and saved again: `auto_map` must name the code beside it, and the code must be there.
+# Loaded from the Hub and saved again: `auto_map` must name the code next to it, and the code must be there.
 again = AutoModelForCausalLM.from_pretrained("acme/plain")
 again.save_pretrained(folder / "again")
 AutoModelForCausalLM.from_pretrained(folder / "again").push_to_hub("acme/again")

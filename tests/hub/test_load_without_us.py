@@ -27,7 +27,7 @@ IDS = [[3, 9, 10, 11, 4, 7]]
 
 
 def process(words: list, hub, folder: Path, **more: str) -> str:
-    """Run something elsewhere, with a Hub cache of its own; what it printed."""
+    """Run something elsewhere, with its own Hub cache; what it printed."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSTARTUP", "HF_TOKEN")}
     env = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
     env |= {"OMP_NUM_THREADS": "1"} | more

@@ -235,7 +235,7 @@ def test_a_cut_that_ends_is_not_even_noticed(hub, pushed, tmp_path, monkeypatch)
 
 
 def test_a_dry_run_lists_every_file_with_its_size_and_needs_no_network(run, pushed, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.delenv("HF_TOKEN", raising=False)
     code, out, _ = pushed(run, "--repo", "acme/dry", "--dry-run", "--all-checkpoints")
     assert code == 0 and "nothing was sent" in out

@@ -23,7 +23,7 @@ FIVE = {"ARC-Easy": 0.30, "HellaSwag": 0.35, "PIQA": 0.40, "SIQA": 0.45, "Winogr
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Three seeds of one recipe, of which the last diverged; and another placement beside them."""
+    """Three seeds of one recipe, the last of which diverged; and another placement."""
     root = tmp_path_factory.mktemp("runs")
     for seed, status in ((1, "completed"), (2, "completed"), (3, "diverged")):
         hub_run.write_run(root, seed=seed, status=status)
@@ -73,7 +73,7 @@ def test_the_mini_sets_stand_in_the_text_and_not_in_the_metadata(tmp_path):
     hub_run.write_scores(run, tasks=tuple(f"mini_{t}" for t in hub_run.HUB_TASKS), file="mini")
     card = ModelCard(render_card(find_subject(run)))
     assert card.data.eval_results is None
-    assert "mini_arc_easy | acc | 30.00" in card.text and "compare with nobody else's" in card.text
+    assert "mini_arc_easy | acc | 30.00" in card.text and "cannot be compared with any others" in card.text
     minis = ",".join(f"mini_{t}" for t in hub_run.HUB_TASKS)
     assert f"periln benchmarks ORG/NAME --tasks {minis} --trust-remote-code" in card.text
     assert "lm_eval run" not in card.text  # whose tasks this card has no scores of

@@ -100,7 +100,7 @@ def test_other_adapters_train_and_generate_with_their_defaults(method, size, pla
     losses = trained(adapted, lr=0.1)
     assert losses[-1] < losses[0] - 0.3
     made = adapted.generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
-    ids = IDS  # by hand and without a cache: the prompt stands before the text once
+    ids = IDS  # by hand and without a cache: the prompt is before the text once
     for _ in range(3):
         ids = torch.cat([ids, adapted(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(made, ids)

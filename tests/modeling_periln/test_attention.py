@@ -1,6 +1,6 @@
 """Every attention implementation gives the same logits: with padding on either side, and with documents packed.
 
-FlashAttention is not installed where these tests run. Its two functions are stood in for by plain torch under the
+FlashAttention is not installed where these tests run. Its two functions are replaced by plain torch under the
 package's own signatures, so that everything around them is Transformers' own: the masks, the unpadding, the reading of
 `position_ids` and of `cu_seq_lens_*`.
 """
@@ -51,7 +51,7 @@ def assert_documents_are_isolated(model, **packing) -> None:
 
 @torch.no_grad()
 def assert_padding_changes_nothing(model) -> None:
-    """The tokens of a padded batch have the logits of the unpadded rows, whatever stands in the padding."""
+    """The tokens of a padded batch have the logits of the unpadded rows, whatever is in the padding."""
     lengths, width = (4, 9, 1), 9
     rows = [random_ids(1, length, seed=length) for length in lengths]
     expected = torch.cat([model(row, use_cache=False).logits[0] for row in rows])
@@ -273,7 +273,7 @@ def test_boundaries_alone_keep_packed_documents_apart(placement, attention):
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flash"])
 def test_boundaries_keep_documents_apart_whatever_their_positions_are(attention, flash):
-    """Positions that go on over the boundaries turn the heads; they do not undo the boundaries."""
+    """Positions that continue over the boundaries turn the heads; they do not undo the boundaries."""
     model = flash_model() if attention == "flash" else shaken_model(attn_implementation=attention)
     going_on = torch.arange(12)[None]
     ids = random_ids(1, 12)
@@ -304,7 +304,7 @@ def test_layernorm_and_qk_norm_keep_packed_documents_apart():
     ids=["a cache", "the cache of the configuration", "a mask", "two rows"],
 )
 def test_boundaries_that_would_be_ignored_are_refused(more):
-    """A cache or a mask switches Transformers' masks of packed documents off, without a word."""
+    """A cache or a mask silently switches Transformers' masks of packed documents off."""
     with pytest.raises(ValueError, match="cu_seq_lens_q packs documents into one row"):
         shaken_model()(**({"input_ids": random_ids(1, 12)} | cu_seq_lens() | more))
 

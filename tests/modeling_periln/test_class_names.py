@@ -90,7 +90,7 @@ def test_label_smoothing_shifts_the_labels(wrapper, placement, tmp_path):
 
 @pytest.mark.parametrize("how", ["by the Trainer", "before", "with an adapter"])
 def test_label_smoothing_shifts_the_labels_of_a_compiled_model(how, tmp_path):
-    """torch.compile puts the model into a wrapper with a name of its own."""
+    """torch.compile puts the model into a wrapper with another name."""
     model = shaken_model() if how != "with an adapter" else WRAPPERS["lora"](shaken_model())
     with torch.no_grad():
         expected = smoothed_loss(model.eval()(input_ids=IDS).logits, LABELS)

@@ -48,7 +48,7 @@ OWN_PRE = {"input_norm": True, "final_norm": True}
 OWN_OUTPUT = {"output_norm": True, "final_norm": True}
 OWN_PERI = OWN_PRE | OWN_OUTPUT | {"c": 0.7, "s": "1/sqrt(2L)"}
 BIASES = {"attention_bias": True, "mlp_bias": True}
-# The plain export to each architecture, and everything that is folded, or stands in another place, on the way.
+# The plain export to each architecture, and everything that is folded or moved on the way.
 PLAIN = {
     "llama": {"norm_placement": "pre"},
     "olmo2": OUTPUT,
@@ -193,7 +193,7 @@ FROM["hyperclova x, multipliers, tied"] = ("HyperCLOVAX", MULTIPLIERS | {"tie_wo
 
 
 def stock_model(name: str, **fields):
-    """A model as Transformers makes it, every weight far from where it began."""
+    """A model as Transformers makes it, every weight far from its initial value."""
     fields = SIZES | {"pad_token_id": None, "rope_parameters": ROPE} | fields
     config = getattr(transformers, f"{name}Config")(**fields)
     model = shaken(getattr(transformers, f"{name}ForCausalLM")(config).eval())
@@ -279,7 +279,7 @@ REFUSED = [
     ("llama", {"norm_placement": "pre", "hidden_size": 22}, "hidden_size=22 is not .*num_attention_heads=4"),
     ("hyperclovax", {"hidden_size": 22}, "hidden_size=22"),
     ("llama", {"norm_placement": "pre", "pad_token_id": 61}, "pad_token_id=61 is outside of vocab_size=61"),
-    ("gpt2", {}, "'gpt2' is not an architecture"),
+    ("gpt2", {}, "'gpt2' is not a known architecture"),
     ("olmo", {}, "did you mean 'olmo.'"),
 ]  # fmt: skip
 
@@ -580,7 +580,7 @@ def test_wikitext_is_read_from_the_hub_and_the_record_says_where_it_is_not(tmp_p
 
 @pytest.mark.parametrize("target", PLAIN)
 def test_where_generation_ends_goes_through_a_conversion_and_back(target, tmp_path):
-    """Two ends, of which the configuration names one: what stops a fine-tuned model is its generation configuration."""
+    """Two ends, one of which the configuration names: what stops a fine-tuned model is its generation configuration."""
     needs(target)
     model = shaken_model(**PLAIN[target], eos_token_id=60, bos_token_id=59)
     model.generation_config.eos_token_id = [60, 57]

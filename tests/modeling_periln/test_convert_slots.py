@@ -1,4 +1,4 @@
-"""Conversions of placements whose slots say what stands in them: the same function, or refused by the slot's name."""
+"""Conversions of placements whose slots say what they hold: the same function, or refused by the slot's name."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What `periln-convert` takes beside a model folder: a run folder and a PEFT adapter; and how damage is named."""
+"""What `periln-convert` takes besides a model folder: a run folder and a PEFT adapter; and how damage is named."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def assert_same(model, folder: Path) -> None:
 
 
 def make_run(path: Path, tokenizer, steps: dict[int, int], **changes) -> RunFolder:
-    """A run folder with a checkpoint at each step, of a model of the seed that is given for it."""
+    """A run folder with a checkpoint at each step, of a model of the seed given."""
     run = RunFolder(path)
     run.claim({"stage": "pretrain"})
     for step, seed in steps.items():

@@ -24,7 +24,7 @@ LINEAR = ROPE | {"rope_type": "linear", "factor": 2.0}
 YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 MIXED = {"sliding_window": WINDOW, "layer_types": [SLIDING, FULL, SLIDING]}
 FILLED = {"hidden_size": 24}  # where the class has no field for head_dim
-# family: (architecture, fields of its configuration, fields of ours beside the row)
+# family: (architecture, fields of its configuration, our fields besides the row)
 FAMILIES = {
     "mistral": ("mistral", {"sliding_window": WINDOW}, {"sliding_window": WINDOW}),
     "mistral without window": ("mistral", {"sliding_window": None}, {"sliding_window": None}),
@@ -59,7 +59,7 @@ FAMILIES = {
 
 
 def native_model(family: str, seed: int = 0, **more):
-    """A model of Transformers' own class, every weight far from where it began."""
+    """A model of Transformers' own class, every weight far from its initial value."""
     target, fields, _ = FAMILIES[family]
     needs(target)
     other = ARCHITECTURES[target]

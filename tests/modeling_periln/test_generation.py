@@ -94,7 +94,7 @@ def test_greedy_generation_is_the_most_likely_token_each_time_with_every_cache(n
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 @every_model
 def test_an_offloaded_cache_gives_the_same_tokens(name, cache, monkeypatch):
-    """Layers come and go between two memories in a GPU's streams; without a GPU the streams are stood in for."""
+    """Layers come and go between two memories in a GPU's streams; without a GPU the streams are replaced."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         monkeypatch.setattr(torch, "Stream", MagicMock)

@@ -31,7 +31,7 @@ heads = pytest.mark.parametrize("head", HEADS)
 
 
 def headed(head: str, seed: int = 0, **changes):
-    """A model with this head and three labels, its weights far from where they began."""
+    """A model with this head and three labels, its weights far from their initial values."""
     changes = {"num_labels": 3, "pad_token_id": PAD, **changes}
     return shaken(HEADS[head][0].from_config(tiny_config(**changes)), seed + 1).eval()
 

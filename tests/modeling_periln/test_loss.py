@@ -15,7 +15,7 @@ from periln.runkit.fp16 import HalfMatmul
 
 
 def problem(batch=2, length=11, hidden=8, vocab=31, ignored=0.3, seed=0):
-    """Hidden states (B, S, D) that want a gradient, a head, and targets of which some do not count."""
+    """Hidden states (B, S, D) that want a gradient, a head, and targets, some of which do not count."""
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(batch, length, hidden, generator=generator).requires_grad_()
     head = nn.Linear(hidden, vocab, bias=False)
@@ -433,7 +433,7 @@ def test_the_heads_gradient_is_summed_in_fp32():
     with HalfMatmul(), torch.autocast("cpu", dtype=torch.float16):
         loss = chunked_losses(states, head, torch.zeros(4096, dtype=torch.long), 1, chunk_tokens=1, loss_scale=1.0)[0]
     loss.backward()
-    assert head.weight.grad.flatten().tolist() == [-2048.0, 2048.0]  # FP16 stands still at 1024
+    assert head.weight.grad.flatten().tolist() == [-2048.0, 2048.0]  # FP16 stops growing at 1024
 
 
 def test_a_gradient_that_was_used_up_is_not_used_again():

@@ -65,7 +65,7 @@ def test_a_down_projection_a_thousand_times_larger_is_normalized_away_or_not(pla
 
 
 def test_fused_attention_is_the_default():
-    """Without its flags a model falls back to eager attention without a word."""
+    """Without its flags a model silently falls back to eager attention."""
     assert tiny_model().config._attn_implementation == "sdpa"
 
 

@@ -167,7 +167,7 @@ def test_residual_scale_multiplies_the_s_of_a_row_of_the_users_own():
     assert factors(plan, "s") == pytest.approx([0.125] * 8)
 
 
-# A row of the user's own
+# The user's own row
 
 SANDWICH = {
     "input_norm": True,

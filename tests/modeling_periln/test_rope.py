@@ -19,7 +19,7 @@ LONGROPE = EXTENDED | {"rope_type": "longrope", "short_factor": [1.0, 1.25, 1.5]
 ROPES = {
     "default": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
-    # Dynamic scaling has no length of its own: it starts where max_position_embeddings ends.
+    # Dynamic scaling has no separate length: it starts where max_position_embeddings ends.
     "dynamic": {
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0},
         "max_position_embeddings": ORIGINAL_LENGTH,

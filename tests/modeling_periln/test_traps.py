@@ -369,7 +369,7 @@ def test_gradient_accumulation_in_transformers_trainer_is_the_whole_batch(tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", ["post", "peri"])
 def test_trl_trains_a_checkpoint_by_its_path_on_the_models_own_loss(placement, tmp_path):
-    """TRL reads `auto_map`, and puts a head of its own in place of everything behind the base model."""
+    """TRL reads `auto_map`, and puts its own head in place of everything after the base model."""
     trl = pytest.importorskip("trl", reason="supervised fine-tuning is TRL's")
     from datasets import Dataset as Rows
     from tokenizers import Tokenizer, models

@@ -1,6 +1,6 @@
 """A real engine: vLLM, on a CPU in FP32, gives the greedy tokens that Transformers gives.
 
-It has an interpreter of its own (`make test-vllm VLLM_PYTHON=/path/to/its/python`; docs/how-to/convert-and-serve.md
+It has its own interpreter (`make test-vllm VLLM_PYTHON=/path/to/its/python`; docs/how-to/convert-and-serve.md
 says how to install it).
 Checkpoints as they are go through its Transformers backend, as remote code; exports run as its own architectures.
 """
@@ -45,7 +45,7 @@ AS_THEY_ARE = {name: {"norm_placement": name} for name in PLACEMENT_NAMES} | {
     "tied": {"tie_word_embeddings": True, "norm_eps": {"attn_output_norm": 1e-2}},
 }
 TWO_RANKS = {"two-ranks-peri": {"qk_norm": "head"}, "two-ranks-post": {"norm_placement": "post"}}
-# Exports: the source, the architecture, and the class that vLLM runs it with (for OLMo 2 it has none of its own).
+# Exports: the source, the architecture, and the class that vLLM runs it with (for OLMo 2 it has none).
 EXPORTS = {
     "export-llama": ({"norm_placement": "pre"}, "llama", "LlamaForCausalLM"),
     "export-llama-lns": ({"norm_placement": "lns"}, "llama", "LlamaForCausalLM"),
@@ -66,7 +66,7 @@ def greedy(path: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> tuple[dict, dict]:
-    """What vLLM said of every checkpoint, and the tokens that are expected."""
+    """What vLLM gave for every checkpoint, and the tokens that are expected."""
     folder = tmp_path_factory.mktemp("vllm")
     sources = AS_THEY_ARE | TWO_RANKS | {name: source for name, (source, *_) in EXPORTS.items()}
     jobs, expected = {}, {}

@@ -40,7 +40,7 @@ def tiny_model(seed: int = 0, **changes) -> PeriLlamaForCausalLM:
 
 @torch.no_grad()
 def shaken(model: nn.Module, seed: int = 1) -> nn.Module:
-    """The model with every parameter far from where it began, norms and biases included.
+    """The model with every parameter far from its initial value, norms and biases included.
 
     With gammas of 1 and branches of size 0.02 a forgotten or exchanged norm would hide below a tolerance.
     """

@@ -3,7 +3,7 @@
 `python vllm_tokens.py JOBS.json` reads `{"prompts": [[ids]], "new_tokens": n, "jobs": {name: job}}`, a job being
 `{"path", "impl", "ranks"}`, and writes `{"tokens": [[ids]], "class": the class that vLLM ran}` or `{"error": ...}` to
 NAME.json beside it.
-vLLM is imported once; each model then has a process of its own, forked, since an engine cannot be taken down cleanly.
+vLLM is imported once; each model then has its own process, forked, since an engine cannot be taken down cleanly.
 """
 
 import json

@@ -11,7 +11,7 @@ BUILT_FROM = (*FOLDERS, "docs", "examples", "tests")
 
 
 def copy_to(folder: Path, *names: str) -> Path:
-    """A copy of folders (and of the files beside them), without what Python and tools have left in them."""
+    """A copy of folders (and of the files next to them), without what Python and tools left in them."""
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache")
     for name in names:
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -27,6 +27,6 @@ def dependencies() -> list[str]:
 
 
 def run(*words: object, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    """A process in an environment of its own: `HF_HUB_OFFLINE`, one thread, and what is given."""
+    """A process in its own environment: `HF_HUB_OFFLINE`, one thread, and what is given."""
     surroundings = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(cwd), **env}
     return subprocess.run(list(map(str, words)), cwd=cwd, env=surroundings, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""A checkout runs its own code under its own names, with nothing installed and beside a stale installation."""
+"""A checkout runs its own code under its own names, with nothing installed and next to a stale installation."""
 
 import sys
 
@@ -115,7 +115,7 @@ def test_spawned_children_run_the_clone_and_share_its_classes(clone, stale):
 
 
 def test_a_checkout_elsewhere_on_the_disk_is_not_asked_for_its_commit(tmp_path):
-    """Installed into a virtual environment inside somebody's repository, the code has no commit of its own."""
+    """Installed into a virtual environment inside somebody's repository, the code has no commit."""
     site = copy_to(tmp_path / "project" / "site-packages" / "periln", "runkit")
     code = "import sys; sys.path.insert(0, sys.argv[1]); import periln.runkit.environment as e; print(e._commit())"
     (tmp_path / "project").joinpath("file").write_text("")

@@ -13,7 +13,7 @@ from periln.runkit.errors import EVERY_COMMAND, MORE
 from periln.verbs import OTHERS, VERBS
 
 COMMANDS = {verb.command: f"periln {verb.name}" for verb in VERBS} | {name: f"python -m {name}" for name in OTHERS}
-INTERNAL = {"stop_with_parent", "bar", "peak_memory_of", "one_section"}
+INTERNAL = {"stop_with_parent", "bar", "peak_memory_of", "one_section", "started"}
 
 
 class Found(Exception):

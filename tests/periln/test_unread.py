@@ -27,7 +27,7 @@ sys.exit(until_unread(lambda: run_command(main, Namespace(debug=False))))
 
 
 def unread(*words: str, stream: str = "stdout", buffered: bool = True) -> tuple[int, str]:
-    """Exit code, and what is on the other stream, of a Python process whose `stream` nobody reads."""
+    """Exit code, and what is on the other stream, of a Python process whose `stream` is not read."""
     ours, theirs = os.pipe()
     os.close(ours)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

@@ -1,4 +1,4 @@
-"""What is measured of a model beside another: logits in FP32, BF16 and FP16 on the same tokens."""
+"""What is measured of one model against another: logits in FP32, BF16 and FP16 on the same tokens."""
 
 import copy
 import math

@@ -107,7 +107,7 @@ def test_the_bench_says_what_is_known_of_each(name, benched):
 
 @pytest.fixture(scope="module")
 def cured(text_file) -> Path:
-    """Gemma 3 270M, cured once and kept beside the widened one."""
+    """Gemma 3 270M, cured once and kept next to the widened one."""
     out = CACHE / "gemma3-fp16"
     if not out.exists():
         periln("cure", model_folder("gemma3"), out, "--data", text_file)

@@ -1,4 +1,4 @@
-"""Texts as ids: a long one in pieces is the same, and what stands around a text is the tokenizer's own."""
+"""Texts as ids: a long one in pieces is the same, and what surrounds a text is the tokenizer's own."""
 
 import random
 
@@ -76,7 +76,7 @@ def test_a_tokenizer_that_knows_no_words_says_that_a_text_was_cut(monkeypatch):
     assert encoder([text, "short"])[1] == [True, False]
 
 
-# --- what stands around a text -----------------------------------------------------------------------------------
+# --- what surrounds a text ---------------------------------------------------------------------------------------
 def wrapped(single: str, **more) -> PreTrainedTokenizerFast:
     tokenizer = trained("gpt2")
     special = [(token, tokenizer.token_to_id(token)) for token in SPECIAL]

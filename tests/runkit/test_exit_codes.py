@@ -23,6 +23,8 @@ COMMANDS = {
     "scripts.demo": ["--text", MISSING, "--out", OUT],
     "scripts.plan": [MISSING],
     "scripts.push": [MISSING, "--repo", "acme/model"],
+    "scripts.coordinate_check": [MISSING, "--out", OUT],
+    "scripts.study": ["run", "--out", MISSING],
     "scripts.retrofit": [MISSING, OUT, "--to", "peri"],
     "scripts.sweep": ["run", MISSING, "--runs", OUT],
     "eval.report": [MISSING],
@@ -35,6 +37,8 @@ COMMANDS = {
     "eval.bounds": [MISSING, "--out", OUT],
     "eval.retrofit": [MISSING, MISSING, "--out", OUT],
     "eval.evaluate": [MISSING],
+    "eval.live": [MISSING],
+    "eval.study": ["report", MISSING],
     "eval.stability": [MISSING],
     "eval.loss": [MISSING],
     "eval.widen": [MISSING, OUT],
@@ -46,7 +50,7 @@ COMMANDS = {
     "sft.serve": [MISSING],
     "sft.train": ["--set", "data=mini", "--model", MISSING],
 }
-WITHOUT_INPUT = {"scripts.bench", "model_cards.paper"}  # they read no path
+WITHOUT_INPUT = {"scripts.bench", "scripts.gpu_check", "model_cards.paper"}  # they read no path
 
 
 def started(module: str, *words: object) -> int:

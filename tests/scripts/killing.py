@@ -1,5 +1,5 @@
 """Start a pretraining run, kill it with SIGKILL after a moment, and again, until it was killed often enough; then let
-it end. Every start is a process of its own, forked from this one, which has done the imports and nothing else.
+it end. Every start is a separate process, forked from this one, which has done the imports and nothing else.
 
     python killing.py RECIPE RUNS KILLS SEED  ->  what the kills left lying about, as JSON
 """

@@ -23,7 +23,7 @@ from periln.scripts.demo.recipe import DemoRecipe
 
 
 def tiny_recipe(folder, **more):
-    """A demo that takes seconds, on text of its own."""
+    """A demo that takes seconds, on its own text."""
     text = folder / "text"
     if not text.exists():
         text.mkdir()
@@ -228,8 +228,10 @@ def test_a_killed_demo_goes_on_to_its_report(finished):
     folder, second = finished
     out = folder / "out"
     assert (out / "report.html").stat().st_size > 50_000
-    assert str(out / "report.html") in second.stdout.strip().splitlines()[-1]
-    assert RunFolder(out).status == "completed"
+    last = second.stdout.strip().splitlines()[-1]
+    assert last.startswith(f"{out / 'report.html'}: done in ") and ", of which set-up 0:" in last
+    assert second.stdout.startswith("set-up (imports) took 0:")
+    assert RunFolder(out).status == "completed" and RunFolder(out).summary["setup_seconds"] > 0
     for name in ("post_lr0.002_seed1", "peri_lr0.002_seed1"):
         cell = RunFolder(out / name)
         assert cell.status == "completed"
@@ -249,6 +251,18 @@ def test_a_diverged_run_is_recorded_and_neither_evaluated_nor_tuned(finished):
         assert cell.summary["reason"]
         assert cell.evaluations() == []
         assert not (cell.path / "sft").exists()
+        assert not (cell.path / "eval" / "stability").exists()
+
+
+@pytest.mark.slow
+def test_the_final_checkpoints_are_measured_by_the_quick_bench(finished):
+    out = finished[0] / "out"
+    folder = out / "peri_lr0.002_seed1" / "eval" / "stability"
+    found = json.loads((folder / "stability.json").read_text())
+    assert [entry["step"] for entry in found["checkpoints"]] == [40] and found["verdict"]
+    assert (folder / "angles_00000040.parquet").exists()
+    report = (out / "report.html").read_text()
+    assert "Figure 7c. Angular distance" in report and "FP16 certificate from the weights alone" in report
 
 
 @pytest.mark.slow
@@ -379,6 +393,11 @@ def test_a_missing_data_set_is_one_sentence_before_any_training(tmp_path):
     assert "arc_easy" in first
     assert "'benchmarks from the Hub' failed" in second
     assert "Traceback" not in done.stderr
+
+
+def test_set_up_is_counted_from_the_start_of_make():
+    assert 100 <= demo.setup_seconds(time.time() - 100) < 110
+    assert 0 < demo.setup_seconds(None) < 24 * 3600  # of this process
 
 
 def test_the_recipe_says_all_that_the_stages_are_told(tmp_path):

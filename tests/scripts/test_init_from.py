@@ -33,7 +33,7 @@ SHAPE = {name: value for name, value in MODEL.items() if name != "num_hidden_lay
 
 
 def save_llama(folder, data, **fields):
-    """A tiny Llama with random weights, norms' gains included, and the data's tokenizer beside it."""
+    """A tiny Llama with random weights, norms' gains included, and the data's tokenizer next to it."""
     torch.manual_seed(7)
     config = LlamaConfig(**{"vocab_size": 320, "rope_theta": 1e4, "rms_norm_eps": 1e-5, **SHAPE, **fields})
     model = LlamaForCausalLM(config)

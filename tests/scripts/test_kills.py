@@ -1,4 +1,7 @@
-"""A run that is killed again and again: `make test-slow`. A few kills are in test_pretrain.py."""
+"""A run that is killed again and again: `make test-slow KILLS=1000 COMPILE=1`; sixty times, eager, when left out.
+
+A few kills are in test_pretrain.py.
+"""
 
 import json
 import os
@@ -11,13 +14,20 @@ from tiny import ROOT, make_data, run, timeless, write_recipe
 
 from periln.runkit.folder import RunFolder, weights_hash
 
-KILLS = 60
+KILLS = int(os.environ.get("KILLS") or 60)
+COMPILED = os.environ.get("COMPILE", "") not in ("", "0")
 
 
 @pytest.mark.slow
 @pytest.mark.kills
 def test_killed_often_it_ends_as_if_untouched_in_fp16(tmp_path):
-    shared = {"steps": 40 * KILLS, "checkpoint_every": 2, "layer_stats_every": 7, "heldout_every": 10}
+    shared = {
+        "compile": COMPILED,
+        "steps": 40 * KILLS,
+        "checkpoint_every": 2,
+        "layer_stats_every": 7,
+        "heldout_every": 10,
+    }
     file = write_recipe(tmp_path, make_data(tmp_path), **shared)
     words = [sys.executable, Path(__file__).with_name("killing.py"), file, tmp_path / "killed", str(KILLS), "3"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -26,8 +36,8 @@ def test_killed_often_it_ends_as_if_untouched_in_fp16(tmp_path):
     report = json.loads(done.stdout.splitlines()[-1])
     print(report)
     assert (report["kills"], report["exit"]) == (KILLS, 0)
-    assert report["left"][".tmp"] > 0  # some fell into the writing of a checkpoint
-    assert report["left"]["between"] > 0
+    if KILLS >= 60:  # then some fell into the writing of a checkpoint
+        assert report["left"][".tmp"] > 0 and report["left"]["between"] > 0
     untouched = run("scripts.pretrain", "--config", file, "--runs", tmp_path / "untouched")
     assert untouched.returncode == 0, untouched.stderr
     one, other = RunFolder(tmp_path / "killed" / "run"), RunFolder(tmp_path / "untouched" / "run")

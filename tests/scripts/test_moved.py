@@ -22,7 +22,7 @@ def go_on(folder: Path, data: Path, runs: Path, *flags: str, **fields) -> int:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, RunFolder]:
-    """(prepared data, a run over them that nobody touched)."""
+    """(prepared data, an undisturbed run over them)."""
     folder = tmp_path_factory.mktemp("whole")
     data = make_data(folder)
     return data, train(folder, data, **ALL)

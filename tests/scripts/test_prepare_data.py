@@ -86,7 +86,7 @@ def test_every_document_is_there_once(text, undisturbed):
 
 
 def _in_a_process(text, out):
-    os.close(2)  # its progress is nobody's
+    os.close(2)  # its progress is not read
     prepare(str(text), out, save_seconds=0, **SMALL)
 
 
@@ -240,7 +240,7 @@ def test_a_full_disk_keeps_the_work_and_the_same_command_goes_on(text, undisturb
         real(fd)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="no space on the disk: .* could not be written; what stood there is kept"):
+    with pytest.raises(UserError, match="no space on the disk: .* could not be written; what was there is kept"):
         prepare(str(text), tmp_path / "data", save_seconds=0, **SMALL)
     assert not (tmp_path / "data").exists() and (work_folders(tmp_path / "data")[0] / "state.json").exists()
     prepare(str(text), tmp_path / "data", **SMALL)

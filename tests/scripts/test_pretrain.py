@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 
 @pytest.fixture(scope="module")
 def untouched(data, tmp_path_factory):
-    """One run that nobody interrupted, in a process of its own."""
+    """One run that was not interrupted, in its own process."""
     folder = tmp_path_factory.mktemp("untouched")
     done = run("scripts.pretrain", "--config", write_recipe(folder, data), "--runs", folder / "runs")
     assert done.returncode == 0, done.stderr

@@ -1,9 +1,9 @@
 """Start a fine-tuning, kill it with SIGKILL after a moment, and again, until it was killed often enough; then let it
-end. Every start is a process of its own, forked from this one, which has done the imports and nothing else.
+end. Every start is a separate process, forked from this one, which has done the imports and nothing else.
 
     python killing.py KILLS SEED 'RECIPE RUN [FLAG...]'...  ->  for each, what the kills left lying about, as JSON
 
-The result stands in RUN/killed; beside it, in RUN/untouched, that of a run which nobody killed.
+The result is in RUN/killed; that of a run that was not killed is in RUN/untouched.
 """
 
 import json

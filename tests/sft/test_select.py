@@ -1,4 +1,4 @@
-"""Choosing an epoch: the rule, what is recorded, and a selection that is stopped and goes on."""
+"""Choosing an epoch: the rule, what is recorded, and a selection that is stopped and resumed."""
 
 import json
 import sys

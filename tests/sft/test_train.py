@@ -44,7 +44,7 @@ def _fresh_accelerate():
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A fine-tuning that nobody interrupted."""
+    """A fine-tuning that was not interrupted."""
     folder = tmp_path_factory.mktemp("tuned")
     run = make_run(folder)
     assert tune(write_recipe(folder), run) == 0

@@ -69,7 +69,7 @@ def install(source: Path) -> None:
     _stand_in("exporters.test_export", "no tests of export", ExportTesterMixin=_empty("ExportTesterMixin"))
     _stand_in(
         "utils.test_configuration_utils",
-        f"configurations are tested with {len(_COMMON_KWARGS)} common fields of our own",
+        f"configurations are tested with {len(_COMMON_KWARGS)} of our own common fields",
         config_common_kwargs=_COMMON_KWARGS,
     )
     if importlib.util.find_spec("tests.distributed_testing_utils") is None:

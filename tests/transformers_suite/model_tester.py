@@ -1,4 +1,4 @@
-"""What Transformers' common tests ask of a family: its classes, a tiny configuration, and inputs for it."""
+"""What Transformers' common tests ask of a family: its classes, a tiny configuration, and its inputs."""
 
 import copy
 from typing import Any

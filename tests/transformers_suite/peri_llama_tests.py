@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from modeling_periln import PLACEMENT_NAMES, PeriLlamaConfig
 
-# Their tests give labels to every class with a name in this table; the base model's stands there for the Trainer.
+# Their tests give labels to every class with a name in this table; the base model's is there for the Trainer.
 del MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["peri_llama, prefix tuning"]
 
 from tests.generation.test_utils import GenerationTesterMixin  # noqa: E402
@@ -110,7 +110,7 @@ for _name in ("SlidingAndFullLayers", "RopeByLayerTypeCentered", "LayersWithoutR
     VARIANTS[_name]["num_hidden_layers"] = 2
     if "sliding_window" in VARIANTS[_name]:
         VARIANTS[_name]["layer_types"] = LAYER_TYPES
-# Plans differ only in which norms there are, so that a few rows stand for all.
+# Plans differ only in which norms there are, so that a few rows represent all.
 PARALLEL = (
     *("PeriRmsnorm", "PostLayernorm", "PeriRmsnormHeadQkTied", "PostLayernormFullQkEmbedFinal"),
     "RopeByLayerTypeCentered",

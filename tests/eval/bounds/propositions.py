@@ -60,7 +60,7 @@ class PaperNetwork:
 
 @dataclass(frozen=True)
 class Proposition:
-    """What a proposition says of one token, beside the gradient that autograd gives.
+    """What a proposition says about one token, next to autograd's gradient.
 
     `gradient` is dL/dW2 (H, D). `formula` (H, D) is D.1's own, exact (None but for `pre`). `paper` bounds every entry,
     `sharp` and `with_loss` (|p - y| measured) the Frobenius norm; None for `pre`, whose gradient has no such bound.

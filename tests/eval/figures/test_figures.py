@@ -1,4 +1,4 @@
-"""Tests of the figures: the paper's by their numbers, from runs of every shape, and what is said where records lack."""
+"""Tests of the figures: the paper's by number, from runs of every shape, and what they say where records are absent."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from periln.runkit import placements
 from periln.runkit.errors import run_command
 
 ROOT = Path(__file__).resolve().parents[3]
-CURVES = ("3a", "8", "12", "13", "14")  # over learning rates, of which there must be three
+CURVES = ("3a", "8", "12", "13", "14")  # over learning rates; there must be three
 PAPER = ["1", "3a", "3b", "3c", "4", "5", "6", "7a", "7b", "7c", "7d", *map(str, range(8, 19)), "20", "21", "22"]
 
 

@@ -113,7 +113,7 @@ def test_any_powers_of_two_leave_the_function_as_it_is(family, seed):
 @pytest.mark.parametrize("row", ["hybrid", "sub_ln", "normformer"])
 def test_norms_inside_a_sublayer_are_refused_by_name(row):
     model = build(f"peri_llama:{row}")
-    with pytest.raises(UserError, match=r"no rewrite is known, it has a norm of its own inside \((v|inner)_norm\)"):
+    with pytest.raises(UserError, match=r"no rewrite is known, it has a norm inside \((v|inner)_norm\)"):
         cure(model, [IDS], Wish())
 
 
@@ -295,7 +295,7 @@ def test_one_epsilon_left_as_it_is_moves_the_logits_and_is_reported():
     model = with_stream_overflow("hyperclovax_peri")
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
-            module.variance_epsilon = 1e-2  # not small beside the squares of the modules' outputs
+            module.variance_epsilon = 1e-2  # not small next to the squares of the modules' outputs
     model.config.rms_norm_eps = 1e-2
     reference = logits_of(model, IDS)
     record, *_ = cure(model, [IDS], Wish(keep_eps=True, tolerance=1.0))

@@ -128,7 +128,7 @@ def test_attention_s_entropy_is_that_of_its_weights(family):
 
 
 def test_attention_s_largest_logit_is_that_of_query_and_key():
-    """GPT-2 has neither rotary embedding nor a mask of its own: logits by hand."""
+    """GPT-2 has neither rotary embedding nor its own mask: logits by hand."""
     model = build("gpt2")
     _, rows = run_probe(model)
     seen = []

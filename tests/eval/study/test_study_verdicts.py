@@ -40,6 +40,12 @@ def test_a_rate_at_which_all_of_the_others_diverged_counts(study):
     assert "rate 0.1: every run of pre diverged, none of the other's" in lower.outcome.details
 
 
+def test_one_pair_of_which_one_run_diverged_decides_nothing(tmp_path):
+    found = verdicts_of(make(tmp_path / "study", cells=9))["C10"].parts[0]
+    assert found.outcome.details[-1].startswith("rate 0.1: every run of pre diverged")
+    assert found.verdict == "undecided"
+
+
 def test_the_best_rate_is_that_of_the_first_seed(study):
     assert best_rates(study.plan, study.results()) == {"post": 0.01, "pre": 0.01, "peri": 0.01}
     results = study.results()
@@ -97,6 +103,8 @@ def test_the_report_is_one_page_with_its_figures(study):
     page = (study.path / "report.html").read_text()
     assert "data:image/png;base64" in page and 'class="supported"' in page and "45 of 45 cells" in page
     markdown = (study.path / "verdicts.md").read_text()
+    assert "Peri-LN has the lowest mean held-out loss" in markdown and "0.001, 0.01, 0.1." in markdown
+    assert "Diverged in E2: Post-LN 0 of 15, Pre-LN 5 of 15, Peri-LN 0 of 15." in markdown
     assert "| 0.1 |" in markdown and "5 of 5 diverged" in markdown
     before = page, markdown
     command.main(parse(["report", str(study.path)]))

@@ -45,6 +45,14 @@ def test_cells_are_mean_and_sample_deviation_over_seeds(two_seeds):
     assert shown["seeds survived"] == "2/2"
 
 
+def test_the_right_answers_bits_a_byte_stand_beside_the_scores(tmp_path):
+    for seed, bits in ((1, [1.0, 2.0, 3.0, 4.0, 5.0]), (2, [2.0, 3.0, 4.0, 5.0, 6.0])):
+        write_scores(write_run(tmp_path, "pre", seed=seed), [0.25] * 5, loss=4.0, gold=bits)
+    assert row(load(tmp_path), "pre")["gold bits per byte"] == "3.500 ± 0.707"
+    write_scores(tmp_path / "pre_lr0.002_seed2", [0.25] * 5, gold=[2.0])  # of one task alone: no mean
+    assert row(load(tmp_path), "pre")["gold bits per byte"] == "3.000 (n=1)"
+
+
 def test_average_is_the_plain_mean_of_the_five_task_means(two_seeds):
     assert row(load(two_seeds), "pre")["Avg."] == "39.0"  # (30 + 25 + 55 + 35 + 50) / 5
 

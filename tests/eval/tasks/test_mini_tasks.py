@@ -159,7 +159,7 @@ def test_hellaswag_fields() -> None:
         assert row["source_id"] == f"mini~{number:03d}"
         assert (row["split"], row["split_type"]) == ("val", "mini")
         assert row["ctx"] == f"{row['ctx_a']} {row['ctx_b']}"
-        # The prompt capitalizes ctx_b, which lowers every later letter: names must not stand there.
+        # The prompt capitalizes ctx_b, which lowers every later letter: names must not be there.
         assert row["ctx_b"] and row["ctx_b"] == row["ctx_b"].lower()
 
 

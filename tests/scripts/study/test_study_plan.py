@@ -32,14 +32,14 @@ def test_a_budget_is_read(text, seconds, machines):
 
 
 @pytest.mark.parametrize("text", ["8", "0h", "x8h", "0x8h", "8 hours", "-1h"])
-def test_what_is_no_budget_is_refused(text):
-    with pytest.raises(UsageError, match=r"--budget '.*' is no time"):
+def test_what_is_not_a_budget_is_refused(text):
+    with pytest.raises(UsageError, match=r"--budget '.*' is not a time"):
         parse_budget(text)
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "4", "a/b"])
-def test_what_is_no_shard_is_refused(text):
-    with pytest.raises(UsageError, match="is no part of a whole"):
+def test_what_is_not_a_shard_is_refused(text):
+    with pytest.raises(UsageError, match="is not a part of a whole"):
         parse_shard(text)
 
 
@@ -116,7 +116,7 @@ def test_a_study_that_has_run_is_left_alone(tmp_path):
         (["plan"], "plan needs --budget"),
         (["plan", "--budget", "8h", "--groups", "E7"], "'E7' is unknown"),
         (["export", "--out", "."], "export needs --records"),
-        (["run", "--out", "nowhere"], "is no folder"),
+        (["run", "--out", "nowhere"], "is not a folder"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(words, said):

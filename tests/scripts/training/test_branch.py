@@ -19,7 +19,7 @@ WSD = {"schedule": "wsd", "warmup": 0.0, "learning_rate": 5e-3}
 
 @pytest.fixture
 def trunk(tmp_path, data):
-    """Twelve steps without decay, of which every third checkpoint stays."""
+    """Twelve steps without decay; every third checkpoint stays."""
     optimizer = WSD | {"schedule": "constant"}
     return train(tmp_path, data, name="trunk", optimizer=optimizer, keep_every=3, keep_last=1)
 

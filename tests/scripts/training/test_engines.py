@@ -59,7 +59,7 @@ def runs(place):
             "checkpoint_every": 10,
             "keep_last": 2,
             "heldout_every": 10,
-            "heldout_sequences": 5,  # of which one rank gets one more than the other
+            "heldout_sequences": 5,  # one rank gets one more than the other
         }
         file = write_recipe(place, place / "data", f"run_{precision}", **shared)
         for engine in ("single", *ENGINES):

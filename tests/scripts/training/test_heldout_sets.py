@@ -18,7 +18,7 @@ FP32 = {"mode": "fp32", "residual_dtype": None}
 
 @pytest.fixture
 def sets(tmp_path, data):
-    """The data's own held-out text under a name of its own, and another text."""
+    """The data's own held-out text under another name, and another text."""
     other = tmp_path / "numbers.jsonl"
     other.write_text("".join(json.dumps({"text": " ".join(map(str, range(n, n + 200)))}) + "\n" for n in range(3)))
     return {"own": str(data / "heldout.jsonl"), "numbers": str(other)}

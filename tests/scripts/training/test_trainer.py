@@ -225,7 +225,7 @@ def test_trackio_is_the_default_where_it_is_installed(tmp_path, data, monkeypatc
     train(tmp_path, data, trackers=[], name="third", steps=1)
     (tracker,) = Recorder.made
     assert (tracker.kwargs["name"], tracker.kwargs["embed"]) == ("second", False)
-    assert run.recipe["trackers"] is None  # a machine without it goes on with the run
+    assert run.recipe["trackers"] is None  # a machine without it continues the run
 
 
 def test_a_tracker_that_fails_is_named_and_ends_nothing(tmp_path, data, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3: the run of one process, and checkpoints that any engine goes on from.
+"""DeepSpeed's ZeRO-2 and ZeRO-3: the run of one process, and checkpoints that any engine resumes from.
 
 Two gloo processes are really started on the CPU. Skipped where DeepSpeed is not installed; what it is refused for is
 tested without it.
