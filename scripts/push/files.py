@@ -70,7 +70,7 @@ def files_of(subject: Subject, options: CardOptions) -> list[Upload]:
     Raises:
         UserError: the folder is not a complete model, or its adapter needs a model that is only here.
     """
-    folder = subject.checkpoint
+    folder: Any = subject.checkpoint
     found = [*_weights(folder), *_configs(folder), *_code(folder), *_tokenizer(folder), *_records(subject)]
     figures = [Upload(f"figures/{p.name}", p) for p in subject.figures()]
     options = replace(options, figures=tuple(Path(f.name).name for f in figures))

@@ -51,7 +51,8 @@ def describe_plan(sweep: Sweep, gpu: str = "h100", mfu: float = 0.4) -> str:
 
 def describe_status(sweep: Sweep) -> str:
     """A line a cell, and how many are in which state."""
-    rows, states = [["cell", "status", "step", "loss", "skipped", ""]], {}
+    rows = [["cell", "status", "step", "loss", "skipped", ""]]
+    states: dict[str, int] = {}
     for cell in sweep.cells:
         state, records = cell.state, cell.run.metrics()
         states[state] = states.get(state, 0) + 1

@@ -5,6 +5,7 @@ from what another has written.
 """
 
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch as safetensors
 import torch
@@ -95,7 +96,7 @@ def load_trainer_state(path: Path, engine: Engine) -> int:
     Raises:
         UserError: the checkpoint's tensors are not the model's.
     """
-    weights = {}
+    weights: dict[str, Any] = {}
     for file in sorted(path.glob("*.safetensors")):
         weights |= safetensors.load_file(file)
     have = engine.model.state_dict()

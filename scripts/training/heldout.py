@@ -32,7 +32,8 @@ def heldout_sequences(
     # As the shards were encoded: with the same ids around each document, and a spelled special token only text.
     ends = data.ends_with or [tokenizer.eos_token_id]
     encode = Encoder(data.tokenizer_path / "tokenizer.json", data.begins_with, ends, np.dtype(np.int64))
-    wanted, ids = count * sequence_length + 1, []
+    wanted = count * sequence_length + 1
+    ids: list[int] = []
     source = file or data.path / "heldout.jsonl"
     with open(source, encoding="utf-8") as lines:
         for line in lines:

@@ -199,7 +199,7 @@ COUNT = "document.querySelectorAll('#runs tbody tr').length"
 PRE = "document.querySelector('#runs tbody tr:nth-child(2)').innerText"  # below Post-LN, as everywhere
 LINE = "[...document.querySelectorAll('#figure-curves path[stroke-linejoin]')].at(-1).getAttribute('d').length"
 UNTIL = """(async () => {
-  for (let i = 0; i < 100; i++) { if (%s) return true; await new Promise(r => setTimeout(r, 100)); }
+  for (let i = 0; i < 350; i++) { if (%s) return true; await new Promise(r => setTimeout(r, 100)); }
 })()"""
 
 
@@ -219,7 +219,7 @@ def test_the_page_shows_runs_as_they_grow(tmp_path, width):
 
         def state(self) -> str:
             self.asked += 1
-            if self.asked == 12:  # the page has shown the first steps for seconds
+            if self.asked == 6:  # the page has shown the first steps
                 with open(run / "metrics.jsonl", "a") as file:
                     file.writelines(text[50:120])
             return re.sub(r'"pause": [0-9.]+', '"pause": 0.3', super().state())  # however slow this machine is
