@@ -42,6 +42,12 @@ WRONG = {
     "card": ["here", "there", "--out", "new.md"],
     "zoo": ["here", "--out", "file"],
     "convert": ["here", "full", "--to", "llama"],
+    "retrofit": ["here", "full", "--to", "peri"],
+    "retrofit-report": ["here", "here", "--out", "new", "--samples", "0"],
+    "study": ["plan", "--budget", "8", "--out", "new"],
+    "gpu-check": ["--out", "file"],
+    "coordinate-check": ["nowhere.yaml", "--out", "new"],
+    "live": ["nowhere"],
 }
 PROBE = """
 import json, sys
