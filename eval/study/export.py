@@ -43,7 +43,7 @@ def export(study: Study, results: dict[str, dict[str, Any]], verdicts: list[Verd
 
 
 def _same(new: Any, old: Any) -> bool:
-    """Equal; numbers to one in a thousand, as another SciPy may give them; what is said of them is left out."""
+    """Equal; numbers to one in a thousand, as another SciPy may give them; words about them are left out."""
     if isinstance(new, dict) and isinstance(old, dict):
         return new.keys() == old.keys() and all(_same(new[k], old[k]) for k in new if k not in WORDS)
     if isinstance(new, list) and isinstance(old, list):

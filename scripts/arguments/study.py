@@ -61,7 +61,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m scripts.study") 
     add("--workers", type=int, help="cells side by side; one a core or GPU when left out")
     add("--shard", metavar="I/N", help="run: every Nth cell, from the Ith on (array jobs)")
     more = more_options(parser).add_argument
-    more("--at", metavar="SIZE", help="plan: the size of which --tokens-per-second is (the smallest when left out)")
+    more("--at", metavar="SIZE", help="plan: the size that --tokens-per-second was measured at (default: the smallest)")
     more("--size", help="plan: the size of the models; chosen by the budget when left out")
     more("--groups", default=",".join(GROUPS), help="plan: experiments to plan; run: those to run")
     more("--source", help="plan: the text; chosen by the tokens needed when left out")

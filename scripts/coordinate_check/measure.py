@@ -35,7 +35,7 @@ def recipe_of(base: Recipe, rule: str, width: int, depth: int, base_size: tuple[
     """The recipe at another width and depth under a rule: heads of the same size, an FFN of the same shape.
 
     Raises:
-        UsageError: a width that is no multiple of a head, or what the rule refuses.
+        UsageError: a width that is not a multiple of a head, or what the rule refuses.
     """
     config = base.model_config(vocab_size=vocabulary)
     head, heads, pairs = config.head_dim, config.num_attention_heads, config.num_key_value_heads

@@ -18,7 +18,7 @@ PADDED = {"cl100k_base": 100352}  # vocabulary of the model
 
 
 def data_of(design: Design, source: str | None) -> dict[str, Any]:
-    """The plan's section `data`: options of prepare_data, and where the result stands in the study's folder."""
+    """The plan's section `data`: options of prepare_data, and where the result is in the study's folder."""
     needed = max(map(design.tokens_of, design.cells))
     tokens = min(MOST_INSTALLED, max(2_000_000, 40 * needed)) if needed <= MOST_INSTALLED else math.ceil(1.05 * needed)
     source = source or ("installed" if needed <= MOST_INSTALLED else DCLM)

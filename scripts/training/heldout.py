@@ -77,7 +77,7 @@ def heldout_loss(engine: Engine, inputs: torch.Tensor, targets: torch.Tensor, mi
     """Mean cross entropy in nats a token; every rank does the same number of forward passes (sharded weights)."""
     own, share = slice(engine.rank, None, engine.processes), -(-len(inputs) // engine.processes)
     micro_batch = min(micro_batch, share)
-    share += -share % micro_batch  # whole micro batches, of which compiled layers have one graph
+    share += -share % micro_batch  # whole micro batches: compiled layers have one graph of them
     inputs, mine = inputs[own], targets[own]
     lacking = (share - len(inputs), targets.shape[1])  # sequences that count nothing
     inputs = torch.cat([inputs, inputs.new_zeros(lacking)])

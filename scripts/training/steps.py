@@ -37,7 +37,7 @@ NORM_SLOTS = {
 
 def weight_decay(name: str, parameter: nn.Parameter, recipe: Optimizer) -> float:
     """The decay of a parameter, by its name in the model: matrices have the recipe's, norms that of their slot, and
-    vectors of which nothing is said have none unless the recipe says otherwise.
+    other vectors have none unless the recipe says otherwise.
     """
     if parameter.ndim >= 2:
         return recipe.weight_decay
