@@ -30,8 +30,9 @@ def test_every_field_has_a_unit_and_what_readers_take_is_a_field():
 
 def test_a_record_has_every_key_but_those_that_were_not_measured():
     record = StepRecord(**STEP).as_json()
-    assert set(STEP_FIELDS) - set(record) == {"spike", "heldout_loss"}
-    assert StepRecord(**STEP, spike=False, heldout_loss=2.0).as_json() == record | {"spike": False, "heldout_loss": 2.0}
+    assert set(STEP_FIELDS) - set(record) == {"spike", "heldout_loss", "distillation"}
+    more = {"spike": False, "heldout_loss": 2.0, "distillation": 0.5}
+    assert StepRecord(**STEP, **more).as_json() == record | more
 
 
 def test_the_final_loss_is_one_number_in_tables_sweeps_figures_and_cards(tmp_path):
