@@ -61,6 +61,16 @@ class PeriLlamaRotaryEmbeddings(nn.ModuleDict):
             one.__dict__["rope_parameters"] = rope_of(config, kind)
             self[kind] = PeriLlamaRotaryEmbedding(config=one)
 
+    def __getattr__(self, name: str) -> Any:
+        """`LAYERTYPE_inv_freq`, as Transformers' own embeddings of several types call them, besides a module's own."""
+        kind = name.removesuffix("_inv_freq")
+        return self[kind].inv_freq if kind != name and kind in self else super().__getattr__(name)
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor | None = None, layer_type: str = "") -> Tables:
+        """The tables of one type of layer; see `PeriLlamaRotaryEmbedding`. Raises KeyError for another type."""
+        tables: Tables = self[layer_type](x, position_ids=position_ids)
+        return tables
+
     def by_type(
         self, layer_types: Iterable[str], x: torch.Tensor, position_ids: torch.Tensor | None
     ) -> dict[str, Tables]:
