@@ -46,7 +46,7 @@ test: $(STAMP) ## the whole test suite, the fast tests first
 docs: $(STAMP) ## the documentation, into site/; a broken link or reference fails
 	$(BIN)/python -m mkdocs build --strict
 
-notebooks: $(STAMP) ## the notebooks of examples/ from top to bottom, at their full size
+notebooks: $(STAMP) ## the notebooks of examples/ at their full size, and the commands of README's starts
 	$(BIN)/python -m pytest -m notebooks $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## what takes minutes by itself: a study of 20 minutes, a run killed sixty times (KILLS=1000, COMPILE=1)

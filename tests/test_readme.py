@@ -81,7 +81,7 @@ def substituted(words: list[str]) -> list[str]:
     return [sys.executable, "-m", *words, *more]
 
 
-@pytest.mark.slow
+@pytest.mark.notebooks  # minutes; `.ci/run` runs it with them
 def test_the_starts_run_in_the_order_in_which_they_stand(place):
     said = {}
     for words in periln_commands():
