@@ -21,7 +21,7 @@ from periln.scripts.parametrization import Parametrization
 
 @dataclass
 class NormDecay:
-    """Weight decay of the norms by where they stand; null: as `decay_norms_and_biases` says.
+    """Weight decay of the norms by their slot; null: as `decay_norms_and_biases` says.
 
     2605.26895 finds that decay helps the gains of input norms and harms those of output norms.
     """

@@ -34,7 +34,7 @@ _TAGS = re.compile(r"<(script|style|head|nav)\b.*?</\1>|<[^>]+>", re.DOTALL | re
 
 
 class SeenLines:
-    """Which lines stood in the documents so far, as one bit for each hash of `BITS` bits."""
+    """Which lines the documents so far had, as one bit for each hash of `BITS` bits."""
 
     def __init__(self) -> None:
         self._bits = np.zeros(1 << (BITS - 3), dtype=np.uint8)

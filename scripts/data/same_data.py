@@ -1,4 +1,4 @@
-"""Whether data that stand prepared are those that are asked for: by what the text and the tokenizer are, not by where.
+"""Whether prepared data are those that are asked for: by what the text and the tokenizer are, not by where.
 
 The index of prepared data keeps a hash of the source's files, and of the tokenizer's, where these are local. A command
 that names them at another place is answered with the data found there, after they were read and compared.

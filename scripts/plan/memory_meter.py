@@ -26,7 +26,7 @@ class LiveTensors(TorchDispatchMode):
 
     Attributes:
         live: bytes now.
-        peak: the largest `live` so far; `peak_at` names the operator after which it stood.
+        peak: the largest `live` so far; `peak_at` names the operator that reached it.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor] = ()):

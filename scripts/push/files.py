@@ -1,4 +1,4 @@
-"""What of a checkpoint goes to the Hub: a fixed list of files, cleaned, and searched for what must not leave.
+"""What of a checkpoint goes to the Hub: a fixed list of files, cleaned, and searched for what must stay here.
 
 A file whose name is not on the list is never sent, whatever else is in the folder: the trainer's state, optimizers,
 pickles, caches, editors' copies.
