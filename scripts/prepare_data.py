@@ -1,7 +1,8 @@
 """Text to token shards: `python -m scripts.prepare_data --source installed-python --out data/`.
 
 The work happens in a hidden folder next to the result (`.data.<hash of the options>.work`) and is committed every few
-seconds; after a kill at any moment, the same command resumes there. The result appears by a rename and is the same to the byte, whatever happened on the way and however many workers there were.
+seconds; after a kill at any moment, the same command resumes there. The result appears by a rename and is the same to
+the byte, whatever happened on the way and however many workers there were.
 
 Memory is bounded whatever the documents are: a text of more than `sources.LONGEST` bytes is skipped, batches wait for
 workers up to `encoders.AHEAD` characters, and a worker encodes `encoding.PIECE` characters at once. Beside these there
