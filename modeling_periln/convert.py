@@ -30,7 +30,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from .admission import export_remarks
@@ -53,7 +53,17 @@ from .modeling_periln import PeriLlamaForCausalLM
 from .pipes import until_unread
 from .proof import TOLERANCE, ConversionFailed, compare, in_words, model_class
 from .refresh import refresh
-from .sources import ADAPTER_CONFIG, COMPANIONS, base_of, check_whole, checkpoint_of, is_adapter, merge, read_json
+from .sources import (
+    ADAPTER_CONFIG,
+    COMPANIONS,
+    base_of,
+    check_whole,
+    checkpoint_of,
+    copy_companions,
+    is_adapter,
+    merge,
+    read_json,
+)
 from .version import __version__
 
 # In memory
@@ -202,7 +212,7 @@ def convert(
             file.chmod((folder / "config.json").stat().st_mode)
         if to == PERI_LLAMA:
             custom_object_save(PeriLlamaForCausalLM, folder)
-        _copy_companions(src, folder, config)
+        copy_companions(src, folder, config)
         record = {
             "from": config.model_type,
             "to": to,
@@ -301,22 +311,6 @@ def _narrowed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The tensor in `dtype` if that holds every value, else as it is."""
     narrow = tensor.to(dtype)
     return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
-
-
-def _copy_companions(src: Path, folder: Path, config: PreTrainedConfig) -> None:
-    """The tokenizer's files and the generation configuration; the latter is made where the source has none."""
-    for file in filter(Path.is_file, (src / name for name in COMPANIONS)):
-        shutil.copyfile(file, folder / file.name)
-    about = folder / "tokenizer_config.json"
-    if about.is_file():  # the source's may state another length than its model's
-        record = json.loads(about.read_text(encoding="utf-8"))
-        record["model_max_length"] = config.max_position_embeddings
-        about.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if (src / "additional_chat_templates").is_dir():
-        shutil.copytree(src / "additional_chat_templates", folder / "additional_chat_templates")
-    if not (folder / "generation_config.json").is_file():
-        tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        GenerationConfig(**tokens).save_pretrained(folder)
 
 
 @contextlib.contextmanager

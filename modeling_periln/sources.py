@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .conversions import ConversionRefused
 from .proof import TOLERANCE, ConversionFailed
@@ -189,3 +189,19 @@ def _check_adapter_names(file: Path, have: set[str], own: set[str], all_names: s
         raise ConversionFailed(f"{file}: {len(missing)} weights are missing, the first is {min(missing)}")
     if unused:
         raise ConversionFailed(f"{file}: {len(unused)} weights have no place in the base, the first is {min(unused)}")
+
+
+def copy_companions(src: Path, folder: Path, config: PreTrainedConfig) -> None:
+    """The tokenizer's files and the generation configuration; the latter is made where the source has none."""
+    for file in filter(Path.is_file, (src / name for name in COMPANIONS)):
+        shutil.copyfile(file, folder / file.name)
+    about = folder / "tokenizer_config.json"
+    if about.is_file():  # the source's may state another length than its model's
+        record = json.loads(about.read_text(encoding="utf-8"))
+        record["model_max_length"] = config.max_position_embeddings
+        about.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if (src / "additional_chat_templates").is_dir():
+        shutil.copytree(src / "additional_chat_templates", folder / "additional_chat_templates")
+    if not (folder / "generation_config.json").is_file():
+        tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        GenerationConfig(**tokens).save_pretrained(folder)
