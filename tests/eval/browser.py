@@ -18,7 +18,7 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
 
-# What sticks out to the right of the window, unless it is in something that scrolls by itself.
+# The elements that reach beyond the right edge of the window, except inside a container that scrolls.
 MEASURE = """(() => {
   const width = document.documentElement.clientWidth;
   const inside = e => { for (let p = e.parentElement; p; p = p.parentElement)
