@@ -200,7 +200,8 @@ class Engine:
             options = compile_options(recipe.precision.mode, self.device.type)
             for module in self._compiled:
                 module.compile(dynamic=False, options=options)
-            model.loss_softmax = torch.compile(softmax_part, dynamic=False, options=options)
+            if self.device.type != "cpu":  # there the compiled form takes longer than the operators, which work in place
+                model.loss_softmax = torch.compile(softmax_part, dynamic=False, options=options)
         self.model = model
         if self.zero:
             self.prepared, self.optimizer = self.zero.prepare(self.accelerator, model, optimizer, self._autocast_dtype)
