@@ -1,8 +1,8 @@
 """Random rows against the equation, forward and backward, in float64.
 
-A row is drawn from all that one can hold: attention and MLP apart, kinds, gains, epsilons, norms on q, k and v and inside
-the sublayers, constant, named and learned factors; for one row or a list of them, with random sizes and switches. The
-reference reads what was drawn, as it was written, and the weights by name. It shares no code with the model.
+A row is drawn from all that one can hold: attention and MLP apart, kinds, gains, epsilons, norms on q, k and v and
+inside the sublayers, constant, named and learned factors; one row or a list of them, with random sizes and switches.
+The reference reads what was drawn, as it was written, and the weights by name. It shares no code with the model.
 """
 
 import math
@@ -71,7 +71,9 @@ def draw(seed: int) -> dict:
     fields |= {"vocab_size": 31, "max_position_embeddings": 32}
     fields |= {"attention_bias": r.random() < 0.3, "mlp_bias": r.random() < 0.3}
     fields |= {"norm_type": r.choice(KINDS[:2]), "norm_gain": r.choice(["channel", "centered", "scalar"])}
-    fields |= {"norm_eps": {"attn_input_norm": 0.2, "q_norm": [0.1 * (i + 1) for i in range(layers)], "final_norm": 0.3}}
+    fields |= {
+        "norm_eps": {"attn_input_norm": 0.2, "q_norm": [0.1 * (i + 1) for i in range(layers)], "final_norm": 0.3}
+    }
     fields |= {"qk_norm": r.choice([None, None, "head", "full"]), "residual_scale": r.choice([1.0, 0.5, "1/sqrt(2L)"])}
     rows = [draw_row(r, fields["qk_norm"] is not None) for _ in range(layers)]
     if r.random() < 0.5:
@@ -118,7 +120,9 @@ class Reference:
         else:
             y = torch.erf(self.w[f"{name}.alpha"] * x + self.w[f"{name}.shift"])
         if gain == "head":
-            return torch.cat([w * h for w, h in zip(self.w[f"{name}.weight"], y.chunk(self.heads, -1), strict=True)], -1)
+            return torch.cat(
+                [w * h for w, h in zip(self.w[f"{name}.weight"], y.chunk(self.heads, -1), strict=True)], -1
+            )
         if gain != "none":
             y = y * (self.w[f"{name}.weight"] + (gain == "centered"))
         biased = kind in ("layernorm", "dyt", "derf") and gain in ("channel", "centered")
@@ -169,7 +173,9 @@ class Reference:
     def mlp(self, x, row, prefix, layer):
         gate = self.linear(x, f"{prefix}.gate_proj")
         gated = gate * torch.sigmoid(gate) * self.linear(x, f"{prefix}.up_proj")
-        return self.linear(self.norm(gated, row["mlp_inner_norm"], f"{prefix}.inner_norm", layer), f"{prefix}.down_proj")
+        return self.linear(
+            self.norm(gated, row["mlp_inner_norm"], f"{prefix}.inner_norm", layer), f"{prefix}.down_proj"
+        )
 
     def logits(self, ids):
         given = self.given
