@@ -123,7 +123,8 @@ class PeriLlamaDecoderLayer(GradientCheckpointingLayer):
         branch = self.mlp(branch)  # f
         branch = self.mlp_output_norm(branch)  # B
         hidden_states = self.mlp_residual(hidden_states, branch)  # alpha * stream + s * branch
-        return self.mlp_residual_norm(hidden_states)  # C
+        hidden_states = self.mlp_residual_norm(hidden_states)  # C
+        return hidden_states
 
 
 class PeriLlamaPreTrainedModel(PeriLlamaFamily):

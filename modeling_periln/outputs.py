@@ -45,11 +45,11 @@ def losses_without_logits(
     Raises:
         ValueError: there are no labels.
     """
-    targets = given.get("shift_labels")
-    if targets is None and labels is None:
-        raise ValueError("skip_logits=True needs labels: without them there is nothing to return")
-    ignored = given.get("ignore_index", IGNORE_INDEX)
-    targets = shift_labels(labels, ignored) if targets is None else targets
+    targets, ignored = given.get("shift_labels"), given.get("ignore_index", IGNORE_INDEX)
+    if targets is None:
+        if labels is None:
+            raise ValueError("skip_logits=True needs labels: without them there is nothing to return")
+        targets = shift_labels(labels, ignored)
     more: dict[str, Any] = {"z_loss": z_loss, "loss_scale": loss_scale, "softmax": softmax}
     items = given.get("num_items_in_batch")
     loss, z_term = chunked_losses(hidden_states, lm_head, targets, items, ignore_index=ignored, **more)

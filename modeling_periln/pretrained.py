@@ -36,14 +36,16 @@ class PeriLlamaFamily(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        reset = getattr(module, "reset", None)  # of our norms and learned factors
         if isinstance(module, nn.Linear):
             std = self.config.initializer_range * getattr(module, "init_gain", 1.0)
             init.normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif hasattr(module, "reset"):  # our norms and learned factors
-            module.reset()
+        elif callable(reset):
+            reset()
         else:
             super()._init_weights(module)
-            if hasattr(module, "reset_scale"):  # our scaled embedding
-                module.reset_scale()
+            reset_scale = getattr(module, "reset_scale", None)  # of our scaled embedding
+            if callable(reset_scale):
+                reset_scale()

@@ -113,4 +113,5 @@ class PeriLlamaMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gated = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        return self.down_proj(self.inner_norm(gated))
+        output: torch.Tensor = self.down_proj(self.inner_norm(gated))
+        return output
