@@ -117,6 +117,12 @@ def test_norms_inside_a_sublayer_are_refused_by_name(row):
         cure(model, [IDS], Wish())
 
 
+@pytest.mark.parametrize("kind", ["dyt", "derf"])
+def test_a_norm_without_freedom_of_scale_is_refused_by_name(kind):
+    with pytest.raises(UserError, match=rf"PeriLlamaNorm, {kind}\) .*depends on the scale of what it reads"):
+        cure(build(f"peri_llama:{kind}"), [IDS], Wish())
+
+
 def test_a_forgotten_part_would_be_seen():
     """The check above has teeth: each single matrix, norm or table left out moves the logits."""
     reference = logits_of(build("peri_llama:output"), IDS)
