@@ -1,17 +1,23 @@
 """A run small enough to be repeated, and the commands as a user would start them."""
 
+import contextlib
+import importlib
+import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
 
+from periln.command_line import arguments_of
 from periln.runkit.errors import run_command
 from periln.runkit.folder import RunFolder
 from periln.runkit.recipes import dump_yaml
 from periln.scripts import pretrain
 from periln.scripts.prepare_data import prepare
+from periln.start import start
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK_KEYS = {"tokens_per_second", "step_seconds", "data_wait", "mfu", "peak_memory_bytes"}
@@ -60,6 +66,25 @@ def run(module: str, *args: object, env: list[str] | None = None) -> subprocess.
     """Run a command of the project to its end."""
     words = [*(["env", *env] if env else []), *command(module, *args)]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def called(module: str, *args: object) -> subprocess.CompletedProcess:
+    """What `run` gives, from this process: nothing is imported again, and signals are handled as before afterwards.
+
+    For commands of which neither signals nor the environment matter. Output of their own children is not in it.
+    """
+    arguments = importlib.import_module(arguments_of(module))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = start(module, arguments.parse, arguments.check, list(map(str, args)))
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def train(folder: Path, data_folder: Path, **fields) -> RunFolder:
