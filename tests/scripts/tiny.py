@@ -2,11 +2,12 @@
 
 import contextlib
 import importlib
-import io
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
@@ -68,23 +69,43 @@ def run(module: str, *args: object, env: list[str] | None = None) -> subprocess.
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def called(module: str, *args: object) -> subprocess.CompletedProcess:
-    """What `run` gives, from this process: nothing is imported again, and signals are handled as before afterwards.
+@contextlib.contextmanager
+def caught(number: int, stream: str):
+    """What this process and its children write to a descriptor, as a file; `sys.stdout` or `sys.stderr` goes there."""
+    kept = os.dup(number)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        os.dup2(file.fileno(), number)
+        try:
+            here = getattr(contextlib, f"redirect_{stream}")
+            with open(os.dup(file.fileno()), "a", buffering=1, encoding="utf-8") as text, here(text):
+                yield file
+        finally:
+            os.dup2(kept, number)
+            os.close(kept)
 
-    For commands of which neither signals nor the environment matter. Output of their own children is not in it.
+
+def called(module: str, *args: object) -> subprocess.CompletedProcess:
+    """What `run` gives, from this process: nothing is imported again; afterwards signals are handled as before.
+
+    For a command that is to run to its end, in this process's environment.
     """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     arguments = importlib.import_module(arguments_of(module))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    out, err = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with caught(1, "stdout") as out, caught(2, "stderr") as err:
+        try:
             code = start(module, arguments.parse, arguments.check, list(map(str, args)))
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        said = []
+        for file in (out, err):
+            file.seek(0)
+            said.append(file.read())
+    return subprocess.CompletedProcess(args, code, *said)
 
 
 def train(folder: Path, data_folder: Path, **fields) -> RunFolder:
