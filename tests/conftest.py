@@ -22,6 +22,21 @@ def pytest_collection_finish():
     gc.enable()
 
 
+# Minutes each, and slow from the first test to the last. First, so that none is left for one worker alone at the end.
+LONGEST = (
+    "scripts/training/test_engines.py",
+    "scripts/training/test_resume_on_two_ranks.py",
+    "scripts/study/test_study_run.py",
+    "scripts/test_compiled_runs.py",
+    "scripts/training/test_zero.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """The fast tests first."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """The fast tests first, then the longest files."""
+
+    def place(item) -> tuple[bool, int]:
+        rank = next((i for i, file in enumerate(LONGEST) if item.nodeid.startswith(f"tests/{file}")), len(LONGEST))
+        return item.get_closest_marker("slow") is not None, rank
+
+    items.sort(key=place)
