@@ -151,7 +151,7 @@
       const height = top + Math.max(60, Math.ceil(maps.length / columns) * h);
       const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "distances between layers; CSV has their numbers" });
       this.neighbours(root, maps, { x: 52, y: 26, w: width - 70, h: top - 76 });
-      maps.forEach((map, i) => this.pairs(root, map, { x: (i % columns) * w + 40, y: top + Math.floor(i / columns) * h + 24, w: Math.min(w, 330) - 52, h: Math.min(w, 330) - 52 }));
+      maps.forEach((map, i) => this.pairs(root, map, { x: (i % columns) * w + 48, y: top + Math.floor(i / columns) * h + 24, w: Math.min(w, 330) - 60, h: Math.min(w, 330) - 60 }));
       if (!maps.length) root.append(svg("text", { x: 10, y: 30, "font-size": 12 }, "nothing is chosen"));
       root.addEventListener("pointerleave", () => this.say(null, ""));
       this.canvas.replaceChildren(root);
@@ -176,7 +176,7 @@
       const lines = maps.map((map) => map.x.filter((at) => map.cells.has(`${at}|${at - 1}`)).map((at) => [at, map.cells.get(`${at}|${at - 1}`)]));
       const points = lines.flat();
       if (!points.length) return;
-      root.append(svg("text", { x: box.x, y: box.y - 10, "font-size": 13, "font-weight": 600 }, "between the streams before and after a layer"));
+      root.append(svg("text", { x: box.x, y: box.y - 10, "font-size": 13, "font-weight": 600 }, "before and after a layer"));
       const [x, y] = this.axes(root, box, points.map((p) => p[0]), [0, ...points.map((p) => p[1])], ["layer", "distance / pi"]);
       root.append(svg("path", { d: `M${box.x},${box.y}v${box.h}h${box.w}`, stroke: "#555", fill: "none" }));
       lines.forEach((line, i) => {
