@@ -52,7 +52,8 @@ def on_config(config: Any) -> Any:
     """Fill in the navigation and the repository, and lay the packages out as an installation has them."""
     sys.path.insert(0, str(ROOT))
     config.nav = expand(config.nav)
-    config.repo_url = repository()
+    # In the footer: the header's link has every page ask GitHub how many stars there are.
+    config.extra["social"] = [{"icon": "fontawesome/brands/github", "link": repository(), "name": "The code"}]
     config.edit_uri = ""
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(lay_out())]
     return config

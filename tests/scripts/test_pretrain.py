@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import CLOCK_KEYS, MODEL, ROOT, command, run, timeless, train, write_recipe
+from tiny import CLOCK_KEYS, MODEL, ROOT, called, command, run, timeless, train, write_recipe
 
 from modeling_periln import PeriLlamaForCausalLM
 from periln.runkit.checkpoints import latest_whole
@@ -225,7 +225,7 @@ def test_killed_at_arbitrary_moments_it_ends_as_if_untouched(untouched_long, tmp
         process.kill()
         process.wait()
         assert folder.status == "running"
-    done = run("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
+    done = called("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
     assert folder.status == "completed"
     assert timeless(folder.path) == timeless(untouched_long.path)
@@ -243,7 +243,7 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(untouched_long, tmp_path, da
     assert folder.status == "interrupted"
     assert 2 <= folder.summary["step"] < LONG
     assert len(folder.checkpoints()) == 1
-    done = run("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
+    done = called("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
     assert timeless(folder.path) == timeless(untouched_long.path)
 
@@ -267,7 +267,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(untouched, tmp_path, data
     said = []
     assert latest_whole(folder, said.append) == folder.checkpoint_path(3)
     assert "step_00000006/model.safetensors is damaged" in said[0]
-    done = run("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
+    done = called("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
     # The recipe of an unclaimed folder is not assumed to be this one.
     assert done.returncode == 1
     assert "holds files but no recipe.yaml" in done.stderr
@@ -384,7 +384,7 @@ def test_the_checkpoint_before_the_first_step_stays_and_is_the_initialization(tm
 
 def test_another_recipe_on_the_same_folder_is_refused_with_the_fields(untouched, data, tmp_path):
     file = write_recipe(tmp_path, data, steps=13)
-    done = run("scripts.pretrain", "--config", file, "--runs", untouched.path.parent)
+    done = called("scripts.pretrain", "--config", file, "--runs", untouched.path.parent)
     assert done.returncode == 1
     assert "belongs to another recipe (steps: 12 -> 13)" in done.stderr
     assert "Traceback" not in done.stderr
