@@ -29,6 +29,7 @@ TOKENS = int(os.environ.get("PUBLISHED_TOKENS", "512"))
 MOST = 40000  # tokens of a text from which windows are drawn
 LENGTH = int(os.environ.get("PUBLISHED_LENGTH", "1024"))
 LIMIT = os.environ.get("PUBLISHED_LIMIT", "8")
+VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 RECORDS = os.environ.get("PUBLISHED_RECORDS")
 DATA = Path(os.environ.get("PUBLISHED_DATA", ROOT / "data"))
 HUB = DATA / "hub" / "datasets"
@@ -178,6 +179,46 @@ def test_a_lora_step_in_fp16_lowers_the_loss_of_cured_gemma(cured):
             losses.append(loss.item())
     record("gemma3_lora", {"losses": losses})
     assert losses[-1] < losses[0]
+
+
+@pytest.fixture(scope="module")
+def imported(cured, text_file) -> Path:
+    """The cured Gemma 3 as a peri_llama, kept as well."""
+    out = CACHE / "gemma3-fp16-peri"
+    if not out.exists():
+        periln("convert", cured, out, "--to", "peri_llama", "--text", text_file)
+    return out
+
+
+def test_cured_gemma_becomes_a_peri_llama_without_a_difference(imported):
+    written = json.loads((imported / "conversion.json").read_text())
+    record("gemma3_conversion", {k: v for k, v in written.items() if "largest" in k or k in ("source_type", "to")})
+    assert written["largest_difference"] == 0.0
+
+
+@pytest.mark.skipif(not VLLM_PYTHON, reason="VLLM_PYTHON names no interpreter that has vLLM")
+def test_vllm_serves_cured_gemma_in_float16_as_a_peri_llama_alone(cured, imported, tmp_path):
+    """Greedy tokens of vLLM's CPU backend in float16 beside the original's in FP32; by its own type it is refused."""
+    original = load(model_folder("gemma3"))
+    prompts = [batch[0, :12].tolist() for batch in samples(model_folder("gemma3"), "WikiText-2", 256 * 4)]
+    more = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    expected = [original.generate(torch.tensor([p]), **more)[0, len(p) :].tolist() for p in prompts]
+    jobs = {
+        "peri_llama": {"path": str(imported), "impl": "transformers", "dtype": "float16"},
+        "gemma3_text": {"path": str(cured), "impl": "auto", "dtype": "float16"},
+    }
+    (tmp_path / "jobs.json").write_text(json.dumps({"prompts": prompts, "new_tokens": 12, "jobs": jobs}))
+    command = [VLLM_PYTHON, str(ROOT / "tests/modeling_periln/vllm_tokens.py"), str(tmp_path / "jobs.json")]
+    outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    with (tmp_path / "log.txt").open("w") as log:
+        subprocess.run(command, stdout=log, stderr=log, cwd=tmp_path, env=outside, check=True)
+    served, refused = (json.loads((tmp_path / f"{name}.json").read_text()) for name in jobs)
+    same = [sum(a == b for a, b in zip(x, y, strict=True)) for x, y in zip(expected, served["tokens"], strict=True)]
+    said = [line.strip() for line in refused["error"].splitlines() if "does not support float16" in line]
+    record("gemma3_vllm", {"class": served["class"], "same_tokens": same, "of": 12, "refused": said[:1]})
+    assert said
+    assert served["class"] == "TransformersForCausalLM"
+    assert same[0] == 12 and sum(same) >= 0.75 * 12 * len(same)  # FP16 may choose another token where two are near
 
 
 def test_smollm2_gets_four_bits_where_that_is_asked_for(text_file, tmp_path):
