@@ -1,8 +1,8 @@
 """Greedy tokens from vLLM; run by vLLM's own interpreter, which needs nothing of this project.
 
 `python vllm_tokens.py JOBS.json` reads `{"prompts": [[ids]], "new_tokens": n, "jobs": {name: job}}`, a job being
-`{"path", "impl", "ranks", "dtype"}` (one rank and float32 when left out), and writes `{"tokens": [[ids]], "class": the class that vLLM ran}` or `{"error": ...}` to
-NAME.json beside it.
+`{"path", "impl", "ranks", "dtype"}` (one rank and float32 when left out). It writes `{"tokens": [[ids]], "class": the
+class that vLLM ran}` or `{"error": ...}` to NAME.json beside it.
 vLLM is imported once; each model then has its own process, forked, since an engine cannot be taken down cleanly.
 """
 
