@@ -1,4 +1,4 @@
-"""The `lm_eval` command as it is, with FP16 products on a CPU as tensor cores compute them: `python lm_eval_fp16.py ...`."""
+"""The `lm_eval` command as it is, with FP16 products on a CPU as tensor cores compute them."""
 
 import torch
 from lm_eval.__main__ import cli_evaluate

@@ -1,4 +1,4 @@
-"""The two published checkpoints through lm-eval's own command, on the five real tasks of a local Hub, and SFT on LIMA."""
+"""The two published checkpoints through lm-eval's own command, on five tasks of a local Hub, and SFT on LIMA."""
 
 import json
 import math
