@@ -85,7 +85,7 @@ def test_cured_gemma_is_nearer_to_fp32_in_fp16_than_the_original_in_bf16(pair, t
     sums.mkdir(exist_ok=True)
     written = json.loads((CACHE / "gemma3-fp16" / "fp16_rewrite.json").read_text())
     key = f"{written['weights_sha256']} {sorted(written['exponents'].items())} {windows[0][0, :16].tolist()}"
-    found = every_precision(original, cured, iter(windows), sums / f"{text}.json", key)
+    found = every_precision(original, cured, windows, sums / f"{text}.json", key)
     record(f"gemma3_{text}", found | {"text": text, "windows": windows[0].shape[1]})
     rows = found["rows"]
     assert found["not_finite"] == 0 and rows["cured FP32"]["not_finite"] == 0
