@@ -96,8 +96,8 @@ lm-eval 0.4.13 as it is, zero-shot, the first {record["limit"]} items of each ta
 {tasks_table(record)}
 
 Every score of the cured model in FP16 is within its standard error of the original's in FP32. So few items make that
-error large; the answers say more: {changed["cured FP16"]} of {record["items"]} are right in one and wrong in the other, and
-{changed["original BF16"]} with the original in BF16."""
+error large. The answers say more: {changed["cured FP16"]} of {record["items"]} are right in one and wrong in the
+other, and {changed["original BF16"]} with the original in BF16."""
 
 
 def depth() -> str:
@@ -174,10 +174,10 @@ def vllm_words() -> str:
 
 > {found["refused"].removeprefix("Value error, ")}
 
-Imported as a `peri_llama` (largest difference of logits: {moved["largest_difference"]:g}) it is accepted. It runs through
-vLLM's Transformers backend (`{found["class"]}`) on a CPU with native float16 kernels: {same} of {count}
-greedy tokens, {found["of"]} after each of {len(found["same_tokens"])} prompts of 12 tokens, are those of the original in
-FP32 with Transformers. On a GPU it was not run."""
+Imported as a `peri_llama` (largest difference of logits: {moved["largest_difference"]:g}) it is accepted. It runs
+through vLLM's Transformers backend (`{found["class"]}`) on a CPU with native float16 kernels: {same} of {count}
+greedy tokens, {found["of"]} after each of {len(found["same_tokens"])} prompts of 12 tokens, are those of the
+original in FP32 with Transformers. On a GPU it was not run."""
 
 
 def smollm2_words() -> str:
