@@ -79,8 +79,8 @@ whole tensor spends its range on that entry.
 
 {outliers}
 
-In both models they do. With a scale of its own for that channel or that token INT8 loses next to nothing. Which of
-the two helps the stream differs: in SmolLM2 the scale per token, in Gemma 3 the scale per channel.
+In both models they do: scales of their own for channels or tokens take away nearly all of INT8's loss. Which of the two
+helps the stream differs: the scale per token in SmolLM2, the scale per channel in Gemma 3.
 
 ### Do output norms help?
 
