@@ -185,10 +185,11 @@ def healing() -> str:
     return f"\n{HEALED}\n\n{report_table('tiny-report')}\n\n{HEALING_SAYS}\n"
 
 
-def main() -> None:
+def page() -> str:
+    """The page, from the records."""
     smollm2 = read("smollm2-sandwich")
     found, rule, versions = smollm2["samples"], smollm2["rules"]["least-squares"], smollm2["versions"]
-    page = PAGE.format(
+    return PAGE.format(
         **{"samples": found["samples"], "tokens": found["tokens"], "check": found["check_samples"]},
         smollm2=rules_table({"smollm2-sandwich": "`sandwich`"}),
         exact=smollm2["exact"]["largest_difference"],
@@ -203,7 +204,10 @@ def main() -> None:
         processor=smollm2["processor"],
         **{name: versions[name] for name in ("torch", "transformers")},
     )
-    (HERE / "retrofit.md").write_text(page)
+
+
+def main() -> None:
+    (HERE / "retrofit.md").write_text(page())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Greedy tokens from vLLM; run by vLLM's own interpreter, which needs nothing of this project.
 
 `python vllm_tokens.py JOBS.json` reads `{"prompts": [[ids]], "new_tokens": n, "jobs": {name: job}}`, a job being
-`{"path", "impl", "ranks"}`, and writes `{"tokens": [[ids]], "class": the class that vLLM ran}` or `{"error": ...}` to
-NAME.json beside it.
+`{"path", "impl", "ranks", "dtype"}` (one rank and float32 when left out). It writes `{"tokens": [[ids]], "class": the
+class that vLLM ran}` or `{"error": ...}` to NAME.json beside it.
 vLLM is imported once; each model then has its own process, forked, since an engine cannot be taken down cleanly.
 """
 
@@ -26,17 +26,18 @@ def serve(out: Path, job: dict, prompts: list[list[int]], new_tokens: int) -> No
     """Start an engine on one checkpoint, and write what it says."""
     from vllm import LLM, SamplingParams
 
-    if job["ranks"] > 1:  # a core each; left alone, it wants a memory node each
-        cores = sorted(os.sched_getaffinity(0)) * job["ranks"]
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores[: job["ranks"]]))
+    ranks = job.get("ranks", 1)
+    if ranks > 1:  # a core each; left alone, it wants a memory node each
+        cores = sorted(os.sched_getaffinity(0)) * ranks
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores[:ranks]))
     try:
         llm = LLM(
             job["path"],
             model_impl=job["impl"],
             trust_remote_code=job["impl"] == "transformers",
-            tensor_parallel_size=job["ranks"],
-            distributed_executor_backend="mp" if job["ranks"] > 1 else "uni",
-            dtype="float32",
+            tensor_parallel_size=ranks,
+            distributed_executor_backend="mp" if ranks > 1 else "uni",
+            dtype=job.get("dtype", "float32"),
             enforce_eager=True,
             skip_tokenizer_init=True,
             max_model_len=64,
