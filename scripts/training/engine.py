@@ -200,7 +200,7 @@ class Engine:
             options = compile_options(recipe.precision.mode, self.device.type)
             for module in self._compiled:
                 module.compile(dynamic=False, options=options)
-            if self.device.type != "cpu":  # there the compiled form takes longer than the operators, which work in place
+            if self.device.type != "cpu":  # there the operators, which work in place, are faster
                 model.loss_softmax = torch.compile(softmax_part, dynamic=False, options=options)
         self.model = model
         if self.zero:

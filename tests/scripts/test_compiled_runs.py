@@ -37,7 +37,8 @@ def test_any_number_of_micro_batches_makes_two_graphs_a_class(tmp_path, data, qu
     for _ in range(3):
         trainer._train_step(witness=trainer.step == 0)
         trainer.step += 1
-    # Training and evaluation: the layers, the two norms at the ends and the hook of the first (the loss is compiled on a GPU alone).
+    # Training and evaluation: the layers, the two norms at the ends and the hook of the first. The loss is compiled on
+    # a GPU alone.
     assert counters["stats"]["unique_graphs"] == 2 * 3
     assert not counters["graph_break"]
     rows = rows_of(trainer.run, 0)
