@@ -165,20 +165,21 @@ squares; the functions of both commands, in one process). With a fifth of the te
 still. The massive activation of layer 12 is no longer in the stream, but it is still in the MLP's output before its
 norm (1.7e4), which FP16 has to hold too: the headroom grows by half a bit, no more. The columns of formats are a
 share of each model's own loss, and say nothing for a model that is worse than chance."""
-HEALED = """A smaller Pre-LN model (3 layers, 64 channels, tied head, {source_tokens} thousand tokens, peak rate 0.004) became
-`peri`, three times, each time with another seed. The scalar rule was best on the calibration text (24 windows of 64
-tokens) each time. Then healing: 6 thousand tokens for the new gains alone, then 55 thousand for everything, at a peak
-rate of 0.002, either on KL from the source or on the text's own tokens. Beside them what the same tokens do
-otherwise: the source trained on for as many, and both placements trained from the start for the source's and the
-healing's tokens together. 48 windows of 64 tokens of held-out text, means of three seeds:"""
+HEALED = """A smaller Pre-LN model (3 layers, 64 channels, tied head, {source_tokens} thousand tokens, peak rate 0.004)
+became `peri`, three times, each time with another seed. The scalar rule was best on the calibration text (24
+windows of 64 tokens) each time. Then healing: 6 thousand tokens for the new gains alone, then 55 thousand for
+everything, at a peak rate of 0.002, either on KL from the source or on the text's own tokens. Beside them what
+the same tokens do otherwise: the source trained on for as many, and both placements trained from the start for
+as many as source and healing together. 48 windows of 64 tokens of held-out text, means of three seeds:"""
 HEALING_SAYS = """Calibration costs {calibrated:.3f} nats, the gains alone give back {gains:.3f} of it, and training everything on
-KL leaves {kl:.3f}. On the text's own tokens the same training leaves {ce:.3f}, with {times:.0f} times the
-KL: as good a model, and a different one. Headroom and formats do not move: nothing was wrong with them.
+KL leaves {kl:.3f}. On the text's own tokens the same training leaves {ce:.3f} with {times:.0f} times the KL: as
+good a model, and a different one. Headroom does not move, and neither do the formats of the records: nothing
+was wrong with them.
 
-But `peri` from the start, with the same tokens in all, ends {start:.3f} nats below the source, and Pre-LN from the start
-{pre_start:.3f}. At this size and this rate the placement pays while the model is being trained. A retrofit keeps
-what the source has learned, and that was worth less than training anew: no reason to retrofit a model
-that can be trained again in two minutes. How that is for a model of 2 trillion tokens is another question."""
+But `peri` from the start, with as many tokens in all, ends {start:.2f} nats below the source, and Pre-LN from
+the start {pre_start:.2f}. At this size and rate the placement pays while the model is being trained; a retrofit
+keeps what the source has learned, and here that was worth less. It is no way to a better tiny model. Whether it
+is one for a checkpoint that nobody can train again is what SmolLM2 has to show."""
 SEEDS = (1, 2, 3)
 BECAME = {
     "pre-300": "the source, `pre`",
