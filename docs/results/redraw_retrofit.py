@@ -171,7 +171,8 @@ windows of 64 tokens) each time. Then healing: 6 thousand tokens for the new gai
 everything, at a peak rate of 0.002, either on KL from the source or on the text's own tokens. Beside them what
 the same tokens do otherwise: the source trained on for as many, and both placements trained from the start for
 as many as source and healing together. 48 windows of 64 tokens of held-out text, means of three seeds:"""
-HEALING_SAYS = """Calibration costs {calibrated:.3f} nats, the gains alone give back {gains:.3f} of it, and training everything on
+HEALING_SAYS = """Calibration costs {calibrated:.3f} nats, the gains alone give back {gains:.3f} of it, and
+training everything on
 KL leaves {kl:.3f}. On the text's own tokens the same training leaves {ce:.3f} with {times:.0f} times the KL: as
 good a model, and a different one. Headroom does not move, and neither do the formats of the records: nothing
 was wrong with them.
