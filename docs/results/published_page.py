@@ -47,8 +47,8 @@ By KL the cured model in FP16 is {nearer:.0f} times nearer to FP32 than the orig
 - **Lengths.** Texts of {lengths} tokens: all logits are finite.
 - **Gradients.** One sample of 128 tokens: all are finite up to a loss scale of 2^{scale:.0f}. Beyond it,
   {beyond} overflows.
-- **Training.** LoRA (rank 4, queries and values) with FP16 weights and passes, one sample of LIMA: the loss over
-  {steps} steps is {lora}.
+- **Training.** LoRA (rank 4, queries and values; the adapter has FP32 master weights, loss scale {lora_scale:g}) on one
+  sample of LIMA in FP16: the loss over {steps} steps is {lora}.
 
 ## Five tasks
 

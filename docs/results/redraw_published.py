@@ -247,6 +247,7 @@ def page() -> str:
         "scale": scale,
         "beyond": beyond,
         "steps": len(lora["losses"]),
+        "lora_scale": lora["loss_scale"],
         "lora": ", ".join(f"{value:.3f}" for value in lora["losses"]),
         "limit": tasks["limit"] if tasks else "",
         "tasks": tasks_words(tasks),
