@@ -171,7 +171,12 @@ def keep_formats(folders: list[Path]) -> None:
             cells = {key: _cell(row.get(key)) for key in next(iter(rows.values())) if key != "model"}
             rows[_key({"model": name} | cells)] = {"model": name} | cells
         whole = sum(head["reference"]["nats"]) / sum(head["sizes"]) / math.log(2)
-        known = {"asked": asked, "model_type": head["model_type"], "cure": head.get("cure"), "missing": head["missing"]}
+        known = {
+            "asked": asked,
+            "model_type": head["model_type"],
+            "cure": head.get("cure"),
+            "missing": head.get("missing", {}),
+        }
         about["models"][name] = (
             {"text": Path(head["asked"]["data"]).stem} | before | known | {"fp32_bits_a_byte": whole}
         )

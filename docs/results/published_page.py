@@ -17,8 +17,6 @@ ran.
 
 ## What was found
 
-    periln bench gemma3 --quick --data wikitext-validation.txt
-
 {bench}
 
 {depth}
@@ -46,9 +44,7 @@ By KL the cured model in FP16 is {nearer:.0f} times nearer to FP32 than the orig
 
 - **Lengths.** Texts of {lengths} tokens: all logits are finite.
 - **Gradients.** One sample of 128 tokens: all are finite up to a loss scale of 2^{scale:.0f}. Beyond it,
-  {beyond} overflows.
-- **Training.** LoRA (rank 4, queries and values; the adapter has FP32 master weights, loss scale {lora_scale:g}) on one
-  sample of LIMA in FP16: the loss over {steps} steps is {lora}.
+  {beyond} overflows.{lora}
 
 ## Five tasks
 
