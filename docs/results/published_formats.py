@@ -157,28 +157,38 @@ def cured_said() -> str:
 
 
 def keep_formats(folders: list[Path]) -> None:
-    """Put the rows of folders of `periln formats` in the place of those that their models have."""
+    """Take the rows of folders of `periln formats`, in the place of the same rows; others of the same samples stay."""
     about = json.loads((FORMATS / "about.json").read_text())
-    rows = formats()
+    rows = {_key(row): row for row in formats()}
     for folder in folders:
-        head = json.loads((folder / "formats.json").read_text())
-        name = folder.name
-        rows = [row for row in rows if row["model"] != name]
-        for row in head["rows"]:
-            flat = {key: value for key, value in row.items() if not isinstance(value, (list, dict))}
-            rows.append({"model": name} | {key: _cell(flat.get(key)) for key in rows[0] if key != "model"})
-        whole = sum(head["reference"]["nats"]) / sum(head["sizes"]) / math.log(2)
-        known = ("asked", "model_type", "cheapest", "said", "cure", "missing")
+        head, name = json.loads((folder / "formats.json").read_text()), folder.name
         asked = {key: value for key, value in head["asked"].items() if key != "data"}
-        about["models"][name] = {key: head.get(key) for key in known} | {
-            **{"asked": asked, "text": Path(head["asked"]["data"]).stem, "fp32_bits_a_byte": whole},
-            "versions": {key: head["environment"]["versions"][key] for key in ("torch", "transformers")},
+        before = about["models"].get(name, {})
+        if before and before["asked"] != asked:
+            rows = {key: row for key, row in rows.items() if key[0] != name}
+            before = {}
+        for row in head["rows"]:
+            cells = {key: _cell(row.get(key)) for key in next(iter(rows.values())) if key != "model"}
+            rows[_key({"model": name} | cells)] = {"model": name} | cells
+        whole = sum(head["reference"]["nats"]) / sum(head["sizes"]) / math.log(2)
+        known = {
+            "asked": asked,
+            "model_type": head["model_type"],
+            "cure": head.get("cure"),
+            "missing": head.get("missing", {}),
         }
+        about["models"][name] = (
+            {"text": Path(head["asked"]["data"]).stem} | before | known | {"fp32_bits_a_byte": whole}
+        )
     (FORMATS / "about.json").write_text(json.dumps(about, indent=1) + "\n")
     with (FORMATS / "formats.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer = csv.DictWriter(file, next(iter(rows.values())).keys(), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(rows[key] for key in sorted(rows, key=lambda key: key[0]))
+
+
+def _key(row: dict[str, str]) -> tuple[str, str, str, str]:
+    return row["model"], row["variant"], row["group"], row["row"]
 
 
 def _cell(value: Any) -> str:

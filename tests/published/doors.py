@@ -1,7 +1,8 @@
 """What the tests of published checkpoints share: texts, models, our commands, and records of what was measured.
 
 PUBLISHED_TOKENS (tokens of each text, 256 a window), PUBLISHED_LENGTH (the longest text) and PUBLISHED_LIMIT (items a
-task) raise what is measured; PUBLISHED_RECORDS names a folder for the numbers that docs/results/redraw_published.py draws.
+task) raise what is measured; PUBLISHED_RECORDS names a folder for the numbers, which docs/results/redraw_published.py
+draws.
 """
 
 import json
