@@ -30,8 +30,8 @@ FAMILIES = {
     "olmo 2": ("olmo2", FILLED, {"norm_placement": "output", "qk_norm": "full"}),
     "hyperclova x": (
         "hyperclovax",
-        {"use_post_norm": True, "residual_multiplier": 0.5},
-        {"norm_placement": "peri", "embedding_norm": False, "residual_scale": 0.5},
+        {"use_post_norm": True},
+        {"norm_placement": "peri", "embedding_norm": False},
     ),
     "hyperclova x, pre": ("hyperclovax", {"use_post_norm": False}, {"norm_placement": "pre"}),
     "mistral": ("mistral", {"sliding_window": WINDOW}, {"sliding_window": WINDOW}),
