@@ -331,8 +331,9 @@ def placements() -> str:
         factors = ", ".join(map(_plain, (row.alpha, row.s, row.c)))
         cells = (f"`{name}`", *map(_tick, slots), ", ".join(inside), *map(_tick, ends), factors, "; ".join(own))
         lines.append("| " + " | ".join((*cells, _plain(row.init_gain))) + " |")
-    for name, layers in MIXTURES.items():
-        lines.append(f"| `{name}` | in 4 layers: {'; '.join(map(_plain, layers(4)))} |" + " |" * (len(head) - 2))
+    for name, mixture in MIXTURES.items():
+        layers = "; ".join(map(_plain, mixture.layers(4)))
+        lines.append(f"| `{name}` | in 4 layers: {layers} |" + " |" * (len(head) - 2))
     return "\n".join(lines)
 
 

@@ -270,7 +270,7 @@ class PeriLlamaConfig(PreTrainedConfig):
         """As Transformers' own, which drops a misspelt override and does not check those that it sets."""
         cls._unknown(kwargs)
         whole = {key: kwargs.pop(key) for key in ("layer_types", "rope_parameters") if key in kwargs}
-        loaded = super().from_dict({**config_dict, **whole}, **kwargs)
+        loaded = super().from_dict(config_dict | whole, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.validate_sizes()
         config.validate_norms()

@@ -32,8 +32,8 @@ What they were compared with:
 - `hybrid`, `hybrid_star`: the paper's text, equations 5 to 7, and the authors' configurations (`use_query_norm` and so
   on, no `attn_norm`, `ffn_residual_after_norm`; github.com/BryceZhuo/HybridNorm). The norms are on Q, K and V of d_k
   channels, one head. Its models begin as `depth_scaled_init` has it (section 5.4).
-- `sub_ln`: torchscale's decoder, whose `subln` multiplies the initial v_proj, out_proj and both matrices of the MLP by
-  sqrt(log(2L)) and norms before out_proj and the MLP's second matrix.
+- `sub_ln`: the paper's text, equations 1 to 5 and 11, and its start (section 3.2): v_proj, o_proj and the matrices of
+  the MLP times sqrt(log(2L)). torchscale's decoder (`subln`) is the same.
 - `normformer`: its equation HeadScaleMHA = Concat(gamma_1 h_1, ..., gamma_n h_n) W^O as others quote and implement it
   (L-GATr's `head_scale`), and fairseq's layer for the norms (`attn_ln`, `ffn_layernorm`). fairseq's gain for each head
   is after out_proj, where the channels are not the heads'. The optional ResScale is `mlp: {alpha: {learned: channel}}`.

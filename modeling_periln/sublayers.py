@@ -45,12 +45,12 @@ class PeriLlamaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
 
-        # Norms on q, k and v: over all heads before they are split, or over each head after it.
-        self.spans = {slot: norm.over for slot, norm in plan.projections.items()}
-        for slot, norm in plan.projections.items():
-            full = q_size if slot == "q_norm" else kv_size
-            size = full if norm.over == "full" else self.head_dim
-            self.add_module(slot, build_norm(config, slot, norm, layer_idx, size))
+        # A norm over all heads sees one group of channels, a norm over each head (or none) as many groups as heads.
+        self.widths: dict[str, int] = {}
+        for slot, size in (("q_norm", q_size), ("k_norm", kv_size), ("v_norm", kv_size)):
+            norm = plan.projections.get(slot)
+            self.widths[slot] = size if norm is not None and norm.over == "full" else self.head_dim
+            self.add_module(slot, build_norm(config, slot, norm, layer_idx, self.widths[slot]))
         self.inner_norm = build_norm(config, "attn_inner_norm", plan.attn.inner_norm, layer_idx, q_size)
 
     def forward(
@@ -64,12 +64,10 @@ class PeriLlamaAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cache = one_cache(cache, past_key_values, kwargs)
         input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
 
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        query, key, value = self._normed("full", query, key, value)
-        query, key, value = query.view(hidden_shape), key.view(hidden_shape), value.view(hidden_shape)  # B S H|K E
-        query, key, value = self._normed("head", query, key, value)
+        query, key = self._normed_heads("q_norm", query), self._normed_heads("k_norm", key)  # B S H|K E
+        value = self._normed_heads("v_norm", value)
         query, key = self.rotate(query, *position_embeddings), self.rotate(key, *position_embeddings)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # B H|K S E
 
@@ -93,10 +91,10 @@ class PeriLlamaAttention(nn.Module):
         attn_output = self.inner_norm(attn_output.reshape(*input_shape, -1).contiguous())
         return self.o_proj(attn_output), attn_weights
 
-    def _normed(self, span: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """q, k and v, each through its norm if that is over `span`."""
-        slots = zip(("q_norm", "k_norm", "v_norm"), tensors, strict=True)
-        return [getattr(self, slot)(x) if self.spans.get(slot) == span else x for slot, x in slots]
+    def _normed_heads(self, slot: str, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys or values (B, S, N E) through the slot's norm, as heads (B, S, N, E)."""
+        normed: torch.Tensor = getattr(self, slot)(x.view(*x.shape[:-1], -1, self.widths[slot]))
+        return normed.view(*x.shape[:-1], -1, self.head_dim)
 
 
 class PeriLlamaMLP(nn.Module):

@@ -49,10 +49,8 @@ def norm_facts(module: nn.Module, name: str = "") -> NormFacts:
     Raises:
         UserError: it is neither an RMSNorm nor a LayerNorm over the last dimension.
     """
-    said = ", ".join(
-        [type(module).__name__, *([module.kind] if isinstance(getattr(module, "kind", None), str) else [])]
-    )
-    label = f"the norm {name or type(module).__name__} ({said})"
+    called, kind = type(module).__name__, getattr(module, "kind", None)
+    label = f"the norm {name or called} ({f'{called}, {kind}' if isinstance(kind, str) else called})"
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     eps = epsilon_of(module)
     if eps is None:
@@ -78,12 +76,12 @@ def norm_facts(module: nn.Module, name: str = "") -> NormFacts:
         "layer": centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps),
     }
     shift = 0.0 if bias is None else bias.double()
-    for kind, hat in unit.items():
+    for found, hat in unit.items():
         for offset in (0.0, 1.0) if weight is not None else (0.0,):
             gain = 1.0 if weight is None else offset + weight.double()
             expected = hat * gain + shift
             if bool((y - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()):
                 exact = gain.detach().expand(size) if isinstance(gain, torch.Tensor) else None
-                return NormFacts(kind, eps, exact, None if bias is None else bias.detach().double(), offset)
-    scale = ", and its result depends on the scale of what it reads" if getattr(module, "kind", "") in _SCALED else ""
+                return NormFacts(found, eps, exact, None if bias is None else bias.detach().double(), offset)
+    scale = ", and its result depends on the scale of what it reads" if kind in _SCALED else ""
     raise UserError(f"{label} is neither an RMSNorm nor a LayerNorm of the last dimension{scale}")

@@ -247,6 +247,14 @@ def test_a_row_trains_every_parameter_and_compiles(row):
         assert (compiled(ids).logits - model(ids).logits).abs().max() < 1e-6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("row", ["normformer", OWN], ids=["normformer", "own"])
+def test_a_row_exports(row):
+    model, ids = shaken_model(norm_placement=row, num_hidden_layers=2), random_ids(2, 6)
+    exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+    assert (exported.module()(ids, use_cache=False).logits - model(ids).logits).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("row", SHAPES, ids=[*ROWS, "own"])
 def test_a_row_survives_a_saved_checkpoint_and_half_precision(row, tmp_path):
     model, ids = shaken_model(norm_placement=row, num_hidden_layers=LAYERS), random_ids(2, 6)

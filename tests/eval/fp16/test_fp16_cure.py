@@ -95,7 +95,7 @@ def exponents_of(layout, uniform, seed):
     "family",
     [f"peri_llama:{p}" for p in ("peri", "output", "pre", "lns", "post", "pre_post", "deepnorm", "mix")]
     + ["gemma2", "gemma3", "olmo2", "glm4", "hyperclovax_peri", "llama", "qwen3", "neox_parallel", "neox_sequential"]
-    + ["mistral", "olmo3", "exaone4", "peri_llama:fields", "peri_llama:fields_tied"],
+    + ["mistral", "olmo3", "exaone4", "peri_llama:fields", "peri_llama:fields_tied", "peri_llama:scalar"],
 )
 def test_any_powers_of_two_leave_the_function_as_it_is(family, seed):
     model = build(family, seed)
