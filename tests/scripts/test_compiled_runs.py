@@ -68,7 +68,8 @@ def test_statistics_steps_are_compiled_without_the_recorder_too(tmp_path, data, 
 @pytest.mark.parametrize("mode", ["fp32", "fp16"])
 def test_a_compiled_run_that_is_killed_ends_as_if_untouched(tmp_path, data, mode):
     precision = FP32 if mode == "fp32" else {"mode": "fp16"}
-    file = write_recipe(tmp_path, data, compile=True, precision=precision, layer_stats_every=5)
+    # So many steps that a process killed after the fifth is at work then.
+    file = write_recipe(tmp_path, data, steps=60, compile=True, precision=precision, layer_stats_every=5)
     untouched = RunFolder(tmp_path / "untouched" / "run")
     done = run("scripts.pretrain", "--config", file, "--runs", untouched.path.parent)
     assert done.returncode == 0, done.stderr
