@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -44,7 +45,7 @@ def _started(
 
     def main(args: argparse.Namespace) -> int | None:
         try:
-            work = _main_of(module_of(command))
+            work = main_of(module_of(command))
             if interruptible:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             return work(args)
@@ -56,19 +57,19 @@ def _started(
     return run_command(main, args)
 
 
-def _main_of(module: str) -> Callable[[argparse.Namespace], int | None]:
+def main_of(module: str) -> Callable[[argparse.Namespace], int | None]:
     """The `main` of a module, imported without looking for garbage: torch and Transformers are a fifth quicker so.
 
-    What they leave is not looked at again either.
+    What the import leaves is not looked at again either.
     """
-    looked = gc.isenabled()
-    gc.disable()
-    try:
-        work: Callable[[argparse.Namespace], int | None] = importlib.import_module(module).main
-        gc.freeze()
-    finally:
-        if looked:
+    if module not in sys.modules and gc.isenabled():
+        gc.disable()
+        try:
+            importlib.import_module(module)
+            gc.freeze()
+        finally:
             gc.enable()
+    work: Callable[[argparse.Namespace], int | None] = importlib.import_module(module).main
     return work
 
 

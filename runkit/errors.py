@@ -79,7 +79,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         ):
             return action.help
         shown = super()._get_help_string(action)
-        if shown is None or not isinstance(default, (bool, list, tuple)):
+        if shown is None or not (default is True or isinstance(default, (list, tuple))):
             return shown
         # As it is typed: several words, or one with commas; and a switch is on.
         typed = "on" if default is True else (" " if action.nargs else ",").join(map(str, default))

@@ -211,3 +211,8 @@ def test_the_address_of_the_project_is_one_field():
     assert texts or not (ROOT / ".git").exists()
     holding = [file.name for file in texts if file.exists() and address.removeprefix("https://") in file.read_text()]
     assert holding in (["pyproject.toml"], [])
+
+
+def test_the_test_files_that_begin_first_are_there():
+    named = re.findall(r'^    "([\w/]+\.py)",$', (ROOT / "tests" / "conftest.py").read_text(), re.MULTILINE)
+    assert named and all((ROOT / "tests" / name).is_file() for name in named)

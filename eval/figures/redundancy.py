@@ -143,8 +143,8 @@ def frozen(view: View) -> Chart:
     if not used.runs.frozen.any():
         raise NotRecorded(
             "Needs a checkpoint with output norms whose gamma is frozen at 1 (model.output_norm_learnable: false): "
-            "python -m scripts.pretrain --config scripts/recipes/400m-peri-frozen-gamma.yaml, then "
-            "python -m eval.stability on it."
+            "periln pretrain --config scripts/recipes/400m-peri-frozen-gamma.yaml, then "
+            "periln bench on it."
         )
     placements = set(used.runs.placement[used.runs.frozen]) | {BY_NORMS["A"]}
     used = used.where(placement=placements)
