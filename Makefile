@@ -15,8 +15,8 @@ DEMO_FLAGS = --out "$(OUT)" $(if $(DEVICE),--device "$(DEVICE)") $(if $(TEXT),--
 	$(if $(filter-out 0,$(HUB)),--hub) $(if $(LIMIT),--limit "$(LIMIT)") \
 	$(if $(PLACEMENTS),--placements "$(PLACEMENTS)") $(if $(DEBUG),--debug)
 
-# A file's tests stay together; every test has one thread (tests/conftest.py).
-PARALLEL = --numprocesses logical --maxprocesses 8 --dist loadfile
+# A file's tests stay together, in the order of tests/conftest.py, where every test has one thread.
+PARALLEL = --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo docs notebooks test test-slow test-fast test-oldest test-newest test-hf test-vllm test-published lint setup clean
 .DEFAULT_GOAL := help

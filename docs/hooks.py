@@ -52,7 +52,8 @@ def on_config(config: Any) -> Any:
     """Fill in the navigation and the repository, and lay the packages out as an installation has them."""
     sys.path.insert(0, str(ROOT))
     config.nav = expand(config.nav)
-    config.repo_url = repository()
+    # In the footer: the header's link has every page ask GitHub how many stars there are.
+    config.extra["social"] = [{"icon": "fontawesome/brands/github", "link": repository(), "name": "The code"}]
     config.edit_uri = ""
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(lay_out())]
     return config
@@ -330,8 +331,9 @@ def placements() -> str:
         factors = ", ".join(map(_plain, (row.alpha, row.s, row.c)))
         cells = (f"`{name}`", *map(_tick, slots), ", ".join(inside), *map(_tick, ends), factors, "; ".join(own))
         lines.append("| " + " | ".join((*cells, _plain(row.init_gain))) + " |")
-    for name, layers in MIXTURES.items():
-        lines.append(f"| `{name}` | in 4 layers: {'; '.join(map(_plain, layers(4)))} |" + " |" * (len(head) - 2))
+    for name, mixture in MIXTURES.items():
+        layers = "; ".join(map(_plain, mixture.layers(4)))
+        lines.append(f"| `{name}` | in 4 layers: {layers} |" + " |" * (len(head) - 2))
     return "\n".join(lines)
 
 

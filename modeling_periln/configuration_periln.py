@@ -6,7 +6,7 @@ No `from __future__ import annotations` here: string annotations switch the stri
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
@@ -202,10 +202,9 @@ class PeriLlamaConfig(PreTrainedConfig):
                 for kind, rope in self.rope_parameters.items()
             }
         super().__post_init__(**kwargs)
-        if is_rope_by_type(self.rope_parameters):  # Transformers 5.4 takes them for one rope, and adds to it
-            self.rope_parameters = {
-                kind: self.rope_parameters[kind] for kind in LAYER_TYPES if kind in self.layer_types
-            }
+        ropes, types = self.rope_parameters or {}, self.layer_types or []
+        if is_rope_by_type(ropes):  # Transformers 5.4 takes them for one rope, and adds to it
+            self.rope_parameters = {kind: ropes[kind] for kind in LAYER_TYPES if kind in types}
         if self.layer_types is None:
             del self.layer_types
         for key in unknown:
@@ -271,7 +270,7 @@ class PeriLlamaConfig(PreTrainedConfig):
         """As Transformers' own, which drops a misspelt override and does not check those that it sets."""
         cls._unknown(kwargs)
         whole = {key: kwargs.pop(key) for key in ("layer_types", "rope_parameters") if key in kwargs}
-        loaded = super().from_dict({**config_dict, **whole}, **kwargs)
+        loaded = super().from_dict(config_dict | whole, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.validate_sizes()
         config.validate_norms()
@@ -312,7 +311,7 @@ class PeriLlamaConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
             raise ValueError(f"head_dim={self.head_dim} must be even and at least 2 (rotary pairs)")
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % cast(int, self.num_key_value_heads):  # filled in when it was made
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
@@ -384,7 +383,7 @@ class PeriLlamaConfig(PreTrainedConfig):
     def eps_of(self, slot: str, layer_idx: int | None = None) -> float:
         """The epsilon of the norm in `slot`, in layer `layer_idx` (0 to L - 1) if it is a layer's."""
         eps = self.norm_eps.get(slot, 1e-6) if isinstance(self.norm_eps, dict) else self.norm_eps
-        return float(eps[layer_idx] if isinstance(eps, list) else eps)
+        return float(eps[cast(int, layer_idx)] if isinstance(eps, list) else eps)
 
 
 # Transformers takes the presence of `layer_types`, whatever its value, for layers of several types: a configuration

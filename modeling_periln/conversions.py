@@ -21,7 +21,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -272,7 +272,7 @@ def _layer_factor(slot: str, layer: LayerPlan) -> float:
         if slot == f"{name}_input_norm":
             return sublayer.c
         if slot == (f"{name}_output_norm" if sublayer.output_norm else last):
-            return float(sublayer.s)  # a learned one is an obstacle
+            return cast(float, sublayer.s)  # a learned one is an obstacle
     return 1.0
 
 

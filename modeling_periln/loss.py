@@ -31,20 +31,26 @@ def softmax_part(
     """Sums of the loss and, with `z_loss`, of log(sum(exp(logits)))^2 over a chunk, (1,) or (2,), and d(logits).
 
     `logits` (n, V), `targets` (n,). d(logits) is that of the loss plus `z_loss` times the squares, times `weight` (a
-    scalar tensor in FP32), in the logits' dtype. Plain operations: torch.compile makes two kernels of them.
+    scalar tensor in FP32), in the logits' dtype; logits in FP32 or wider are overwritten with it. Plain operations:
+    torch.compile makes few kernels of them.
     """
     counts = targets != ignore_index
     places = targets.where(counts, 0)[:, None]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    gradient = wide.log_softmax(-1)
-    sums = [-gradient.gather(1, places)[:, 0].where(counts, 0.0).sum()]
-    gradient.exp_()
+    largest = wide.amax(-1, keepdim=True)
+    picked = wide.gather(1, places) - largest
+    # In place: writing a second tensor of this size takes as long as the exponential. The compiler fuses them anyway.
+    gradient = wide - largest if torch.compiler.is_compiling() else wide.sub_(largest)
+    partition = gradient.exp_().sum(-1, keepdim=True)
+    log_partition = partition.log()
+    sums = [(log_partition - picked)[:, 0].where(counts, 0.0).sum()]
+    share = factor = (counts * weight)[:, None]
     if z_loss:
-        log_partition = wide.logsumexp(-1)
-        sums.append(log_partition.square().where(counts, 0.0).sum())
-        gradient.mul_(1 + 2 * z_loss * log_partition[:, None])
-    gradient.scatter_(1, places, gradient.gather(1, places) - 1)
-    gradient.mul_((counts * weight)[:, None])
+        log_partition = log_partition + largest
+        sums.append(log_partition[:, 0].square().where(counts, 0.0).sum())
+        share = factor * (1 + 2 * z_loss * log_partition)
+    gradient.mul_(share / partition)
+    gradient.scatter_(1, places, gradient.gather(1, places) - factor)
     return torch.stack(sums), gradient.to(logits.dtype)
 
 

@@ -27,3 +27,34 @@ def positions_of_packed(cu_seq_lens: torch.Tensor, length: int) -> torch.Tensor:
     index = torch.arange(length, device=starts.device)
     document = torch.searchsorted(starts, index, right=True) - 1
     return (index - starts[document]).unsqueeze(0)
+
+
+def positions_of(
+    inputs_embeds: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    cu_seq_lens: torch.Tensor | None,
+    attention_mask: Any,
+    cache: Any,
+    use_cache: bool | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Position ids (1, S) or (B, S), and those that masks are made from: None where nobody gave any.
+
+    Flash attention alone reads `cu_seq_lens_*`; the masks of the others are made from positions that restart.
+
+    Raises:
+        ValueError: `cu_seq_lens` without `position_ids`, for more than one row or with a cache or a mask.
+    """
+    mask_positions = position_ids  # given: they may restart, which the mask must know
+    if cu_seq_lens is not None:
+        if not use_cache and cache is None and attention_mask is None and inputs_embeds.shape[0] == 1:
+            mask_positions = positions_of_packed(cu_seq_lens.to(inputs_embeds.device), inputs_embeds.shape[1])
+            position_ids = mask_positions if position_ids is None else position_ids
+        elif position_ids is None:
+            raise ValueError(
+                "cu_seq_lens_q packs documents into one row: it needs a batch of 1, use_cache=False and no "
+                "attention_mask, or position_ids of your own"
+            )
+    if position_ids is None:
+        offset = cache.get_seq_length() if cache is not None else 0
+        position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + offset
+    return position_ids, mask_positions

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from .slots import Norm
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in plain operations: the definition."""
@@ -256,3 +258,19 @@ def make_norm(
     """The norm of a kind and a gain over `size` channels: its own class where there is one."""
     own = _OWN_CLASSES.get((kind, gain))
     return PeriLlamaNorm(kind, gain, size, eps, learnable, heads) if own is None else own(size, eps, learnable)
+
+
+def build_norm(
+    config: Any,
+    slot: str,
+    norm: Norm | None,
+    layer_idx: int | None = None,
+    size: int | None = None,
+    learnable: bool = True,
+) -> nn.Module:
+    """The norm of a slot, over `size` channels (the hidden size by default); an identity where there is none."""
+    if norm is None:
+        return nn.Identity()
+    eps = config.eps_of(slot, layer_idx) if norm.eps is None else norm.eps
+    kind, gain = norm.kind or config.norm_type, norm.gain or config.norm_gain
+    return make_norm(kind, gain, size or config.hidden_size, eps, learnable, config.num_attention_heads)

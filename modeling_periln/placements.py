@@ -18,23 +18,25 @@ a placement is: a new one is a new row of `PLACEMENTS`. What a slot or a factor 
 | `normformer` | 2110.09456: A; attention with B and one gain a head before o_proj; a norm before down_proj |
 | `hybrid` | HybridNorm, 2503.04598: norms on q, k and v; one norm on the stream between attention and MLP |
 | `hybrid_star` | the same, its first layer Pre-LN in both sublayers, with the norms on q, k and v |
-| `keel` | 2601.19895: x <- C(alpha x + f(A(x))) with alpha = 2L, the number of sublayers |
+| `keel` | 2601.19895, equation 8: x <- C(alpha x + f(A(x))) with alpha = 2L, the number of sublayers |
+| `keel_first` | the same with the first layer of its section 3.1: alpha = 1, and no C after attention |
 | `learned_residual` | Post-LN whose skip connection has one learned factor a channel, as Admin's (2004.08249) |
 | `mix` | Mix-LN, 2412.13795: the first quarter of the layers `post`, the rest `pre` |
 | `none` | no norm at all |
 | `pre_post` | A and C; sometimes called Peri-LN, which it is not |
 
-Five of these rows were compared with code or other papers, since their own papers were not at hand:
+What they were compared with:
 
-- `sub_ln`: torchscale's decoder, whose `subln` multiplies the initial v_proj, out_proj and both matrices of the MLP by
-  sqrt(log(2L)) and norms before out_proj and the MLP's second matrix.
-- `normformer`: fairseq's layer has the same norms (`attn_ln`, `ffn_layernorm`). Its gain for each head is after
-  out_proj, on the channels of attention's output; here it is before o_proj, where the channels are the heads'.
-- `hybrid`, `hybrid_star`: the authors' configurations (github.com/BryceZhuo/HybridNorm): norms on queries, keys and
-  values; no `attn_norm`; `ffn_residual_after_norm`; in the first layer of the second an `attn_norm`, and the MLP's
-  residual before its norm. That each norm is over one head is from the paper's equation, not seen in code.
-- `keel`: Norm(alpha h + f(Norm(h))) in the comparison of residual updates of Attention Residuals (table 5 there). The
-  value of alpha has not been compared yet.
+- `keel`: the paper's text. L there is "the total number of sub-layers", two a layer here. Its models have `keel_first`;
+  DepthBench's `KeelTransformerBlock` is that too.
+- `hybrid`, `hybrid_star`: the paper's text, equations 5 to 7, and the authors' configurations (`use_query_norm` and so
+  on, no `attn_norm`, `ffn_residual_after_norm`; github.com/BryceZhuo/HybridNorm). The norms are on Q, K and V of d_k
+  channels, one head. Its models begin as `depth_scaled_init` has it (section 5.4).
+- `sub_ln`: the paper's text, equations 1 to 5 and 11, and its start (section 3.2): v_proj, o_proj and the matrices of
+  the MLP times sqrt(log(2L)). torchscale's decoder (`subln`) is the same.
+- `normformer`: its equation HeadScaleMHA = Concat(gamma_1 h_1, ..., gamma_n h_n) W^O as others quote and implement it
+  (L-GATr's `head_scale`), and fairseq's layer for the norms (`attn_ln`, `ffn_layernorm`). fairseq's gain for each head
+  is after out_proj, where the channels are not the heads'. The optional ResScale is `mlp: {alpha: {learned: channel}}`.
 - `learned_residual`: the authors' package (github.com/microsoft/admin-torch): Norm(omega x + f(x)), omega one number a
   channel that starts at sqrt((N + 1) / ln(N + 1) - 1) for N = 2L sublayers, the rule `admin`. The paper's own start,
   from the variances of a profiling pass, is not here.
@@ -107,11 +109,24 @@ PLACEMENTS: dict[str, Placement] = {
     "learned_residual": Placement(residual_norm=True, final_norm=False, alpha={"learned": "channel", "init": "admin"}),
     "none": Placement(final_norm=False),
 }
-# Rows that give each layer its own placement. Mix-LN: the first quarter Post-LN, the rest Pre-LN
-# (at least one layer of Post-LN, so that a very shallow `mix` is not a `pre` in disguise).
-MIXTURES: dict[str, Callable[[int], list[Any]]] = {
-    "mix": lambda L: ["post"] * max(1, L // 4) + ["pre"] * (L - max(1, L // 4)),
-    "hybrid_star": lambda L: [{"input_norm": True, **_QKV_BY_HEAD}] + ["hybrid"] * (L - 1),
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A row that gives each of L layers its own placement; the stream's ends are normed as in the row `ends`."""
+
+    layers: Callable[[int], list[Any]]
+    ends: str = "pre"
+
+
+# Mix-LN: the first quarter Post-LN, the rest Pre-LN (at least one layer of Post-LN, so that a very shallow `mix` is not
+# a `pre` in disguise).
+MIXTURES: dict[str, Mixture] = {
+    "mix": Mixture(lambda L: ["post"] * max(1, L // 4) + ["pre"] * (L - max(1, L // 4))),
+    "hybrid_star": Mixture(lambda L: [{"input_norm": True, **_QKV_BY_HEAD}] + ["hybrid"] * (L - 1)),
+    "keel_first": Mixture(
+        lambda L: [{"input_norm": True, "mlp": {"residual_norm": True}}] + ["keel"] * (L - 1), ends="keel"
+    ),
 }
 PLACEMENT_NAMES = (*PLACEMENTS, *MIXTURES)
 # What the one equation cannot say: each keeps more than one residual stream, or reads layers other than the last.
@@ -294,19 +309,24 @@ def plan_stream(
 ) -> StreamPlan:
     """Evaluate a placement for `num_layers` layers.
 
-    `layer_placements` (one name or mapping a layer) overrides `norm_placement`; then, as with `mix`, the two ends are
-    those of the row `pre` unless given. `residual_scale` multiplies every layer's `s`, `qk_norm` puts a norm on
+    `layer_placements` (one name or mapping a layer) overrides `norm_placement`; then the two ends are those of the row
+    `pre` unless given. `residual_scale` multiplies every layer's `s`, `qk_norm` puts a norm on
     queries and keys.
 
     Raises:
         ValueError: as `get_placement` and `evaluate_rule`, or a list of the wrong length.
     """
-    names, mixture = layer_placements, isinstance(norm_placement, str) and norm_placement in MIXTURES
-    row = PLACEMENTS["pre"] if mixture else get_placement(norm_placement)  # checked even where a list overrides it
-    if names is None and mixture:
-        names = MIXTURES[str(norm_placement)](num_layers)
+    mixture = MIXTURES.get(norm_placement) if isinstance(norm_placement, str) else None
+    row = (
+        PLACEMENTS[mixture.ends] if mixture else get_placement(norm_placement)
+    )  # checked even where a list overrides it
+    ends, names = row, layer_placements
+    if names is not None:
+        ends = PLACEMENTS["pre"]
+    elif mixture:
+        names = mixture.layers(num_layers)
     if names is None:
-        rows, ends = [row] * num_layers, row
+        rows = [row] * num_layers
     else:
         if len(names) != num_layers:
             raise ValueError(f"layer_placements has {len(names)} entries for num_hidden_layers={num_layers}")
@@ -315,7 +335,6 @@ def plan_stream(
             extra = [key for key in _ENDS if isinstance(name, Mapping) and key in name]
             if extra:
                 raise ValueError(f"layer_placements[{i}] has {extra[0]!r}, which belongs to the whole stream")
-        ends = PLACEMENTS["pre"]
     return StreamPlan(
         embedding_norm=_end(ends.embedding_norm, embedding_norm, "embedding_norm"),
         final_norm=_end(ends.final_norm, final_norm, "final_norm"),

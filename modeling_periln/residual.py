@@ -54,3 +54,24 @@ class PeriLlamaResidual(nn.Module):
             f"{name}={value if isinstance(value, float) else f'learned {tuple(value.shape)}'}"
             for name, value in zip(("alpha", "s"), factors, strict=True)
         )
+
+
+def begin_stream(
+    embedded: torch.Tensor, dtype: str | None, module_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.dtype | None]:
+    """The one cast of the stream, to `dtype` (None: it has the module's).
+
+    Where the stream's dtype differs from the weights' and no autocast corrects that, each sublayer's input is cast
+    back: to the dtype that is returned with the stream, or not at all (None).
+    """
+    if dtype is None:
+        return embedded, None
+    device = embedded.device.type
+    corrected = device != "meta" and torch.is_autocast_enabled(device)
+    return embedded.to(getattr(torch, dtype)), None if corrected else module_dtype
+
+
+def sublayer_input(c: float, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """c * x, in `dtype` if the stream's dtype differs from the module's."""
+    x = times(c, x)
+    return x if dtype is None else x.to(dtype)

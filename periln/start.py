@@ -1,10 +1,12 @@
 """How a command starts: its arguments are parsed and checked before anything that takes seconds is imported."""
 
 import argparse
+import gc
 import importlib
 import importlib.util
 import os
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -43,7 +45,7 @@ def _started(
 
     def main(args: argparse.Namespace) -> int | None:
         try:
-            work: Callable[[argparse.Namespace], int | None] = importlib.import_module(module_of(command)).main
+            work = main_of(module_of(command))
             if interruptible:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             return work(args)
@@ -53,6 +55,22 @@ def _started(
             raise UserError(f"{error.name} is not installed: {install_line(extra_of(command))}") from error
 
     return run_command(main, args)
+
+
+def main_of(module: str) -> Callable[[argparse.Namespace], int | None]:
+    """The `main` of a module, imported without looking for garbage: torch and Transformers are a fifth quicker so.
+
+    What the import leaves is not looked at again either.
+    """
+    if module not in sys.modules and gc.isenabled():
+        gc.disable()
+        try:
+            importlib.import_module(module)
+            gc.freeze()
+        finally:
+            gc.enable()
+    work: Callable[[argparse.Namespace], int | None] = importlib.import_module(module).main
+    return work
 
 
 def module_of(command: str) -> str:

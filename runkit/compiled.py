@@ -12,7 +12,7 @@ from periln.runkit.fp16 import PRODUCTS, is_half
 
 
 class TensorCoreProducts(CustomGraphPass):
-    """What `HalfMatmul` does, on the graphs of torch.compile: FP16 products become FP32 products of the same values,
+    """What `half_products` does, on the graphs of torch.compile: FP16 products become FP32 products of the same values,
     rounded to FP16. Forward and backward graphs pass through it, after autocast and autograd have made them.
     """
 

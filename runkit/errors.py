@@ -78,7 +78,12 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
             or (isinstance(default, Path) and default.is_absolute())
         ):
             return action.help
-        return super()._get_help_string(action)
+        shown = super()._get_help_string(action)
+        if shown is None or not (default is True or isinstance(default, (list, tuple))):
+            return shown
+        # As it is typed: several words, or one with commas; and a switch is on.
+        typed = "on" if default is True else (" " if action.nargs else ",").join(map(str, default))
+        return shown.replace("%(default)s", typed.replace("%", "%%"))
 
 
 EVERY_COMMAND = "options of every command"

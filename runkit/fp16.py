@@ -2,15 +2,17 @@
 
 Accelerate's `mixed_precision="fp16"` does nothing on a CPU: it silently trains in FP32. And the CPU's
 own FP16 matrix products run at a hundredth of its FP32 speed. `make_fp16_real` turns on what Accelerate left
-off (autocast and the loss scaler), and `HalfMatmul` gives matrix products the numerics of a GPU's tensor
+off (autocast and the loss scaler), and `half_products` gives matrix products the numerics of a GPU's tensor
 cores at about the speed of FP32: FP16 operands, products accumulated in FP32, the result rounded to FP16
-(overflow at 65504), in the forward and in the backward pass alike. Compiled code does not pass through
-`HalfMatmul`: `runkit.compiled` has the compiler rewrite its products in the same way.
+(overflow at 65504), in the forward and in the backward pass alike. It has two forms with the same bits:
+`HalfMatmul` looks at every operator from Python, `HalfKernels` is called for products alone. Compiled code is
+left to `runkit.compiled`, which has the compiler rewrite its products in the same way.
 """
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +37,21 @@ def is_half(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.dtype == torch.float16
 
 
+def _wide(x: Any) -> Any:
+    return x.float() if is_half(x) else x
+
+
+def _in_fp32(call: Callable[..., Any], product: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of `call`, the operator `product`, for the same values in FP32, rounded to FP16."""
+    result = call(*map(_wide, args), **{name: _wide(x) for name, x in kwargs.items()})
+    if isinstance(result, torch.Tensor):
+        return result.half()
+    if product is _ATTENTION:
+        output, logsumexp = result
+        return output.half(), logsumexp
+    return tuple(x.half() for x in result)
+
+
 class HalfMatmul(TorchDispatchMode):
     """While active, every FP16 matrix product on the CPU is computed as tensor cores do it.
 
@@ -57,17 +74,65 @@ class HalfMatmul(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func not in PRODUCTS or not (is_half(args[0]) and args[0].device.type == "cpu"):
             return func(*args, **kwargs)
-        wide = [x.float() if is_half(x) else x for x in args]
         if "out" in kwargs:
             out = kwargs.pop("out")
-            return out.copy_(func.overloadpacket.default(*wide, **kwargs))
-        result = func(*wide, **{k: x.float() if is_half(x) else x for k, x in kwargs.items()})
-        if isinstance(result, torch.Tensor):
-            return result.half()
-        if func is _ATTENTION:
-            output, logsumexp = result
-            return output.half(), logsumexp
-        return tuple(x.half() for x in result)
+            return out.copy_(func.overloadpacket.default(*map(_wide, args), **kwargs))
+        return _in_fp32(func, func, args, kwargs)
+
+
+class HalfKernels:
+    """What `HalfMatmul` does, as the CPU's kernels of the products: no other operator passes through Python.
+
+    The kernels are registered when it is first entered, and stay. Outside the context they hand every call on to
+    PyTorch's own, at the cost of a call to Python for each product. A mode belongs to a thread; this is of the
+    process: inside the context the FP16 products of all threads are treated so.
+
+    Raises:
+        RuntimeError: on entering, where PyTorch is too old to hand out its own kernels (`available` is False).
+    """
+
+    available = hasattr(torch.library, "get_kernel")  # torch 2.9
+    _library: ClassVar[torch.library.Library | None] = None
+    _entered: ClassVar[int] = 0
+
+    def __enter__(self) -> "HalfKernels":
+        if HalfKernels._library is None:
+            HalfKernels._library = self._register()
+        HalfKernels._entered += 1
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        HalfKernels._entered -= 1
+
+    @classmethod
+    def _register(cls) -> torch.library.Library:
+        if not cls.available:
+            raise RuntimeError(f"HalfKernels needs torch 2.9 or newer, and this is {torch.__version__}")
+        library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+            for product in sorted(PRODUCTS, key=str):
+                library.impl(product, cls._kernel(product), "CPU", with_keyset=True)
+        return library
+
+    @classmethod
+    def _kernel(cls, product: torch._ops.OpOverload) -> Callable[..., Any]:
+        own = torch.library.get_kernel(product, "CPU").call_boxed
+
+        def kernel(keys: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+            if not (cls._entered and is_half(args[0])):
+                return own(keys, *args, **kwargs)
+            out = kwargs.pop("out", None)
+            if out is None:
+                return _in_fp32(lambda *a, **k: own(keys, *a, **k), product, args, kwargs)
+            return out.copy_(product.overloadpacket.default(*map(_wide, args), **kwargs))
+
+        return kernel
+
+
+def half_products() -> AbstractContextManager[Any]:
+    """The faster of `HalfKernels` and `HalfMatmul` that this PyTorch has."""
+    return HalfKernels() if HalfKernels.available else HalfMatmul()
 
 
 def make_fp16_real(accelerator: Any, scaler_options: dict[str, Any] | None = None) -> AbstractContextManager[Any]:
@@ -85,4 +150,4 @@ def make_fp16_real(accelerator: Any, scaler_options: dict[str, Any] | None = Non
         return nullcontext()
     accelerator.native_amp = True
     accelerator.scaler = torch.amp.GradScaler("cpu", **(scaler_options or {}))
-    return HalfMatmul()
+    return half_products()

@@ -31,8 +31,19 @@ PLACEMENTS: tuple[str, ...] = tuple(_table().PLACEMENT_NAMES)  # their order eve
 # One a row of the table, in its order; a placement beyond them gets OTHER_COLOUR and OTHER_MARKER.
 _PALETTE: tuple[str, ...] = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 # Then Tol's muted palette, and the first one's yellow, darkened: it cannot be read on white.
-_PALETTE += ("#332288", "#117733", "#882255", "#AA4499", "#44AA99", "#661100", "#6699CC", "#8C7A00", "#999933")
-_SHAPES = ("o", "s", "^", "D", "v", "P", "*", "<", ">", "p", "X", "H", "8", "1", "h", "2")
+_PALETTE += (
+    "#332288",
+    "#117733",
+    "#882255",
+    "#AA4499",
+    "#44AA99",
+    "#661100",
+    "#6699CC",
+    "#8C7A00",
+    "#999933",
+    "#CC6677",
+)
+_SHAPES = ("o", "s", "^", "D", "v", "P", "*", "<", ">", "p", "X", "H", "8", "1", "h", "2", "3")
 OTHER_COLOUR, OTHER_MARKER = "#6E6E6E", "d"
 COLOURS = dict(zip(PLACEMENTS, _PALETTE, strict=False))
 MARKERS = dict(zip(PLACEMENTS, _SHAPES, strict=False))

@@ -25,7 +25,7 @@ from modeling_periln.conversions import export_recipe
 from modeling_periln.convert import to_native
 from periln.runkit.environment import DtypeWitness
 from periln.runkit.folder import RunFolder
-from periln.runkit.fp16 import HalfMatmul, make_fp16_real
+from periln.runkit.fp16 import half_products, make_fp16_real
 from periln.runkit.recipes import from_mapping
 from periln.scripts.costs import flops_per_token
 from periln.scripts.recipe import Recipe
@@ -143,7 +143,7 @@ class Bare:
     def _arithmetic(self) -> ExitStack:
         stack = ExitStack()
         if self.case.dtype == "fp16":
-            stack.enter_context(HalfMatmul() if self.device.type == "cpu" else nullcontext())
+            stack.enter_context(half_products() if self.device.type == "cpu" else nullcontext())
             stack.enter_context(torch.autocast(self.device.type, dtype=torch.float16))
         return stack
 

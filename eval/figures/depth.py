@@ -192,7 +192,7 @@ def output_gamma(view: View) -> Chart:
     if not (rows.groupby("run").step.nunique() > 1).any():
         raise NotRecorded(
             f"Needs the gamma of output norms at two steps or more; there is {recorded_steps(rows)} alone: "
-            "python -m scripts.pretrain with layer_stats_every records more."
+            "periln pretrain with layer_stats_every records more."
         )
     used = view.where(run=set(rows.run))
     if len(used.runs.groupby(["size", "learning_rate", "series"])) > 8:

@@ -69,7 +69,7 @@ def _wanted(name: str, view: View) -> str:
     if entry.like and not view.runs["size"].isin(entry.sizes).any():
         recipes = " and ".join(f"scripts/recipes/{size.lower()}-*.yaml" for size in entry.sizes)
         return (
-            f"Needs models of {' or '.join(entry.sizes)} (python -m scripts.pretrain --config, {recipes}); "
+            f"Needs models of {' or '.join(entry.sizes)} (periln pretrain --config, {recipes}); "
             f"Figure {entry.like} is the same figure for the sizes at hand."
         )
     if name == "rates" and view.runs.learning_rate.nunique() == 1:

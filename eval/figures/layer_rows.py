@@ -18,7 +18,7 @@ from periln.eval.records.frames import Frames, read_layers
 from periln.runkit.folder import read_json
 
 ANGLES = ["run", "step", "layer", "other", "value"]
-BENCH = "python -m eval.stability RUN --data wikitext --samples 1000"
+BENCH = "periln bench RUN --data wikitext --samples 1000"
 
 
 def _concat(frames: Iterable[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
@@ -93,7 +93,7 @@ def layer_rows(
     found = _concat(parts, [*view.frames.layers.columns, "source"])
     if found.empty:
         raise NotRecorded(
-            f"Needs {what} by layer: runs with layer_stats_every (layers/step_*.parquet, python -m scripts.pretrain "
+            f"Needs {what} by layer: runs with layer_stats_every (layers/step_*.parquet, periln pretrain "
             f"writes them), or {BENCH}."
         )
     return found.assign(step=found.step.astype(float), value=found.value.astype(float))

@@ -21,9 +21,7 @@ def overview(view: View) -> Chart:
     """Loss and least headroom of every series at one learning rate, and how many of its runs finished at each rate."""
     found = outcomes_of(view)
     if found.rows.empty or not (found.rows.loss.notna().any() or found.rows.headroom.notna().any()):
-        raise NotRecorded(
-            "Needs a run with a loss (metrics.jsonl): python -m scripts.pretrain --config RECIPE writes it."
-        )
+        raise NotRecorded("Needs a run with a loss (metrics.jsonl): periln pretrain --config RECIPE writes it.")
     rows = found.compared
     series = list(dict.fromkeys(found.rows.series))
     names = {row.series: row.name for row in found.rows.itertuples(index=False)}

@@ -1,7 +1,8 @@
 """The numbers behind a figure, for the charts of the report's page: what `runkit/pages/charts.js` draws.
 
-A plot is a mapping that JSON can carry. `kind` is `lines`, `map` or `dots`; every line, map or run has `k`, what the
-reader can switch on and off (series, rate, size, seed, layer), and arrays of numbers, which `packed` stores once.
+A plot is a mapping that JSON can carry. `kind` is `lines`, `map`, `pairs` or `dots`; every line, map or run has `k`,
+what the reader can switch on and off (series, rate, size, seed, layer), and arrays of numbers, which `packed` stores
+once.
 """
 
 import json

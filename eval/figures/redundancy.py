@@ -1,6 +1,7 @@
 """Angular distance between the hidden states of layers (the paper's Figures 7a, 7c, 7d)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from periln.eval.figures.layer_rows import BENCH, angle_rows, source_words
 from periln.eval.figures.measured_models import STAGE
 from periln.eval.figures.pieces import DPI, WIDTH, Chart, NotRecorded, curves, legend, whole_numbers, wrapped
+from periln.eval.figures.plots import keys_of, numbers, style_of
 from periln.eval.figures.selection import View, at_best_rate, rates_words, seeds_words, sizes
 from periln.eval.records.words import listed
 from periln.runkit.placements import BY_NORMS
@@ -57,7 +59,29 @@ def _draw(used: View, rows: pd.DataFrame, when: str) -> Chart:
     bar.set_label("angular distance / pi")
     legend(figure, used, average="mean of the seeds")
     source = source_words(used, rows.assign(source="bench"))
-    return Chart(figure, f"{CAPTION} {source} {rates_words(used)} {seeds_words(used, rows.run)}{used.names}")
+    said = f"{CAPTION} {source} {rates_words(used)} {seeds_words(used, rows.run)}{used.names}"
+    plot = {"kind": "pairs", "name": "angular distance / pi", "most": float(f"{norm.vmax:.3g}")}
+    return Chart(figure, said, plot | {"maps": _maps(used, rows)})
+
+
+def _maps(view: View, rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """The same for a page: a map a run."""
+    maps = []
+    for _, run in view.runs.iterrows():
+        field = _field(rows[rows.run == run.run])
+        layers = numbers(range(len(field)))
+        maps.append({"x": layers, "y": layers, "v": [numbers(line, 3) for line in field], "k": keys_of(view, run)})
+        maps[-1] |= style_of(view, run)
+    return maps
+
+
+def _field(rows: pd.DataFrame) -> np.ndarray:
+    """The distance between any two layers, the mean over the runs; NaN where none was measured."""
+    count = int(max(rows.layer.max(), rows.other.max())) + 1
+    field = np.full((count, count), np.nan)
+    for (layer, other), value in rows.groupby(["layer", "other"]).value.mean().items():
+        field[int(layer), int(other)] = field[int(other), int(layer)] = value
+    return field
 
 
 def _neighbours(ax: Axes, used: View, rows: pd.DataFrame) -> None:
@@ -71,11 +95,7 @@ def _neighbours(ax: Axes, used: View, rows: pd.DataFrame) -> None:
 
 
 def _pairs(ax: Axes, rows: pd.DataFrame, norm: mcolors.Normalize) -> None:
-    count = int(max(rows.layer.max(), rows.other.max())) + 1
-    field = np.full((count, count), np.nan)
-    for (layer, other), value in rows.groupby(["layer", "other"]).value.mean().items():
-        field[int(layer), int(other)] = field[int(other), int(layer)] = value
-    ax.imshow(field, origin="lower", cmap="viridis", norm=norm, interpolation="nearest")
+    ax.imshow(_field(rows), origin="lower", cmap="viridis", norm=norm, interpolation="nearest")
     ax.grid(visible=False)
     whole_numbers(ax, "layer")
     ax.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
@@ -112,7 +132,7 @@ def distances(last: bool) -> Callable[[View], Chart]:
         if not last and steps.max() > 0:
             when = f"at the first measured step, {listed(steps)} (not initialization)"
         drawn = _draw(used, rows, when)
-        return Chart(drawn.figure, f"{drawn.caption} Measured at step {listed(steps)}.")
+        return Chart(drawn.figure, f"{drawn.caption} Measured at step {listed(steps)}.", drawn.plot)
 
     return draw
 
@@ -123,10 +143,10 @@ def frozen(view: View) -> Chart:
     if not used.runs.frozen.any():
         raise NotRecorded(
             "Needs a checkpoint with output norms whose gamma is frozen at 1 (model.output_norm_learnable: false): "
-            "python -m scripts.pretrain --config scripts/recipes/400m-peri-frozen-gamma.yaml, then "
-            "python -m eval.stability on it."
+            "periln pretrain --config scripts/recipes/400m-peri-frozen-gamma.yaml, then "
+            "periln bench on it."
         )
     placements = set(used.runs.placement[used.runs.frozen]) | {BY_NORMS["A"]}
     used = used.where(placement=placements)
     drawn = _draw(used, rows, "at the end")
-    return Chart(drawn.figure, f"{drawn.caption} Measured at step {listed(rows.step)}.")
+    return Chart(drawn.figure, f"{drawn.caption} Measured at step {listed(rows.step)}.", drawn.plot)

@@ -35,7 +35,7 @@ def _enough(rows: Sequence[tuple[str, View]]) -> tuple[list[tuple[str, View]], s
     rates = sorted({rate for _, of in rows for rate in of.runs.learning_rate})
     raise NotRecorded(
         f"Needs {LEAST_RATES} learning rates or more in one panel, for a curve, and the runs have {len(rates)} "
-        f"({', '.join(f'{rate:g}' for rate in rates)}): python -m scripts.sweep run "
+        f"({', '.join(f'{rate:g}' for rate in rates)}): periln sweep run "
         "scripts/recipes/sweeps/paper-400m.yaml. The figures overview and rates show these."
     )
 
@@ -108,8 +108,7 @@ def by_size(view: View, post_only: bool = False) -> Chart:
         usual = usual.where(placement=BY_NORMS["C"])
         if usual.runs.empty:
             raise NotRecorded(
-                "Needs Post-LN runs at several learning rates: "
-                "python -m scripts.sweep run scripts/recipes/sweeps/paper-400m.yaml."
+                "Needs Post-LN runs at several learning rates: periln sweep run scripts/recipes/sweeps/paper-400m.yaml."
             )
     rows = [(size, usual.where(size=size)) for size in sizes(usual)]
     drawn = _draw(usual, rows)
@@ -151,19 +150,18 @@ tokens = by_setting(
     "tokens",
     lambda n: f"{count_text(n)} tokens",
     lambda n: _near(n, 8e9, 16e9),
-    "Needs runs with several numbers of tokens: "
-    "python -m scripts.sweep run scripts/recipes/sweeps/paper-400m-tokens.yaml.",
+    "Needs runs with several numbers of tokens: periln sweep run scripts/recipes/sweeps/paper-400m-tokens.yaml.",
 )
 sequence_length = by_setting(
     "sequence_length",
     lambda n: f"sequence length {n:,.0f}",
     lambda n: n == 2048,
-    "Needs runs with a second sequence length: python -m scripts.pretrain --config "
+    "Needs runs with a second sequence length: periln pretrain --config "
     "scripts/recipes/400m-peri-seq2048.yaml and 400m-pre-seq2048.yaml.",
 )
 warmup = by_setting(
     "warmup",
     lambda x: f"warm-up {x:.0%}",
     lambda x: _near(x, 0.3),
-    "Needs runs with a second warm-up: python -m scripts.sweep run scripts/recipes/sweeps/paper-400m-warmup.yaml.",
+    "Needs runs with a second warm-up: periln sweep run scripts/recipes/sweeps/paper-400m-warmup.yaml.",
 )

@@ -31,7 +31,7 @@ from periln.runkit.placements import BY_NORMS
 
 SKIP_MARKERS = {"probe": "|", "backward": "x", "forward": "D"}
 NAMES = {"loss": "training loss (nats a token)", "grad_norm": "gradient norm"}
-PRETRAIN = "python -m scripts.pretrain --config"
+PRETRAIN = "periln pretrain --config"
 PRE, PERI, OUTPUT = BY_NORMS["A"], BY_NORMS["AB"], BY_NORMS["B"]
 MOST_MARKS = 200  # of spikes and skipped steps of a run, on a page
 LAST_SHARE = 1 / 6  # the paper's Figures 20 to 22 show the last 5B of 30B tokens

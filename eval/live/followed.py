@@ -1,6 +1,7 @@
 """A run folder that is being written, followed: each time only what is new in it is read."""
 
 import json
+import math
 import os
 import socket
 import time
@@ -34,15 +35,23 @@ class Followed:
         self.summary: dict[str, Any] = {}
         self._read: tuple[int, int] = (0, 0)  # the file's inode and how many bytes of it were read
         self._tables: set[str] = set()
+        self.behind = True  # whether tables of layers are there that have not been read
 
-    def refresh(self) -> None:
-        """Read what was written since the last time. A file that is just being written is read the next time."""
+    def refresh(self, until: float = math.inf) -> None:
+        """Read what was written since the last time. A file that is just being written is read the next time.
+
+        Tables of layers are read until this thread has used `until` seconds of a processor (`time.thread_time`).
+        """
+        self.read_records()
+        self.read_layers(until)
+
+    def read_records(self) -> None:
+        """Read summary and metrics."""
         try:
             self.summary = self.folder.summary
         except UserError:
             pass
         self._metrics()
-        self._layers()
 
     def _metrics(self) -> None:
         path = self.folder.metrics_path
@@ -64,10 +73,15 @@ class Followed:
                 self.records.append({key: record.get(key) for key in KEPT})
         self._read = (found.st_ino, self._read[1] + len(whole))
 
-    def _layers(self) -> None:
+    def read_layers(self, until: float = math.inf) -> None:
+        """Read the tables of layers, see `refresh`."""
         folder = self.folder.path / "layers"
+        self.behind = False
         for file in sorted(folder.glob("step_*.parquet")) if folder.is_dir() else ():
             if file.name not in self._tables:
+                if time.thread_time() > until:
+                    self.behind = True
+                    return
                 try:
                     rows = next(iter(read_layers("", folder, file.name)))
                 except UserError:

@@ -17,6 +17,7 @@ from periln.eval.records.frames import load
 from periln.runkit.errors import UserError
 
 SHARE = 0.05  # of a core at most: the page waits accordingly, and trainings keep their processors
+READING_SECONDS = 1.0  # of a processor, for an answer: what many runs have recorded by layer is read in several
 FRESH_SECONDS = 1.0  # a state as old as this is given once more
 MOST_MARKS = 200  # of skipped steps of a run
 SKIPPED = ("checkpoints", "trainer_state", "eval", "layers", "flight", "figures", "sft", "data", "logs")
@@ -36,8 +37,9 @@ class Watch:
         self._made: tuple[float, str] = (-math.inf, "")
 
     def state(self) -> str:
-        """The state as JSON: name, runs (rows of the table), left (seconds), pause (seconds before the next question),
-        and what `plots.packed` gives."""
+        """The state as JSON: name, runs (rows of the table, those that run first), left (seconds), behind (runs whose
+        tables of layers are still being read), pause (seconds before the next question), and what `plots.packed` gives.
+        """
         with self._lock:
             if time.monotonic() - self._made[0] > FRESH_SECONDS:
                 self._made = (time.monotonic(), self._state())
@@ -47,16 +49,22 @@ class Watch:
         began = time.thread_time()
         self._find()
         for run in self._runs.values():
-            run.refresh()
+            run.read_records()
+        reading = time.thread_time()
+        for run in sorted(self._runs.values(), key=lambda run: run.status != "running"):
+            run.read_layers(reading + READING_SECONDS)
+        began += time.thread_time() - reading  # each table is read once: that does not count
         plots: dict[str, Plot] = {}
         rows = [self._row(name, run) for name, run in self._runs.items()]
         if self._view is not None and (view := self._now()) is not None:
             plots = {"curves": self._curves(view), "headroom": self._headroom(view)}
             colours = {run.run: style_of(view, run)["c"] for _, run in view.runs.iterrows()}
             rows = [row | {"colour": colours.get(row["name"])} for row in rows]
+        rows.sort(key=lambda row: row["status"] != "running")
         rows += [{"name": name, "status": "waiting"} for name in self._waiting()]
         left = [row["left"] for row in rows if row.get("left") is not None and row["status"] == "running"]
         head = {"name": self.root.resolve().name, "runs": rows, "left": max(left) if left else None}
+        head["behind"] = sum(run.behind for run in self._runs.values())
         head["pause"] = round((1 / SHARE - 1) * (time.thread_time() - began), 2)
         return json.dumps(head, allow_nan=False)[:-1] + ", " + packed({k: p for k, p in plots.items() if p})[1:]
 
@@ -90,15 +98,16 @@ class Watch:
         return self._view.of(runs[begun]) if any(begun) else None
 
     def _waiting(self) -> list[str]:
-        """The cells of a sweep that have not begun: recipes without a run folder."""
+        """The cells of a sweep or a study that have not begun: recipes without a run folder."""
         recipes = sorted((self.root / "recipes").glob("*.yaml"))
-        return [file.stem for file in recipes if file.stem not in self._runs and file.stem != "sft"]
+        begun = {Path(name).name for name in self._runs}
+        return [file.stem for file in recipes if file.stem not in begun and file.stem != "sft"]
 
     def _row(self, name: str, run: Followed) -> dict[str, Any]:
         recipe = self._view.frames.recipes[name] if self._view is not None else {}
         steps, seconds = recipe.get("steps"), run.seconds_a_step
         last = run.records[-1] if run.records else {}
-        bits, going = run.least_bits(), run.status == "running"
+        bits, going = None if run.behind else run.least_bits(), run.status == "running"
         left = (steps - run.step) * seconds if isinstance(steps, int) and seconds is not None and going else None
         return {
             "name": name,
@@ -137,7 +146,7 @@ class Watch:
         maps = []
         for _, run in view.runs.iterrows():
             cells = self._runs[run.run].bits
-            if not cells:
+            if not cells or self._runs[run.run].behind:
                 continue
             worst = min(cells, key=lambda step: min(cells[step].values(), default=math.inf))
             steps = sorted({*spread(sorted(cells), 2 * MOST_STEPS), worst})

@@ -1,10 +1,12 @@
 """Log-likelihoods with the shared beginning of a question's answers computed once.
 
-The requests of a question share their context, and HFLM runs it once for each answer. Here the answers of a question
-are one row, `context, answer 1, answer 2, ...`: every token has the position that it has in its own request, and a mask
-lets it see only the context and its own answer. In exact arithmetic that is the same function; in FP32 sums are taken
-in another order, so log-likelihoods agree to `TOLERANCE`, which is checked on the longest row and on one in the middle
-of every task. Whatever cannot be scored this way is scored the plain way, and `why_not` says why.
+The requests of a question share their context, and HFLM runs it once for each answer. Here a question is its context
+and all its answers behind it: every token has the position that it has in its own request, and a mask lets it see only
+the context and its own answer. Several questions are one row of the batch: first what is only read of all of them, then
+what is scored, so that little of a batch is padding and no logits are made for contexts. In exact arithmetic that is
+the same function; in FP32 sums are taken in another order, so log-likelihoods agree to `TOLERANCE`, which is checked on
+the longest question and on one in the middle of every task. Whatever cannot be scored this way is scored the plain way,
+and `why_not` says why.
 """
 
 import inspect
@@ -20,13 +22,14 @@ from tqdm import tqdm
 from periln.eval.scoring.likelihood import ContinuationLM, Request
 
 TOLERANCE = 1e-4  # nats, of a request's log-likelihood in FP32
-WIDEST = 1024  # tokens of a row: attention costs their square
-LEAST = 4  # tokens that a request must save to join a row
+WIDEST = 1024  # tokens of a question: attention costs their square
+WIDTH = 512  # tokens of a row of the batch, unless a question has more
+LEAST = 4  # tokens that a request must save to join a question
 ATTENTION = ("sdpa", "eager")  # the kernels that take a mask for each token
 
 
 @dataclass
-class Row:
+class Question:
     """Requests that share their first `shared` ids. `ids` are what the model reads for each, its last token cut off."""
 
     shared: int
@@ -61,59 +64,81 @@ class Row:
         return next((i for i in range(most) if first[i] != ids[i]), most)
 
 
-def rows_of(requests: Sequence[tuple[list[int], int]]) -> list[Row]:
+def rows_of(requests: Sequence[tuple[list[int], int]]) -> list[Question]:
     """Neighbouring requests (ids, scored tokens) that share their beginning, as rows; every request is in one of them.
 
     A document's requests come one after another; a request joins the previous row where that saves tokens.
     """
-    rows: list[Row] = []
+    rows: list[Question] = []
     for number, (ids, scored) in enumerate(requests):
         if not (rows and rows[-1].join(number, ids, scored)):
-            rows.append(Row(len(ids) - scored + 1, [number], [ids], [scored]))
+            rows.append(Question(len(ids) - scored + 1, [number], [ids], [scored]))
     return rows
+
+
+def bins_of(questions: Sequence[Question], width: int = WIDTH) -> list[list[Question]]:
+    """The questions of a batch, a list for each of its rows: about `width` tokens each, and about as many to score."""
+    widest = max(width, *(question.width for question in questions))
+    count = math.ceil(sum(question.width for question in questions) / widest)
+    bins: list[list[Question]] = [[] for _ in range(count)]
+    for question in sorted(questions, key=lambda question: question.own, reverse=True):
+        min(bins, key=lambda bin: sum(1 + other.own for other in bin)).append(question)
+    return [bin for bin in bins if bin]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows as tensors: ids and positions (B, T), mask (B, 1, T, T) added to the attention scores.
+    """Rows of questions as tensors: ids and positions (B, T), mask (B, 1, T, T) added to the attention scores.
 
-    The shared tokens end in the same column everywhere, padded in front; `kept` columns from their last one on have
-    logits that are read.
+    The contexts come first, each without its last token, and end in the same column everywhere, padded in front; the
+    `kept` columns behind them have logits that are read. `places` has, for each question of each row in turn, the
+    columns among these of its context's last token and of its answers' tokens.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
     kept: int
+    places: list[list[list[int]]]
 
 
-def pack(rows: Sequence[Row], dtype: torch.dtype, device: torch.device) -> Packed:
+def pack(bins: Sequence[Sequence[Question]], dtype: torch.dtype, device: torch.device) -> Packed:
     """The rows of a batch as one input; see `Packed`."""
-    before, behind = max(row.shared for row in rows), max(row.own for row in rows)
-    width = before + behind
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.zeros(len(rows), width, dtype=torch.long)
-    segment = torch.full((len(rows), width), -1, dtype=torch.long)  # 0: shared, 1, 2, ...: the answer's, -1: padding
-    for i, row in enumerate(rows):
-        start = before - row.shared
-        ids[i, start:before] = torch.tensor(row.ids[0][: row.shared])
-        positions[i, start:before] = torch.arange(row.shared)
-        segment[i, start:before] = 0
-        column = before
-        for number, tokens in enumerate(row.ids, 1):
-            end = column + len(tokens) - row.shared
-            ids[i, column:end] = torch.tensor(tokens[row.shared :], dtype=torch.long)
-            positions[i, column:end] = torch.arange(row.shared, len(tokens))
-            segment[i, column:end] = number
-            column = end
-    ids, positions, segment = ids.to(device), positions.to(device), segment.to(device)
-    query, key = segment[:, :, None], segment[:, None, :]
-    seen = torch.ones(width, width, dtype=torch.bool, device=device).tril() & (key >= 0) & ((key == query) | (key == 0))
-    seen = seen | torch.eye(
-        width, dtype=torch.bool, device=device
-    )  # a row of padding sees itself; otherwise it would be NaN
+    before = max(sum(question.shared - 1 for question in bin) for bin in bins)
+    kept = max(sum(1 + question.own for question in bin) for bin in bins)
+    shape = len(bins), before + kept
+    ids, positions, segment = (torch.zeros(shape, dtype=torch.long) for _ in range(3))  # segment 0: a context's
+    owner = torch.full(shape, -1, dtype=torch.long)  # the question's number in the row, -1: padding
+    places: list[list[list[int]]] = []
+    for i, bin in enumerate(bins):
+        start, column = before - sum(question.shared - 1 for question in bin), before
+        places.append([])
+        for number, question in enumerate(bin):
+            context = [*range(start, start + question.shared - 1), column]
+            start, first = start + question.shared - 1, column
+            ids[i, context] = torch.tensor(question.ids[0][: question.shared])
+            positions[i, context] = torch.arange(question.shared)
+            owner[i, context] = number
+            column += 1
+            for answer, tokens in enumerate(question.ids, 1):
+                end = column + len(tokens) - question.shared
+                ids[i, column:end] = torch.tensor(tokens[question.shared :], dtype=torch.long)
+                positions[i, column:end] = torch.arange(question.shared, len(tokens))
+                segment[i, column:end] = answer
+                owner[i, column:end] = number
+                column = end
+            places[-1].append([c - before for c in range(first, column)])
+    ids, positions, segment, owner = (x.to(device) for x in (ids, positions, segment, owner))
+
+    def pairs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x[:, :, None], x[:, None, :]
+
+    (query, key), (query_owner, key_owner), (later, earlier) = pairs(segment), pairs(owner), pairs(positions)
+    seen = (query_owner == key_owner) & (key_owner >= 0) & ((key == query) | (key == 0)) & (earlier <= later)
+    # A token of padding sees itself; otherwise it would be NaN.
+    seen = seen | torch.eye(shape[1], dtype=torch.bool, device=device)
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
-    return Packed(ids, positions, mask[:, None], behind + 1)
+    return Packed(ids, positions, mask[:, None], kept, places)
 
 
 class SharedPrefixLM(ContinuationLM):
@@ -129,7 +154,7 @@ class SharedPrefixLM(ContinuationLM):
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         whole = [i for i, (_, context, answer) in enumerate(requests) if len(context) + len(answer) <= self.max_length]
         rows = rows_of([self._read(requests[i]) for i in whole])
-        rows.sort(key=lambda row: (row.shared, row.own), reverse=True)
+        rows.sort(key=lambda row: (row.width, row.own), reverse=True)
         if rows and (reason := self._differs([rows[0], rows[len(rows) // 2]], [requests[i] for i in whole])):
             self.why_not = reason
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
@@ -178,7 +203,7 @@ class SharedPrefixLM(ContinuationLM):
             return f"{type(self.model).__name__}.forward does not take position_ids and logits_to_keep"
         return None
 
-    def _row_batches(self, rows: Sequence[Row], override_bs: int | None) -> Iterator[list[Row]]:
+    def _row_batches(self, rows: Sequence[Question], override_bs: int | None) -> Iterator[list[Question]]:
         """Batches of rows; with `auto` of as many as the memory allows for the longest."""
         size = self.batch_size
         if size == "auto":
@@ -190,9 +215,10 @@ class SharedPrefixLM(ContinuationLM):
         return (list(rows[i : i + step]) for i in range(0, len(rows), step))
 
     @torch.no_grad()
-    def _score_rows(self, rows: list[Row], requests: Sequence[Request]) -> list[list[tuple[float, bool]]]:
+    def _score_rows(self, rows: list[Question], requests: Sequence[Request]) -> list[list[tuple[float, bool]]]:
         """For each request of each row, the log-likelihood of its answer and whether it is the greedy one."""
-        packed = pack(rows, torch.float32, self.device)
+        bins = bins_of(rows)
+        packed = pack(bins, torch.float32, self.device)
         logits = self.model(
             input_ids=packed.ids,
             attention_mask=packed.mask,
@@ -200,17 +226,16 @@ class SharedPrefixLM(ContinuationLM):
             logits_to_keep=packed.kept,
             use_cache=False,
         ).logits
-        places, tokens, lengths = [], [], []
-        for i, row in enumerate(rows):
-            column = 1  # behind the last shared token
-            for member, ids, scored in zip(row.members, row.ids, row.scored, strict=True):
-                own = len(ids) - row.shared
-                # The logits of the last shared token come before those of the answer's own.
-                columns = [0, *range(column, column + own)][own + 1 - scored :]
-                places += [(i, c) for c in columns]
-                tokens += requests[member][2]
-                lengths.append(scored)
-                column += own
+        places, tokens, lengths, order = [], [], [], []
+        for i, bin in enumerate(bins):
+            for question, (last, *own) in zip(bin, packed.places[i], strict=True):
+                for member, ids, scored in zip(question.members, question.ids, question.scored, strict=True):
+                    mine, own = own[: len(ids) - question.shared], own[len(ids) - question.shared :]
+                    # The logits of the context's last token come before those of the answer's own.
+                    places += [(i, column) for column in [last, *mine][len(mine) + 1 - scored :]]
+                    tokens += requests[member][2]
+                    lengths.append(scored)
+                    order.append(member)
         at = torch.tensor(places, device=self.device)
         chosen = torch.tensor(tokens, device=self.device)
         logs = F.log_softmax(logits[at[:, 0], at[:, 1]], dim=-1, dtype=self.softmax_dtype)
@@ -219,10 +244,10 @@ class SharedPrefixLM(ContinuationLM):
         sums = torch.stack([part.sum() for part in values])
         if sums.isnan().any():  # NaN loses every comparison: it would be scored as the first answer
             raise FloatingPointError(f"log-likelihoods are not numbers in {self.model.dtype}")
-        answers = iter(zip(sums.tolist(), [bool(part.all()) for part in hits], strict=True))
-        return [[next(answers) for _ in row.members] for row in rows]
+        answers = dict(zip(order, zip(sums.tolist(), [bool(part.all()) for part in hits], strict=True), strict=True))
+        return [[answers[member] for member in row.members] for row in rows]
 
-    def _differs(self, rows: list[Row], requests: Sequence[Request]) -> str | None:
+    def _differs(self, rows: list[Question], requests: Sequence[Request]) -> str | None:
         """Score these rows both ways; reports where they differ by more than TOLERANCE."""
         rows = rows if rows[0] is not rows[-1] else rows[:1]
         ours = [value for row in self._score_rows(rows, requests) for value, _ in row]

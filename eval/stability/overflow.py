@@ -1,7 +1,7 @@
 """What stops being finite first when a model runs in FP16, forward and backward.
 
 The model's weights, stream and products are FP16, as under `model.half()` on a GPU: products are accumulated in FP32
-and rounded to FP16 (`runkit.fp16.HalfMatmul` on a CPU). Norms and softmax keep the precision that their code gives
+and rounded to FP16 (`runkit.fp16.half_products` on a CPU). Norms and softmax keep the precision that their code gives
 them.
 """
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from periln.eval.structure.anatomy import Anatomy, Point, first_tensor, input_tensor
 from periln.eval.texts.windows import token_loss
-from periln.runkit.fp16 import HalfMatmul
+from periln.runkit.fp16 import half_products
 from periln.runkit.number_format import FP16
 
 LEAST, MOST = -8, 16  # range of the powers of two that are tried as loss scales
@@ -253,7 +253,7 @@ class HalfPasses:
         self.logits: torch.Tensor | None = None
 
     def _numerics(self) -> Any:
-        return HalfMatmul() if next(self.half.parameters()).device.type == "cpu" else nullcontext()
+        return half_products() if next(self.half.parameters()).device.type == "cpu" else nullcontext()
 
     def forward(self) -> NonFinite | None:
         """The first that is not finite in the forward passes."""

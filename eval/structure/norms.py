@@ -9,6 +9,8 @@ from periln.runkit.errors import UserError
 
 _EPS_NAMES = ("eps", "variance_epsilon", "norm_eps", "epsilon", "layer_norm_epsilon")
 
+_SCALED = ("dyt", "derf")  # tanh and erf of the stream itself
+
 
 @dataclass(frozen=True)
 class NormFacts:
@@ -47,7 +49,8 @@ def norm_facts(module: nn.Module, name: str = "") -> NormFacts:
     Raises:
         UserError: it is neither an RMSNorm nor a LayerNorm over the last dimension.
     """
-    label = f"the norm {name or type(module).__name__} ({type(module).__name__})"
+    called, kind = type(module).__name__, getattr(module, "kind", None)
+    label = f"the norm {name or called} ({f'{called}, {kind}' if isinstance(kind, str) else called})"
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     eps = epsilon_of(module)
     if eps is None:
@@ -55,7 +58,11 @@ def norm_facts(module: nn.Module, name: str = "") -> NormFacts:
     # A frozen gain is a buffer.
     parameter = next(module.parameters(), weight if isinstance(weight, torch.Tensor) else None)
     sizes = getattr(module, "normalized_shape", None)
-    size = len(parameter) if parameter is not None else sizes[-1] if sizes else getattr(module, "dim", None)
+    size = getattr(module, "size", None)  # said by a norm whose gain may be one number, or one a head
+    if not isinstance(size, int):
+        size = len(parameter) if parameter is not None else sizes[-1] if sizes else getattr(module, "dim", None)
+    if weight is not None and weight.shape not in ((size,), (1,)):
+        raise UserError(f"{label} has {len(weight)} gains for {size} channels")
     if not isinstance(size, int):
         size = 64  # without parameters it takes any size
     device = "cpu" if parameter is None else parameter.device
@@ -69,11 +76,12 @@ def norm_facts(module: nn.Module, name: str = "") -> NormFacts:
         "layer": centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps),
     }
     shift = 0.0 if bias is None else bias.double()
-    for kind, hat in unit.items():
+    for found, hat in unit.items():
         for offset in (0.0, 1.0) if weight is not None else (0.0,):
             gain = 1.0 if weight is None else offset + weight.double()
             expected = hat * gain + shift
             if bool((y - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()):
-                exact = gain.detach() if isinstance(gain, torch.Tensor) else None
-                return NormFacts(kind, eps, exact, None if bias is None else bias.detach().double(), offset)
-    raise UserError(f"{label} is neither an RMSNorm nor a LayerNorm of the last dimension")
+                exact = gain.detach().expand(size) if isinstance(gain, torch.Tensor) else None
+                return NormFacts(found, eps, exact, None if bias is None else bias.detach().double(), offset)
+    scale = ", and its result depends on the scale of what it reads" if kind in _SCALED else ""
+    raise UserError(f"{label} is neither an RMSNorm nor a LayerNorm of the last dimension{scale}")

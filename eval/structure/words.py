@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from periln.eval.structure.anatomy import Anatomy
-from periln.eval.structure.norms import is_norm
+from periln.eval.structure.norms import NormFacts, is_norm
 from periln.eval.structure.sublayers import Norm, Sublayer
 from periln.runkit.errors import UserError
 from periln.runkit.placements import BY_NORMS
 
 _QUERY_OR_KEY = re.compile(r"(qk|q|k|query|key)_?(layer)?_?norm\w*|norm_?(qk|q|k)|(q|k|query|key)_ln")
+_KINDS = {"dyt": "DyT", "derf": "Derf", "l2": "L2 norms"}  # the family's kinds that are neither RMSNorm nor LayerNorm
+_OTHER = "norms of another kind"
 _VALUE = re.compile(r"(v|value)_?(layer)?_?norm\w*")
 
 
@@ -46,16 +48,22 @@ def _norms(anatomy: Anatomy) -> Iterator[Norm]:
 
 def _kinds(anatomy: Anatomy) -> Iterator[str]:
     """What the norms of the stream are, where they are not RMSNorms with a gain a channel."""
-    try:
-        facts = [norm.facts for norm in _norms(anatomy)]
-    except UserError:
-        yield "norms of another kind"
-        return
+    facts: list[NormFacts] = []
+    said: dict[str, None] = {}
+    modules = [norm.module for norm in _norms(anatomy)]
+    for norm in _norms(anatomy):
+        try:
+            facts.append(norm.facts)
+        except UserError:
+            said[_KINDS.get(getattr(norm.module, "kind", ""), _OTHER)] = None
     if any(f.kind == "layer" for f in facts):
-        yield "LayerNorm"
-    if any(f.offset for f in facts):
+        said["LayerNorm"] = None
+    yield from said
+    if any(f.offset for f in facts) or any(getattr(m, "centered", False) for m in modules):
         yield "centered gains"
-    if facts and all(f.gain is None for f in facts):
+    if any(getattr(m, "gain", None) == "scalar" for m in modules):
+        yield "one gain for all channels"
+    if modules and _OTHER not in said and all(getattr(m, "weight", None) is None for m in modules):
         yield "no gains"
 
 

@@ -48,8 +48,9 @@
     for (const run of state.runs) counts[run.status] = (counts[run.status] || 0) + 1;
     const parts = Object.entries(counts).map(([status, n]) => `${n} ${status}`);
     const left = state.left === null ? "" : ` The running ones take about ${span(state.left)} more.`;
+    const behind = state.behind ? ` The headroom of ${state.behind} is still being read.` : "";
     byId("answer").hidden = false;
-    byId("answer").textContent = state.runs.length ? `${state.runs.length} runs: ${parts.join(", ")}.${left}` : "No run has begun here yet; the page shows them as they do.";
+    byId("answer").textContent = state.runs.length ? `${state.runs.length} runs: ${parts.join(", ")}.${left}${behind}` : "No run has begun here yet; the page shows them as they do.";
     document.title = `${counts.running || 0} running, ${state.name}`;
   }
 

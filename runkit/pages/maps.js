@@ -5,9 +5,11 @@
   const CIVIDIS = ["#00204c", "#00336f", "#39486b", "#575d6d", "#707173", "#8a8779", "#a69d75", "#c4b56c", "#e4cf5b", "#ffea46"];
   const OVERFLOW = "#d55e00", GREY = "#eeeeee";
 
-  function colour(share) {
-    const at = Math.max(0, Math.min(1, share)) * (CIVIDIS.length - 1);
-    const [a, b] = [Math.floor(at), Math.ceil(at)].map((i) => [1, 3, 5].map((c) => parseInt(CIVIDIS[i].slice(c, c + 2), 16)));
+  const VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];
+
+  function colour(share, palette = CIVIDIS) {
+    const at = Math.max(0, Math.min(1, share)) * (palette.length - 1);
+    const [a, b] = [Math.floor(at), Math.ceil(at)].map((i) => [1, 3, 5].map((c) => parseInt(palette[i].slice(c, c + 2), 16)));
     return `rgb(${a.map((v, i) => Math.round(v + (b[i] - v) * (at - Math.floor(at)))).join(",")})`;
   }
 
@@ -101,6 +103,110 @@
     rows() {
       const head = ["placement", "learning_rate", "size", "seeds", "step", "layer", this.plot.name];
       return [head, ...this.merged().flatMap((m) => m.x.flatMap((x) => m.y.map((y) => [m.k.series, m.k.rate, m.k.size, m.seeds.join(" "), x, y, m.cells.get(`${x}|${y}`)])))];
+    }
+  }
+
+  // The distance between any two layers: a line for neighbours above, and a map a placement; the mean of the seeds shown.
+  class Pairs extends Heat {
+    build() {
+      this.toggles("series", "placement", this.maps, (m) => lineSwatch(m.c, m.d));
+      this.toggles("rate", "learning rate", this.maps);
+      this.toggles("size", "size", this.maps);
+      this.toggles("seed", "seed", this.maps);
+      const { most, name } = this.plot;
+      const bar = html("span", { class: "bar" });
+      bar.style.background = `linear-gradient(90deg,${VIRIDIS.map((c, i) => `${c} ${(100 * i) / (VIRIDIS.length - 1)}%`).join(",")})`;
+      const key = html("span", { class: "key" });
+      key.style.background = GREY;
+      this.controls.append(html("span", { class: "scale" }, `${name}: 0 `, bar, ` ${shown(most)} `, key, "not measured"));
+    }
+
+    merged() {
+      const by = new Map();
+      for (const map of this.maps.filter((m) => this.on(m))) {
+        const { seed, ...rest } = map.k;
+        const key = JSON.stringify(rest);
+        if (!by.has(key)) by.set(key, { k: rest, c: map.c, d: map.d, seeds: [], x: map.x, y: map.y, sums: new Map() });
+        const all = by.get(key);
+        all.seeds.push(seed);
+        map.x.forEach((x, i) => map.y.forEach((y, j) => {
+          const value = map.v[j][i];
+          if (value === null) return;
+          const [sum, count] = all.sums.get(`${x}|${y}`) || [0, 0];
+          all.sums.set(`${x}|${y}`, [sum + value, count + 1]);
+        }));
+      }
+      const mean = (all) => new Map([...all.sums].map(([at, [sum, count]]) => [at, sum / count]));
+      return [...by.values()].map((all) => ({ ...all, cells: mean(all) }));
+    }
+
+    title(map) {
+      return [map.k.series, map.k.rate && `rate ${map.k.rate}`, map.k.size].filter(Boolean).join(", ");
+    }
+
+    draw() {
+      const width = Math.max(280, this.canvas.clientWidth), maps = this.merged(), top = 200;
+      const columns = Math.max(1, Math.min(maps.length, Math.floor(width / 270), 4));
+      const w = width / columns, h = Math.min(w, 330) + 20;
+      const height = top + Math.max(60, Math.ceil(maps.length / columns) * h);
+      const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "distances between layers; CSV has their numbers" });
+      this.neighbours(root, maps, { x: 52, y: 26, w: width - 70, h: top - 76 });
+      maps.forEach((map, i) => this.pairs(root, map, { x: (i % columns) * w + 48, y: top + Math.floor(i / columns) * h + 24, w: Math.min(w, 330) - 60, h: Math.min(w, 330) - 60 }));
+      if (!maps.length) root.append(svg("text", { x: 10, y: 30, "font-size": 12 }, "nothing is chosen"));
+      root.addEventListener("pointerleave", () => this.say(null, ""));
+      this.canvas.replaceChildren(root);
+    }
+
+    pointed(mark, text, x, y) {
+      for (const event of ["pointermove", "pointerdown"]) mark.addEventListener(event, () => this.say(null, text, x, y));
+    }
+
+    // A frame with its labels; returns the two scales.
+    axes(root, box, xs, ys, names) {
+      const x = scaleOf(xs, false, box.x, box.x + box.w, 0), y = scaleOf(ys, false, box.y + box.h, box.y, 0);
+      const label = { "font-size": 11, fill: "#1a1a1a" };
+      for (const v of ticksOf(x.low, x.high, false, 6).filter((v) => v % 1 === 0)) root.append(svg("text", { ...label, x: x(v), y: box.y + box.h + 14, "text-anchor": "middle" }, shown(v)));
+      for (const v of ticksOf(y.low, y.high, false, 5)) root.append(svg("text", { ...label, x: box.x - 5, y: y(v) + 4, "text-anchor": "end" }, shown(v)));
+      root.append(svg("text", { ...label, x: box.x + box.w / 2, y: box.y + box.h + 28, "text-anchor": "middle" }, names[0]));
+      root.append(svg("text", { ...label, x: box.x - 34, y: box.y + box.h / 2, "text-anchor": "middle", transform: `rotate(-90 ${box.x - 34} ${box.y + box.h / 2})` }, names[1]));
+      return [x, y];
+    }
+
+    neighbours(root, maps, box) {
+      const lines = maps.map((map) => map.x.filter((at) => map.cells.has(`${at}|${at - 1}`)).map((at) => [at, map.cells.get(`${at}|${at - 1}`)]));
+      const points = lines.flat();
+      if (!points.length) return;
+      root.append(svg("text", { x: box.x, y: box.y - 10, "font-size": 13, "font-weight": 600 }, "before and after a layer"));
+      const [x, y] = this.axes(root, box, points.map((p) => p[0]), [0, ...points.map((p) => p[1])], ["layer", "distance / pi"]);
+      root.append(svg("path", { d: `M${box.x},${box.y}v${box.h}h${box.w}`, stroke: "#555", fill: "none" }));
+      lines.forEach((line, i) => {
+        const map = maps[i];
+        root.append(svg("path", { d: `M${line.map((p) => `${x(p[0])},${y(p[1])}`).join("L")}`, stroke: map.c, "stroke-dasharray": map.d, "stroke-width": 2, fill: "none", "stroke-linejoin": "round" }));
+        for (const [at, value] of line) {
+          const dot = svg("circle", { cx: x(at), cy: y(value), r: 4.5, fill: map.c });
+          this.pointed(dot, `${this.title(map)}\nlayer ${at}: ${shown(value)} pi`, x(at), y(value));
+          root.append(dot);
+        }
+      });
+    }
+
+    pairs(root, map, box) {
+      const edges = (v) => [v[0] - 0.5, v.at(-1) + 0.5];
+      root.append(svg("text", { x: box.x, y: box.y - 8, "font-size": 12, "font-weight": 600 }, this.title(map)));
+      root.append(svg("rect", { x: box.x, y: box.y, width: box.w, height: box.h, fill: GREY }));
+      const [x, y] = this.axes(root, box, edges(map.x), edges(map.y), ["layer", "layer"]);
+      for (const [at, value] of map.cells) {
+        const [a, b] = at.split("|").map(Number);
+        const cell = svg("rect", { x: x(a - 0.5), y: y(b + 0.5), width: x(1) - x(0) + 0.4, height: y(0) - y(1) + 0.4, fill: colour(value / this.plot.most, VIRIDIS) });
+        const name = (layer) => (layer ? `layer ${layer}` : "the embedding");
+        this.pointed(cell, `${this.title(map)}\nafter ${name(Math.min(a, b))} and after ${name(Math.max(a, b))}: ${shown(value)} pi`, x(a), y(b + 0.5));
+        root.append(cell);
+      }
+    }
+
+    rows() {
+      const head = ["placement", "learning_rate", "size", "seeds", "layer", "other_layer", this.plot.name];
+      return [head, ...this.merged().flatMap((m) => [...m.cells].map(([at, value]) => [m.k.series, m.k.rate, m.k.size, m.seeds.join(" "), ...at.split("|"), value]).filter((row) => Number(row[4]) <= Number(row[5])))];
     }
   }
 
@@ -226,7 +332,7 @@
   }
 
   // --- the start of a page's charts: each is built when it is first seen --------------------------------------
-  const kinds = { lines: Lines, map: Heat, dots: Dots };
+  const kinds = { lines: Lines, map: Heat, pairs: Pairs, dots: Dots };
   const made = (figure, name, plot, pool) => new kinds[plot.kind](figure, name, plot, pool);
   window.periln.charts.made = made;
   const carried = document.getElementById("plots");

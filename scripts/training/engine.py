@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from modeling_periln import PeriLlamaForCausalLM
 from modeling_periln.loss import softmax_part
-from periln.runkit.fp16 import HalfMatmul, make_fp16_real
+from periln.runkit.fp16 import half_products, make_fp16_real
 from periln.runkit.process import need_device
 from periln.scripts.recipe import Recipe
 from periln.scripts.training.zero import Zero, zero_stage
@@ -123,7 +123,7 @@ class Engine:
             self.zero.adopt(self.accelerator)
             if precision.mode == "fp16":
                 self._zero_scaler = torch.amp.GradScaler(device, **scaler)
-                self._half_products = HalfMatmul() if device == "cpu" else nullcontext()
+                self._half_products = half_products() if device == "cpu" else nullcontext()
         if fsdp and device == "cpu" and self.processes > 1:
             self.accelerator.state.fsdp_plugin = plugin
             for state in (PartialState(), self.accelerator.state):  # the one is copied into the other now and then
@@ -200,7 +200,8 @@ class Engine:
             options = compile_options(recipe.precision.mode, self.device.type)
             for module in self._compiled:
                 module.compile(dynamic=False, options=options)
-            model.loss_softmax = torch.compile(softmax_part, dynamic=False, options=options)
+            if self.device.type != "cpu":  # there the operators, which work in place, are faster
+                model.loss_softmax = torch.compile(softmax_part, dynamic=False, options=options)
         self.model = model
         if self.zero:
             self.prepared, self.optimizer = self.zero.prepare(self.accelerator, model, optimizer, self._autocast_dtype)

@@ -7,6 +7,7 @@ import re
 import sys
 
 import pytest
+from browser import CHROMIUM, look
 from documents import ROOT, blocks, own_commands, pages
 
 from modeling_periln import PLACEMENT_NAMES
@@ -34,8 +35,9 @@ def name_of(page) -> str:
 
 
 # --- the build -------------------------------------------------------------------------------------------------------
-@pytest.mark.slow
-def test_it_builds_and_no_link_or_reference_is_broken(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The documentation, built strictly: a broken link or reference raises."""
     for package in BUILDS_WITH:
         try:
             importlib.import_module(package)
@@ -44,17 +46,39 @@ def test_it_builds_and_no_link_or_reference_is_broken(tmp_path):
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
-    config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path / "site"))
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(folder))
     config.plugins.on_startup(command="build", dirty=False)
     try:
         build(config)
     finally:
         config.plugins.on_shutdown()
-    shown = (tmp_path / "site" / "reference" / "python-api" / "index.html").read_text()
+    return folder
+
+
+@pytest.mark.slow
+def test_it_builds_and_no_link_or_reference_is_broken(site):
+    shown = (site / "reference" / "python-api" / "index.html").read_text()
     for name in ("PeriLlamaConfig", "PeriLlamaForCausalLM", "to_native", "RunFolder", "read_yaml"):
         assert re.search(rf'id="[\w.]*\b{name}"', shown), name
-    for page in (tmp_path / "site").rglob("*.html"):
+    for page in site.rglob("*.html"):
         assert "<!-- generated" not in page.read_text(), page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_its_first_page_fits_the_window_and_asks_nobody(site, width):
+    pytest.importorskip("aiohttp", reason="the DevTools protocol is spoken through aiohttp")
+    header = "document.querySelector('.md-header').innerText"
+    cards = "[...document.querySelectorAll('.grid li')].map(e => e.getBoundingClientRect().width)"
+    seen = look(site / "index.html", width, height=800, scripts=[header, cards])
+    assert seen.page["wide"] == [] and seen.page["scroll"] <= width and not seen.page["broken"]
+    asked = [problem for problem in seen.problems if not problem.startswith("asked for file:")]
+    assert asked == []
+    said, cards = seen.answers
+    assert "PeriLlama" in said and "None" not in said
+    assert len(cards) == 4 and min(cards) > 200
 
 
 def test_a_mark_or_a_file_that_there_is_not_fails(hooks):

@@ -63,6 +63,8 @@ _FIELDS = {
     "embedding_multiplier": 3.0,
 }
 _OURS = {"fields": _FIELDS, "fields_tied": _FIELDS | {"tie_word_embeddings": True, "norm_gain": "channel"}}
+_OURS |= {kind: {"norm_placement": "peri", "norm_type": kind} for kind in ("dyt", "derf")}
+_OURS["scalar"] = {"norm_placement": "peri", "norm_gain": "scalar"}
 _NEOX = {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}
 _GPT2 = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 64}
 

@@ -82,11 +82,41 @@ def test_the_model_reads_the_shared_tokens_once(monkeypatch):
     requests = [([1, 2, 3, 4, 5, 6, 7, 8, 10 + i], 1) for i in range(4)]  # what the model reads, tokens that are scored
     (row,) = rows_of(requests)
     assert (row.shared, row.own, row.members) == (8, 4, [0, 1, 2, 3])
-    packed = shared.pack([row], torch.float32, torch.device("cpu"))
+    packed = shared.pack([[row]], torch.float32, torch.device("cpu"))
     assert packed.ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13]]
     assert packed.positions[0, 8:].tolist() == [8, 8, 8, 8]
     sees = packed.mask[0, 0] == 0
     assert sees[9].tolist() == [True] * 8 + [False, True, False, False]
+
+
+def test_two_questions_in_a_row_see_nothing_of_each_other():
+    questions = rows_of(
+        [([1, 2, 3, 4, 5, 10 + i], 1) for i in range(2)] + [([6, 7, 8, 9, 9, 9, 20 + i], 2) for i in range(3)]
+    )
+    assert [(q.shared, q.own) for q in questions] == [(5, 2), (6, 3)]
+    (bin,) = shared.bins_of(questions)
+    packed = shared.pack([bin], torch.float32, torch.device("cpu"))
+    # The one with more to score comes first: two contexts without their last tokens, then each one's last and answers.
+    assert packed.ids.tolist() == [[6, 7, 8, 9, 9, 1, 2, 3, 4, 9, 20, 21, 22, 5, 10, 11]]
+    assert packed.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 5, 6, 6, 6, 4, 5, 5]]
+    assert packed.kept == 7 and packed.places == [[[0, 1, 2, 3], [4, 5, 6]]]
+    sees = (packed.mask[0, 0] == 0).int()
+    assert sees[11].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0]  # 21: its context and itself
+    assert sees[7].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]  # a context's token: what is before it
+
+
+def test_rows_of_a_batch_are_about_as_long():
+    generator = random.Random(7)
+    questions = [
+        rows_of([([n] * generator.randint(20, 60) + [i] * generator.randint(5, 40), 5) for i in range(4)])[0]
+        for n in range(16)
+    ]
+    bins = shared.bins_of(questions)
+    assert sorted(map(id, questions)) == sorted(id(question) for bin in bins for question in bin)
+    kept = [sum(1 + question.own for question in bin) for bin in bins]
+    assert len(bins) > 1 and max(kept) < 1.2 * min(kept)
+    long = rows_of([([0] * 700 + [i] * 50, 50) for i in range(2)])
+    assert [len(bin) for bin in shared.bins_of(long + questions[:2])] == [1, 2]
 
 
 def test_requests_that_share_nothing_stay_apart_and_none_is_lost():

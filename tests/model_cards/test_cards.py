@@ -217,6 +217,12 @@ def test_a_card_of_a_revision_loads_that_revision():
     assert "pretrained=acme/tiny,revision=step_4" in card.text and "--model_revision step_4" in card.text
 
 
+def test_how_to_load_asks_no_question(card):
+    """Transformers asks in the terminal whether it may run the repository's code, for the tokenizer too."""
+    loads = [line for line in section(card, "How to load").splitlines() if ".from_pretrained(" in line]
+    assert len(loads) == 2 and all("trust_remote_code=True" in line for line in loads)
+
+
 def test_a_field_of_the_recipe_that_is_null_is_none_and_not_unknown(tmp_path):
     run = hub_run.write_run(tmp_path)
     recipe = hub_run.recipe("peri", 1)

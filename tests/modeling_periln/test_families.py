@@ -26,6 +26,14 @@ MIXED = {"sliding_window": WINDOW, "layer_types": [SLIDING, FULL, SLIDING]}
 FILLED = {"hidden_size": 24}  # where the class has no field for head_dim
 # family: (architecture, fields of its configuration, our fields besides the row)
 FAMILIES = {
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True}, {"norm_placement": "pre"}),
+    "olmo 2": ("olmo2", FILLED, {"norm_placement": "output", "qk_norm": "full"}),
+    "hyperclova x": (
+        "hyperclovax",
+        {"use_post_norm": True},
+        {"norm_placement": "peri", "embedding_norm": False},
+    ),
+    "hyperclova x, pre": ("hyperclovax", {"use_post_norm": False}, {"norm_placement": "pre"}),
     "mistral": ("mistral", {"sliding_window": WINDOW}, {"sliding_window": WINDOW}),
     "mistral without window": ("mistral", {"sliding_window": None}, {"sliding_window": None}),
     "qwen 3": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}, {"qk_norm": "head"}),

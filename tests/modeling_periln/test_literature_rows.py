@@ -87,9 +87,16 @@ def hybrid_star(x, w, layer):  # the first block: Pre-Norm in both sublayers
     return w.mlp(rms(x, w["mlp_input_norm"])) + x
 
 
-def keel(x, w, layer):  # Norm(alpha x + f(Norm(x))), alpha = 2L
+def keel(x, w, layer):  # equation 8: Norm(alpha x + f(Norm(x))), alpha the number of sublayers
     x = rms(2 * LAYERS * x + w.attention(rms(x, w["attn_input_norm"])), w["attn_residual_norm"])
     return rms(2 * LAYERS * x + w.mlp(rms(x, w["mlp_input_norm"])), w["mlp_residual_norm"])
+
+
+def keel_first(x, w, layer):  # section 3.1: no Post-LN in the first attention, no alpha in the first layer
+    if layer > 1:
+        return keel(x, w, layer)
+    x = x + w.attention(rms(x, w["attn_input_norm"]))
+    return rms(x + w.mlp(rms(x, w["mlp_input_norm"])), w["mlp_residual_norm"])
 
 
 def learned_residual(x, w, layer):  # Norm(omega * x + f(x)), omega a vector (Admin, equation 9)
@@ -110,6 +117,7 @@ ROWS = {  # the layer, and whether there is a final norm
     "hybrid": (hybrid, True),
     "hybrid_star": (hybrid_star, True),
     "keel": (keel, False),
+    "keel_first": (keel_first, False),
     "learned_residual": (learned_residual, False),
     "none": (no_norms, False),
 }
@@ -237,6 +245,14 @@ def test_a_row_trains_every_parameter_and_compiles(row):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert (compiled(ids).logits - model(ids).logits).abs().max() < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", ["normformer", OWN], ids=["normformer", "own"])
+def test_a_row_exports(row):
+    model, ids = shaken_model(norm_placement=row, num_hidden_layers=2), random_ids(2, 6)
+    exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+    assert (exported.module()(ids, use_cache=False).logits - model(ids).logits).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("row", SHAPES, ids=[*ROWS, "own"])

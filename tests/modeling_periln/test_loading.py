@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import infer_auto_device_map, init_empty_weights, load_checkpoint_and_dispatch
 from safetensors.torch import load_file, save_file
-from tiny_models import random_ids, shaken_model, tiny_config
+from tiny_models import INSIDE, OWN, SLIDING, random_ids, shaken_model, tiny_config
 from transformers import AutoModelForCausalLM
 
 from modeling_periln import PeriLlamaForCausalLM, PeriLlamaModel
@@ -228,6 +228,7 @@ def test_the_base_model_and_the_language_model_read_each_others_checkpoints(tmp_
 
 
 INT8 = """
+import json
 import sys
 import torch
 from tiny_models import random_ids, shaken_model
@@ -235,7 +236,7 @@ from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 folder = sys.argv[1]
-model = shaken_model(qk_norm="head")
+model = shaken_model(**json.loads(sys.argv[2]))
 model.save_pretrained(folder + "/model")
 how = TorchAoConfig(Int8WeightOnlyConfig())
 loaded = AutoModelForCausalLM.from_pretrained(folder + "/model", quantization_config=how).eval()
@@ -255,13 +256,24 @@ print("int8 done")
 
 
 @pytest.mark.slow
-def test_int8_weights_load_generate_and_are_saved(tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [{"qk_norm": "head"}, SLIDING | {"norm_placement": OWN | INSIDE, "qk_norm": None, "tie_word_embeddings": False}],
+    ids=["head", "own"],
+)
+def test_int8_weights_load_generate_and_are_saved(changes, tmp_path):
     # `make setup` puts torchao aside: where Transformers finds it, every import is slow and loud.
     aside = Path(sys.prefix) / "aside"
     if not (aside / "torchao").is_dir():
         pytest.skip(f"torchao is not in {aside}: `make setup` puts it there")
     tests = Path(__file__).parent
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (aside, tests, tests.parents[1])))}
-    done = subprocess.run([sys.executable, "-c", INT8, tmp_path], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", INT8, tmp_path, json.dumps(changes)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout.endswith("int8 done\n"), done.stderr[-2000:]
     assert "unknown field" not in done.stderr

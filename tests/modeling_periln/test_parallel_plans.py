@@ -10,11 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_models import NORMS_OF, random_ids, shaken_model
+from tiny_models import INSIDE, NORMS_OF, OWN, SLIDING, random_ids, shaken_model
 from torch import nn
+
+from modeling_periln.arguments import CACHE
+from modeling_periln.masks import masks_by_type
 
 EVERY = [*NORMS_OF, "mix"]
 MODELS = [
+    *({"norm_placement": row} for row in ("normformer", "hybrid_star", "keel_first", "learned_residual")),
+    {"norm_placement": OWN | INSIDE},
+    SLIDING,
     *({"norm_placement": placement} for placement in EVERY),
     {"qk_norm": "head", "norm_type": "layernorm"},
     {"qk_norm": "full"},
@@ -63,9 +69,12 @@ def test_the_pipeline_plan_run_by_hand_is_the_model(changes):
         given = [values[name] for name in inputs]
         module = model.model.get_submodule(stage)
         if isinstance(module, nn.ModuleList):
-            rotation = model.model.rotary_emb(given[0], position_ids=position_ids)
-            for layer in module:
-                given[0] = layer(*given, position_embeddings=rotation, position_ids=position_ids)
+            types = model.model.layer_types
+            rotations = model.model.rotary_emb.by_type(types, given[0], position_ids)
+            masks = masks_by_type(types, None, config=model.config, inputs_embeds=given[0], **{CACHE: None})
+            for kind, layer in zip(types, module, strict=True):
+                more = {"position_embeddings": rotations[kind], "position_ids": position_ids}
+                given[0] = layer(given[0], masks[kind], **more)
             (result,) = given[:1]
         else:
             result = module(*given)
@@ -105,7 +114,10 @@ def ranks(two_ranks, case: str) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["tp peri", "tp post", "tp tied layernorm", "tp full qk_norm"])
+@pytest.mark.parametrize(
+    "case",
+    ["tp peri", "tp post", "tp tied layernorm", "tp full qk_norm", "tp own", "tp own, inside", "tp sliding"],
+)
 def test_tensor_parallel_logits_tokens_and_gradients_are_those_of_one_process(case, two_ranks):
     for report in ranks(two_ranks, case):
         assert report["sharded"] >= 3 * 7
@@ -116,7 +128,7 @@ def test_tensor_parallel_logits_tokens_and_gradients_are_those_of_one_process(ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["pp post", "pp pre", "pp peri"])
+@pytest.mark.parametrize("case", ["pp post", "pp pre", "pp peri", "pp own", "pp sliding"])
 def test_pipeline_parallel_logits_and_tokens_are_those_of_one_process(case, two_ranks):
     for report in ranks(two_ranks, case):
         assert report["logits"] < 1e-5
@@ -124,7 +136,7 @@ def test_pipeline_parallel_logits_and_tokens_are_those_of_one_process(case, two_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["fsdp peri", "fsdp post tied", "fsdp by layer"])
+@pytest.mark.parametrize("case", ["fsdp peri", "fsdp post tied", "fsdp own", "fsdp by layer"])
 def test_fully_sharded_gradients_of_two_halves_are_those_of_the_batch(case, two_ranks):
     """Each rank has half of the batch: the mean of their gradients is that of one process with all of it."""
     for report in ranks(two_ranks, case):

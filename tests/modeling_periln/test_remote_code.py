@@ -24,7 +24,8 @@ PACKAGE = Path(modeling_periln.__file__).parent
 CODE = {
     *("configuration_periln.py", "modeling_periln.py", "arguments.py", "registration.py"),
     *("norms.py", "placements.py", "slots.py", "loss.py", "rotary.py", "residual.py"),
-    *("attention_fields.py", "embedding.py", "masks.py"),
+    *("attention_fields.py", "embedding.py", "masks.py", "sublayers.py", "outputs.py", "heads.py"),
+    *("pretrained.py", "generation.py"),
 }
 WEIGHTS = {"config.json", "generation_config.json", "model.safetensors"}
 MODELS = {

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import random_ids, shaken_model
+from tiny_models import random_ids, shaken, shaken_model
 from transformers import AutoModelForCausalLM
 
+from modeling_periln.conversions import ARCHITECTURES
 from modeling_periln.convert import main as periln_convert
 from modeling_periln.placements import PLACEMENT_NAMES
 
@@ -53,6 +54,15 @@ EXPORTS = {
     "export-glm4": ({}, "glm4", "Glm4ForCausalLM"),
     "export-olmo2": ({"norm_placement": "output", "qk_norm": "full"}, "olmo2", "TransformersForCausalLM"),
 }
+# Imports of native models whose layers slide, served as ours: the window is shorter than the prompts.
+SLIDES, SEES_ALL = "sliding_attention", "full_attention"
+MIXED = {"sliding_window": 5, "layer_types": [SLIDES, SEES_ALL, SLIDES]}
+ROPES = {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in ((SEES_ALL, 1e4), (SLIDES, 500.0))}
+IMPORTS = {
+    "import-mistral": ("mistral", {"sliding_window": 5}),
+    "import-olmo3": ("olmo3", MIXED | {"hidden_size": 128, "rope_parameters": ROPES}),
+    "import-gemma3": ("gemma3_text", MIXED | {"query_pre_attn_scalar": 20, "rope_parameters": ROPES}),
+}
 PROMPTS = [random_ids(1, length, SIZES["vocab_size"], seed=length)[0].tolist() for length in (3, 7, 12)]
 NEW_TOKENS = 12
 
@@ -64,13 +74,31 @@ def greedy(path: Path) -> list[list[int]]:
     return [model.generate(torch.tensor([p]), **more)[0, len(p) :].tolist() for p in PROMPTS]
 
 
+def save_native(name: str, path: Path) -> None:
+    target, fields = IMPORTS[name]
+    other = ARCHITECTURES[target]
+    ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    shaken(other.model_class(other.config_class(**{**SIZES, **ids, **fields})).eval()).save_pretrained(path)
+
+
 @pytest.fixture(scope="module")
-def served(tmp_path_factory) -> tuple[dict, dict]:
-    """What vLLM gave for every checkpoint, and the tokens that are expected."""
+def served(request, tmp_path_factory) -> tuple[dict, dict]:
+    """What vLLM gave for every checkpoint that a selected test asks for, and the tokens that are expected."""
     folder = tmp_path_factory.mktemp("vllm")
+    wanted = {item.callspec.params["name"] for item in request.session.items if item.module is request.module}
     sources = AS_THEY_ARE | TWO_RANKS | {name: source for name, (source, *_) in EXPORTS.items()}
     jobs, expected = {}, {}
+    for name in sorted(wanted & IMPORTS.keys()):
+        native, path = folder / "natives" / name, folder / "models" / name
+        save_native(name, native)
+        expected[name] = greedy(native)
+        path.parent.mkdir(exist_ok=True)
+        assert periln_convert([str(native), str(path), "--to", "peri_llama", "--text", "none"]) == 0
+        jobs[name] = {"path": str(path), "impl": "transformers", "ranks": 1}
     for name, changes in sources.items():
+        if name not in wanted:
+            continue
         path, impl = folder / "models" / name, "transformers"
         shaken_model(**SIZES, **changes).save_pretrained(path)
         expected[name] = greedy(path)
@@ -95,7 +123,7 @@ def served(tmp_path_factory) -> tuple[dict, dict]:
     return results, expected
 
 
-@pytest.mark.parametrize("name", [*AS_THEY_ARE, *TWO_RANKS])
+@pytest.mark.parametrize("name", [*AS_THEY_ARE, *TWO_RANKS, *IMPORTS])
 def test_a_checkpoint_is_served_as_it_is(name, served):
     results, expected = served
     assert "error" not in results[name], results[name]["error"]

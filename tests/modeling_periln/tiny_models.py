@@ -27,6 +27,30 @@ NORMS_OF = {
     "lns": "A",
 }
 
+# Attention and MLP apart, several kinds and gains, learned factors; and norms inside, which need the whole width.
+OWN = {
+    "attn": {"input_norm": {"kind": "dyt"}, "output_norm": {"gain": "scalar"}, "alpha": {"learned": "channel"}},
+    "mlp": {"residual_norm": {"kind": "layernorm", "eps": 0.1}, "s": {"learned": "scalar", "init": 0.5}},
+    "q_norm": {"over": "head", "kind": "l2"},
+    "k_norm": {"over": "head", "gain": "centered"},
+    "v_norm": {"over": "head", "kind": "derf"},
+}
+INSIDE = {"attn_inner_norm": {"gain": "head"}, "mlp_inner_norm": {"kind": "dyt", "gain": "centered"}}
+SLIDING = {
+    "norm_placement": "sandwich",
+    "norm_gain": "centered",
+    "qk_norm": "head",
+    "sliding_window": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    },
+    "no_rope_layers": [1, 1, 0],
+    "embedding_multiplier": 2.5,
+    "tie_word_embeddings": True,
+}
+
 
 def tiny_config(**changes) -> PeriLlamaConfig:
     return PeriLlamaConfig(**{**SIZES, **changes})

@@ -61,6 +61,7 @@ def test_help_shows_no_internals_and_no_empty_defaults(command, monkeypatch):
     shown = parser.format_help()
     for empty in ("None", "False", "[]", "''"):
         assert f"(default: {empty})" not in " ".join(shown.split())
+    assert not re.search(r"\(default: (\[|\(|True)", " ".join(shown.split()))  # Python's writing, not what one types
     for name in INTERNAL:
         assert f"--{name.replace('_', '-')}" not in shown
     for action in parser._actions:

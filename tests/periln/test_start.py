@@ -1,5 +1,6 @@
 """Commands answer `--help` and mistakes before anything heavy is imported."""
 
+import gc
 import json
 import re
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from periln import command_line
-from periln.start import module_of
+from periln.start import main_of, module_of
 from periln.verbs import OTHERS, VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,6 +172,16 @@ def test_ctrl_c_during_the_imports_ends_at_once_and_without_a_traceback(somewher
     code = FINDER.format(act="os.kill(os.getpid(), signal.SIGINT)")
     done = python(code, "torch", "bench", "here", "--data", "random", cwd=somewhere)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_no_garbage_is_looked_for_during_the_imports_alone(tmp_path, monkeypatch):
+    (tmp_path / "heavy.py").write_text("import gc\nseen = gc.isenabled()\ndef main(args): return seen\n")
+    (tmp_path / "broken.py").write_text("import nowhere_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main_of("heavy")(None) is False and gc.isenabled()
+    with pytest.raises(ModuleNotFoundError):
+        main_of("broken")
+    assert gc.isenabled()
 
 
 def test_the_readme_names_the_extras():

@@ -37,8 +37,9 @@ def test_any_number_of_micro_batches_makes_two_graphs_a_class(tmp_path, data, qu
     for _ in range(3):
         trainer._train_step(witness=trainer.step == 0)
         trainer.step += 1
-    # Training and evaluation: the layers, the two norms at the ends and the hook of the first; in training, the loss.
-    assert counters["stats"]["unique_graphs"] == 2 * 3 + 1
+    # Training and evaluation: the layers, the two norms at the ends and the hook of the first. The loss is compiled on
+    # a GPU alone.
+    assert counters["stats"]["unique_graphs"] == 2 * 3
     assert not counters["graph_break"]
     rows = rows_of(trainer.run, 0)
     assert rows["stream", 2, "mlp", "max_abs"] > 0
@@ -48,7 +49,7 @@ def test_the_graphs_of_a_deeper_model_are_as_many(tmp_path, data, quick_compiler
     model = MODEL | {"num_hidden_layers": 11, "norm_placement": "peri"}
     trainer = trainer_of(tmp_path, data, compile=True, model=model, precision=FP32)
     trainer._train_step(witness=True)
-    assert counters["stats"]["unique_graphs"] == 4
+    assert counters["stats"]["unique_graphs"] == 3
     seen = trainer.layer_stats.take().sums
     assert seen[:, 3].min() > 0
 
@@ -61,14 +62,15 @@ def test_statistics_steps_are_compiled_without_the_recorder_too(tmp_path, data, 
         monkeypatch.setattr(trainer.engine, "uncompiled", lambda: pytest.fail("a training step was made eagerly"))
         trainer._train_step(witness=False)
     ours, theirs = (rows_of(trainers[name].run, 0) for name in ("compiled", "plain"))
-    assert counters["stats"]["unique_graphs"] == 4
+    assert counters["stats"]["unique_graphs"] == 3
     assert np.allclose(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("mode", ["fp32", "fp16"])
 def test_a_compiled_run_that_is_killed_ends_as_if_untouched(tmp_path, data, mode):
     precision = FP32 if mode == "fp32" else {"mode": "fp16"}
-    file = write_recipe(tmp_path, data, compile=True, precision=precision, layer_stats_every=5)
+    # So many steps that a process killed after the fifth is at work then.
+    file = write_recipe(tmp_path, data, steps=60, compile=True, precision=precision, layer_stats_every=5)
     untouched = RunFolder(tmp_path / "untouched" / "run")
     done = run("scripts.pretrain", "--config", file, "--runs", untouched.path.parent)
     assert done.returncode == 0, done.stderr

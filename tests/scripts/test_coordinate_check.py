@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import MODEL, run
+from tiny import MODEL, called
 
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.recipes import dump_yaml, from_mapping
@@ -113,7 +113,7 @@ def test_the_command_writes_a_table_a_picture_and_json(tmp_path):
     recipe = {"name": "r", "data": "nowhere", "steps": 1, "batch_size": 4, "sequence_length": 32}
     (tmp_path / "r.yaml").write_text(dump_yaml(recipe | {"model": MODEL | {"norm_placement": "pre"}}))
     sizes = ["--widths", 32, 64, "--depths", 2, 3, "--steps", 2, "--seeds", 1, "--vocabulary", 64]
-    done = run("scripts.coordinate_check", tmp_path / "r.yaml", "--out", tmp_path / "out", *sizes, "--threads", 1)
+    done = called("scripts.coordinate_check", tmp_path / "r.yaml", "--out", tmp_path / "out", *sizes, "--threads", 1)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "coordinate_check.json").read_text())
     assert {(one["rule"], one["axis"]) for one in found["verdicts"]} == {

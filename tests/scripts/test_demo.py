@@ -1,5 +1,6 @@
 """The demo: its recipe, its refusals, and the whole path with a kill in the middle."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import time
 import pytest
 from hub_store import write_store
 from local_hub import LocalHub
-from tiny import ROOT, command, make_data, run, timeless
+from tiny import ROOT, called, command, make_data, timeless
 
 from periln.eval.scoring.gold import METRIC
 from periln.runkit.errors import UsageError, UserError
@@ -102,11 +103,11 @@ def test_a_failing_process_of_a_stage_stops_the_others_and_gives_its_exit_code(o
 @pytest.mark.slow
 def test_text_without_documents_leaves_the_folder_free_for_another_demo(tmp_path):
     (tmp_path / "empty").mkdir()
-    done = run("scripts.demo", "--out", tmp_path / "out", "--text", tmp_path / "empty")
+    done = called("scripts.demo", "--out", tmp_path / "out", "--text", tmp_path / "empty")
     assert done.returncode == 2
     assert "no text found" in done.stderr
     assert resolve(tmp_path).text.source == "installed-python"
-    again = run("scripts.demo", "--out", tmp_path / "out", "--text", tmp_path / "empty")
+    again = called("scripts.demo", "--out", tmp_path / "out", "--text", tmp_path / "empty")
     assert "no text found" in again.stderr.splitlines()[0]  # and not: the folder belongs to somebody
 
 
@@ -183,7 +184,7 @@ def test_missing_text_and_a_full_disk_end_at_once(tmp_path, monkeypatch):
     ],
 )
 def test_a_mistake_is_one_sentence_and_an_exit_code(tmp_path, flags, code, message):
-    done = run("scripts.demo", "--out", tmp_path / "out", *flags)
+    done = called("scripts.demo", "--out", tmp_path / "out", *flags)
     assert done.returncode == code
     assert done.stderr.strip().splitlines() == [message] or done.stderr.startswith(message)
     assert "Traceback" not in done.stderr
@@ -277,11 +278,13 @@ def test_fine_tuning_was_fp16_too_and_saved_its_chat_template(finished):
 
 
 @pytest.mark.slow
-def test_a_finished_demo_started_again_computes_nothing(finished):
+def test_a_finished_demo_started_again_computes_nothing(finished, monkeypatch):
+    """On a machine with one core, which sees nothing but what the two left."""
     folder, _ = finished
     out = folder / "out"
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.json*") if p.name != "summary.json"}
-    done = run("scripts.demo", "--out", out)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    done = called("scripts.demo", "--out", out)
     assert done.returncode == 0, done.stderr
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert "pretraining" not in done.stdout and "fine-tuning in" not in done.stdout  # not even started
@@ -306,9 +309,8 @@ def test_a_stage_with_one_run_unfinished_is_not_passed_over(finished):
 def test_a_cell_trained_alone_and_uninterrupted_has_the_same_metrics(finished, tmp_path):
     """Two demo runs with one seed are equal, and the kill left no trace."""
     out = finished[0] / "out"
-    done = run(
-        "scripts.pretrain", "--config", out / "recipes" / "post_lr0.002_seed1.yaml", "--runs", tmp_path / "alone"
-    )
+    file = out / "recipes" / "post_lr0.002_seed1.yaml"
+    done = called("scripts.pretrain", "--config", file, "--runs", tmp_path / "alone")
     assert done.returncode == 0, done.stderr
     alone, killed = RunFolder(tmp_path / "alone" / "post_lr0.002_seed1"), RunFolder(out / "post_lr0.002_seed1")
     assert timeless(alone.path) == timeless(killed.path)
@@ -353,14 +355,21 @@ def test_ctrl_c_ends_with_130_and_hands_the_signal_on_once(tmp_path):
     assert cell.checkpoints()[-1] == cell.checkpoint_path(cell.summary["step"])
 
 
+@contextlib.contextmanager
+def hub_of(store, folder, monkeypatch):
+    """A Hub for the processes that a demo starts."""
+    with LocalHub(store) as hub:
+        for name, value in {"ENDPOINT": hub.url, "HOME": str(folder / "hf"), "HUB_DISABLE_XET": "1"}.items():
+            monkeypatch.setenv(f"HF_{name}", value)
+        yield hub
+
+
 @pytest.mark.slow
-def test_hub_mode_runs_the_unmodified_tasks_and_lima_from_a_hub(tmp_path):
-    with LocalHub(write_store(tmp_path / "store")) as hub:
-        env = [f"HF_ENDPOINT={hub.url}", f"HF_HOME={tmp_path / 'hf'}", "HF_HUB_DISABLE_XET=1"]
+def test_hub_mode_runs_the_unmodified_tasks_and_lima_from_a_hub(tmp_path, monkeypatch):
+    with hub_of(write_store(tmp_path / "store"), tmp_path, monkeypatch) as hub:
         recipe = tiny_recipe(tmp_path, placements=["peri"], high_learning_rate_seeds=[])
-        done = run(
-            "scripts.demo", "--out", tmp_path / "out", "--recipe", recipe, "--hub", "--limit", 5, "--debug", env=env
-        )
+        words = ("--out", tmp_path / "out", "--recipe", recipe, "--hub", "--limit", 5, "--debug")
+        done = called("scripts.demo", *words)
         asked = "\n".join(hub.requests)
     assert done.returncode == 0, done.stderr[-3000:]
     cell = RunFolder(tmp_path / "out" / "peri_lr0.002_seed1")
@@ -383,10 +392,9 @@ def test_cuda_without_a_device_is_said_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_missing_data_set_is_one_sentence_before_any_training(tmp_path):
-    with LocalHub(tmp_path / "empty") as hub:
-        env = [f"HF_ENDPOINT={hub.url}", f"HF_HOME={tmp_path / 'hf'}", "HF_HUB_DISABLE_XET=1"]
-        done = run("scripts.demo", "--out", tmp_path / "out", "--hub", env=env)
+def test_a_missing_data_set_is_one_sentence_before_any_training(tmp_path, monkeypatch):
+    with hub_of(tmp_path / "empty", tmp_path, monkeypatch):
+        done = called("scripts.demo", "--out", tmp_path / "out", "--hub")
     assert done.returncode == 1
     assert not list((tmp_path / "out").glob("*/metrics.jsonl"))
     first, second = [line for line in done.stderr.strip().splitlines() if line.startswith("error: ")]

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import CLOCK_KEYS, MODEL, ROOT, command, run, timeless, train, write_recipe
+from tiny import CLOCK_KEYS, MODEL, ROOT, called, command, run, timeless, train, write_recipe
 
 from modeling_periln import PeriLlamaForCausalLM
 from periln.runkit.checkpoints import latest_whole
@@ -22,16 +22,27 @@ from periln.scripts import pretrain
 from periln.scripts.pretrain import load_recipe
 from periln.scripts.training.trainer import Trainer, resolved_config
 
+LONG = 60
+
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
+
+
+def finished(folder, data, **more):
+    done = run("scripts.pretrain", "--config", write_recipe(folder, data, **more), "--runs", folder / "runs")
+    assert done.returncode == 0, done.stderr
+    return RunFolder(folder / "runs" / "run")
 
 
 @pytest.fixture(scope="module")
 def untouched(data, tmp_path_factory):
     """One run that was not interrupted, in its own process."""
-    folder = tmp_path_factory.mktemp("untouched")
-    done = run("scripts.pretrain", "--config", write_recipe(folder, data), "--runs", folder / "runs")
-    assert done.returncode == 0, done.stderr
-    return RunFolder(folder / "runs" / "run")
+    return finished(tmp_path_factory.mktemp("untouched"), data)
+
+
+@pytest.fixture(scope="module")
+def untouched_long(data, tmp_path_factory):
+    """The same with so many steps that a process told to die in the first ten is still at work then."""
+    return finished(tmp_path_factory.mktemp("untouched"), data, steps=LONG)
 
 
 def test_everything_that_should_be_fp16_is(untouched):
@@ -200,8 +211,8 @@ def wait_for(condition, process, seconds=90):
         time.sleep(0.01)
 
 
-def test_killed_at_arbitrary_moments_it_ends_as_if_untouched(untouched, tmp_path, data):
-    file, folder = write_recipe(tmp_path, data), RunFolder(tmp_path / "runs" / "run")
+def test_killed_at_arbitrary_moments_it_ends_as_if_untouched(untouched_long, tmp_path, data):
+    file, folder = write_recipe(tmp_path, data, steps=LONG), RunFolder(tmp_path / "runs" / "run")
     draw = random.Random(5)
     for target in (1, 4, 7, 9):
         process = subprocess.Popen(
@@ -214,27 +225,27 @@ def test_killed_at_arbitrary_moments_it_ends_as_if_untouched(untouched, tmp_path
         process.kill()
         process.wait()
         assert folder.status == "running"
-    done = run("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
+    done = called("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
     assert folder.status == "completed"
-    assert timeless(folder.path) == timeless(untouched.path)
-    assert weights_hash(folder.checkpoints()[-1]) == weights_hash(untouched.checkpoints()[-1])
+    assert timeless(folder.path) == timeless(untouched_long.path)
+    assert weights_hash(folder.checkpoints()[-1]) == weights_hash(untouched_long.checkpoints()[-1])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_goes_on_exactly(untouched, tmp_path, data, number, code):
-    file, folder = write_recipe(tmp_path, data, checkpoint_every=100), RunFolder(tmp_path / "runs" / "run")
+def test_a_signal_saves_and_the_run_goes_on_exactly(untouched_long, tmp_path, data, number, code):
+    file, folder = write_recipe(tmp_path, data, steps=LONG, checkpoint_every=1000), RunFolder(tmp_path / "runs" / "run")
     words = command("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
     wait_for(lambda: len(folder.metrics()) >= 2, process)
     process.send_signal(number)
     assert process.wait() == code
     assert folder.status == "interrupted"
-    assert 2 <= folder.summary["step"] < 12
+    assert 2 <= folder.summary["step"] < LONG
     assert len(folder.checkpoints()) == 1
-    done = run("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
+    done = called("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
-    assert timeless(folder.path) == timeless(untouched.path)
+    assert timeless(folder.path) == timeless(untouched_long.path)
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(untouched, tmp_path, data):
@@ -256,7 +267,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(untouched, tmp_path, data
     said = []
     assert latest_whole(folder, said.append) == folder.checkpoint_path(3)
     assert "step_00000006/model.safetensors is damaged" in said[0]
-    done = run("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
+    done = called("scripts.pretrain", "--config", file, "--runs", tmp_path / "runs")
     # The recipe of an unclaimed folder is not assumed to be this one.
     assert done.returncode == 1
     assert "holds files but no recipe.yaml" in done.stderr
@@ -373,7 +384,7 @@ def test_the_checkpoint_before_the_first_step_stays_and_is_the_initialization(tm
 
 def test_another_recipe_on_the_same_folder_is_refused_with_the_fields(untouched, data, tmp_path):
     file = write_recipe(tmp_path, data, steps=13)
-    done = run("scripts.pretrain", "--config", file, "--runs", untouched.path.parent)
+    done = called("scripts.pretrain", "--config", file, "--runs", untouched.path.parent)
     assert done.returncode == 1
     assert "belongs to another recipe (steps: 12 -> 13)" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,17 +1,24 @@
 """A run small enough to be repeated, and the commands as a user would start them."""
 
+import contextlib
+import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
 
+from periln.command_line import arguments_of
 from periln.runkit.errors import run_command
 from periln.runkit.folder import RunFolder
 from periln.runkit.recipes import dump_yaml
 from periln.scripts import pretrain
 from periln.scripts.prepare_data import prepare
+from periln.start import start
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK_KEYS = {"tokens_per_second", "step_seconds", "data_wait", "mfu", "peak_memory_bytes"}
@@ -60,6 +67,45 @@ def run(module: str, *args: object, env: list[str] | None = None) -> subprocess.
     """Run a command of the project to its end."""
     words = [*(["env", *env] if env else []), *command(module, *args)]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@contextlib.contextmanager
+def caught(number: int, stream: str):
+    """What this process and its children write to a descriptor, as a file; `sys.stdout` or `sys.stderr` goes there."""
+    kept = os.dup(number)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        os.dup2(file.fileno(), number)
+        try:
+            here = getattr(contextlib, f"redirect_{stream}")
+            with open(os.dup(file.fileno()), "a", buffering=1, encoding="utf-8") as text, here(text):
+                yield file
+        finally:
+            os.dup2(kept, number)
+            os.close(kept)
+
+
+def called(module: str, *args: object) -> subprocess.CompletedProcess:
+    """What `run` gives, from this process: nothing is imported again; afterwards signals are handled as before.
+
+    For a command that is to run to its end, in this process's environment.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    arguments = importlib.import_module(arguments_of(module))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with caught(1, "stdout") as out, caught(2, "stderr") as err:
+        try:
+            code = start(module, arguments.parse, arguments.check, list(map(str, args)))
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        said = []
+        for file in (out, err):
+            file.seek(0)
+            said.append(file.read())
+    return subprocess.CompletedProcess(args, code, *said)
 
 
 def train(folder: Path, data_folder: Path, **fields) -> RunFolder:

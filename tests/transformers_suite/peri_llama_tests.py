@@ -89,6 +89,17 @@ VARIANTS = {
     },
     "LayersWithoutRope": {"norm_placement": "output", "qk_norm": "head", "no_rope_layers": [1, 0]},
     "HybridCentered": {"norm_placement": "hybrid", "norm_gain": "centered"},
+    "AttentionAndMlpApart": {
+        "norm_placement": {
+            "attn": {"input_norm": {"kind": "dyt"}, "output_norm": {"gain": "scalar"}, "alpha": {"learned": "channel"}},
+            "mlp": {"residual_norm": {"kind": "layernorm"}, "s": {"learned": "scalar", "init": 0.5}, "c": "1/sqrt(2L)"},
+            "q_norm": {"over": "head", "kind": "l2"},
+            "k_norm": {"over": "full", "gain": "centered"},
+            "attn_inner_norm": {"gain": "head"},
+            "mlp_inner_norm": {"kind": "derf"},
+            "final_norm": True,
+        }
+    },
     "PeriRmsnormHeadQkTied": {"norm_placement": "peri", "qk_norm": "head", "tie_word_embeddings": True},
     "PostLayernormFullQkEmbedFinal": {
         "norm_placement": "post",

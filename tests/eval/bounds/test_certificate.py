@@ -112,6 +112,17 @@ def test_no_random_input_exceeds_the_certificate(placement, norm):
 PRE = {"input_norm": True, "final_norm": True}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("gain", ["scalar", "none", "centered"])
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_no_random_input_exceeds_it_with_other_gains(norm, gain):
+    model = periln("peri", norm_type=norm, norm_gain=gain)
+    anatomy, certificate = find_anatomy(model), certify(model)
+    assert not certificate["unbounded"]
+    for ids in every_token_and_random_ones(model):
+        below(peaks(model, ids, anatomy), bounds(certificate))
+
+
 @pytest.mark.parametrize(
     ("row", "slot"),
     [

@@ -185,9 +185,9 @@ def test_missing_records_are_named_with_the_command_that_makes_them(tmp_path):
     write_any(tmp_path, "run")
     for name, words in {
         "4": "400m-peri-frozen-gamma.yaml",
-        "7a": "python -m eval.stability",
-        "7d": "python -m eval.stability",
-        "8": "python -m scripts.sweep run",
+        "7a": "periln bench RUN",
+        "7d": "periln bench",
+        "8": "periln sweep run",
         "12": "paper-400m-tokens.yaml",
         "13": "400m-peri-seq2048.yaml",
         "14": "paper-400m-warmup.yaml",

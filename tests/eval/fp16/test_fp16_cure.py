@@ -95,7 +95,7 @@ def exponents_of(layout, uniform, seed):
     "family",
     [f"peri_llama:{p}" for p in ("peri", "output", "pre", "lns", "post", "pre_post", "deepnorm", "mix")]
     + ["gemma2", "gemma3", "olmo2", "glm4", "hyperclovax_peri", "llama", "qwen3", "neox_parallel", "neox_sequential"]
-    + ["mistral", "olmo3", "exaone4", "peri_llama:fields", "peri_llama:fields_tied"],
+    + ["mistral", "olmo3", "exaone4", "peri_llama:fields", "peri_llama:fields_tied", "peri_llama:scalar"],
 )
 def test_any_powers_of_two_leave_the_function_as_it_is(family, seed):
     model = build(family, seed)
@@ -115,6 +115,12 @@ def test_norms_inside_a_sublayer_are_refused_by_name(row):
     model = build(f"peri_llama:{row}")
     with pytest.raises(UserError, match=r"no rewrite is known, it has a norm inside \((v|inner)_norm\)"):
         cure(model, [IDS], Wish())
+
+
+@pytest.mark.parametrize("kind", ["dyt", "derf"])
+def test_a_norm_without_freedom_of_scale_is_refused_by_name(kind):
+    with pytest.raises(UserError, match=rf"PeriLlamaNorm, {kind}\) .*depends on the scale of what it reads"):
+        cure(build(f"peri_llama:{kind}"), [IDS], Wish())
 
 
 def test_a_forgotten_part_would_be_seen():

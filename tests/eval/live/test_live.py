@@ -121,6 +121,30 @@ def test_runs_that_begin_later_and_cells_that_wait_are_listed(tmp_path):
     ]
 
 
+def test_the_cells_of_a_study_are_listed_once_and_those_that_run_come_first(tmp_path):
+    for name, status in (("a", "completed"), ("b", "running"), ("c", "completed")):
+        write_any(tmp_path / "cells", name, status=status)
+    (tmp_path / "recipes").mkdir()
+    for name in "abcd":
+        (tmp_path / "recipes" / f"{name}.yaml").write_text("stage: pretrain\n")
+    assert [run["name"] for run in state(tmp_path)["runs"]] == ["cells/b", "cells/a", "cells/c", "d"]
+
+
+def test_many_tables_of_layers_are_read_in_several_answers(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_any(tmp_path, name, growth=40.0)
+    watch = Watch(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("periln.eval.live.state.READING_SECONDS", -1.0)  # as if it had passed
+        first = json.loads(watch.state())
+    assert first["behind"] == 2 and "headroom" not in first["plots"] and first["plots"]["curves"]["lines"]
+    assert [run["bits"] for run in first["runs"]] == [None, None]  # and not those of a part
+    watch._made = (float("-inf"), "")
+    then = json.loads(watch.state())
+    assert then["behind"] == 0 and len(then["plots"]["headroom"]["maps"]) == 2
+    assert all(run["bits"] is not None for run in then["runs"])
+
+
 def test_curves_skips_and_headroom_are_those_of_the_records(tmp_path):
     write_run(tmp_path, "post", diverges_at=90)
     write_any(tmp_path, "over", layers=3, growth=40.0)
@@ -196,7 +220,7 @@ def test_the_command_serves_and_needs_no_torch(tmp_path):
 # --- the page ------------------------------------------------------------------------------------------------
 
 COUNT = "document.querySelectorAll('#runs tbody tr').length"
-PRE = "document.querySelector('#runs tbody tr:nth-child(2)').innerText"  # below Post-LN, as everywhere
+PRE = "document.querySelector('#runs tbody tr:nth-child(1)').innerText"  # it runs, and Post-LN does not
 LINE = "[...document.querySelectorAll('#figure-curves path[stroke-linejoin]')].at(-1).getAttribute('d').length"
 UNTIL = """(async () => {
   for (let i = 0; i < 350; i++) { if (%s) return true; await new Promise(r => setTimeout(r, 100)); }

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from browser import CHROMIUM, Seen, look
-from synthetic_bench import write_any
+from synthetic_bench import write_any, write_bench
 from synthetic_runs import write_demo
 
 from periln.eval.records.frames import load
@@ -207,6 +208,34 @@ def test_other_shapes_of_runs_make_charts_too(tmp_path):
     over = within("headroom", "return all('.canvas rect[fill=\"#d55e00\"]').length > 0")
     seen = at(file, UNFOLD, BUILD, marks, over)
     assert seen.answers[2:] == [2, True]
+
+
+def test_distances_between_layers_can_be_read_off(tmp_path):
+    for seed in (1, 2):
+        write_bench(write_any(tmp_path, f"a{seed}", layers=3, seed=seed), [40], 3)
+        write_bench(write_any(tmp_path, f"b{seed}", layers=3, seed=seed, model={"norm_placement": "pre"}), [40], 3)
+    moved = tmp_path / "a2" / "eval" / "stability" / "angles_00000040.parquet"
+    pd.read_parquet(moved).assign(value=lambda t: 3 * t.value).to_parquet(moved)
+    file = write(load(tmp_path), tmp_path)
+    script = within(
+        "7c",
+        "f.scrollIntoView({block: 'center'}); const said = [];"
+        "for (const mark of [one('.canvas circle'), one('.canvas rect[fill^=rgb]')]) {"
+        "  mark.dispatchEvent(new PointerEvent('pointermove', {bubbles: true})); said.push(one('.tip').textContent); }"
+        "const maps = () => new Set(all('.canvas text[font-weight=\"600\"]').map(t => t.textContent)).size;"
+        "const before = maps(); box('series', 'pre').click(); const after = maps();"
+        "let csv; URL.createObjectURL = blob => { csv = blob.text(); return '#' }; one('.controls .csv').click();"
+        "return [said, before, after, (await csv).split('\\n')];",
+    )
+    said, before, after, csv = at(file, UNFOLD, BUILD, script).answers[2]
+    assert "layer 1: " in said[0] and said[0].endswith(" pi")
+    assert "after the embedding and after layer 1: " in said[1]
+    assert before - after == 1
+    assert csv[0].strip() == "placement,learning_rate,size,seeds,layer,other_layer,angular distance / pi"
+    angles = pd.concat(pd.read_parquet(p) for p in tmp_path.glob("a?/eval/stability/angles_*.parquet"))
+    angles = angles[(angles.step == angles.step.max()) & (angles.layer == 0) & (angles.other == 1)]
+    line = next(line for line in csv if line.startswith("peri") and ",0,1," in line)
+    assert float(line.rsplit(",", 1)[1]) == pytest.approx(angles.value.mean(), rel=2e-3)
 
 
 def test_what_a_model_wrote_cannot_run(tmp_path):

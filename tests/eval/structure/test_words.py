@@ -126,6 +126,18 @@ OURS = {
         {"norm_placement": "hybrid"},
         "attention post and MLP no norms, QK-norm by head, norm on values by head",
     ),
+    "DyT": ({"norm_type": "dyt"}, "peri, DyT"),
+    "Derf in one slot": (
+        {"norm_placement": {"input_norm": {"kind": "derf"}, "final_norm": {"gain": "centered"}}},
+        "pre, Derf, centered gains",
+    ),
+    "L2 with one gain": ({"norm_type": "l2", "norm_gain": "scalar"}, "peri, L2 norms, one gain for all channels"),
+    "LayerNorm without gains": ({"norm_type": "layernorm", "norm_gain": "none"}, "peri, LayerNorm, no gains"),
+    "LayerNorm with one gain": (
+        {"norm_type": "layernorm", "norm_gain": "scalar"},
+        "peri, LayerNorm, one gain for all channels",
+    ),
+    "keel": ({"norm_placement": "keel"}, "pre_post, alpha 8"),
     "no final norm": ({"norm_placement": "pre", "final_norm": False}, "pre, no final norm"),
 }
 

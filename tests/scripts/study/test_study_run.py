@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from study_records import make
-from tiny import ROOT, command, run, timeless
+from tiny import ROOT, called, command, run, timeless
 
 from periln.runkit.folder import read_json
 from periln.runkit.studies import CELLS, Study
+from periln.scripts.prepare_data import prepare
 
 pytestmark = pytest.mark.slow
 LAST = "e2_peri_rate-0.1_seed5"
@@ -22,13 +23,12 @@ def prepared(tmp_path_factory) -> Path:
     """A study of one cell that is not in its records, and its text."""
     folder = tmp_path_factory.mktemp("study")
     make(folder, cells=-1)
-    data = ["--source", "installed-python", "--vocab-size", 300, "--max-bytes", 200_000, "--context", 64]
-    assert run("scripts.prepare_data", *data, "--out", folder / "data", "--workers", 1).returncode == 0
+    prepare("installed-python", folder / "data", vocab_size=300, max_bytes=200_000, context=64)
     return folder
 
 
-def started(study: Path, *more: object) -> list[str]:
-    return command("scripts.study", "run", "--out", study, "--workers", 1, "--nice", 0, *more)
+def asked(study: Path, *more: object) -> list[object]:
+    return ["run", "--out", study, "--workers", 1, "--nice", 0, *more]
 
 
 def study_of(prepared: Path, folder: Path) -> Path:
@@ -40,7 +40,7 @@ def study_of(prepared: Path, folder: Path) -> Path:
 
 def test_cells_of_the_records_are_done_and_a_stopped_one_resumes_exactly(prepared, tmp_path):
     whole, stopped = study_of(prepared, tmp_path / "whole"), study_of(prepared, tmp_path / "stopped")
-    done = subprocess.run(started(whole, "--records", prepared), cwd=ROOT, capture_output=True, text=True, check=False)
+    done = called("scripts.study", *asked(whole, "--records", prepared))
     assert done.returncode == 0, done.stderr
     assert "44 of 45 cells are done" in done.stdout and f"[45 of 45] {LAST}: completed" in done.stdout
     assert [path.name for path in (whole / "cells").iterdir()] == [LAST]
@@ -48,14 +48,13 @@ def test_cells_of_the_records_are_done_and_a_stopped_one_resumes_exactly(prepare
     assert len(session["commit"]) == 40 and session["uncommitted_changes"] in (True, False)
 
     metrics = stopped / "cells" / LAST / "metrics.jsonl"
-    child = subprocess.Popen(started(stopped, "--records", prepared), cwd=ROOT, stdout=subprocess.DEVNULL)
+    words = command("scripts.study", *asked(stopped, "--records", prepared))
+    child = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
     while child.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 4):
         time.sleep(0.02)
     child.send_signal(signal.SIGTERM)
     assert child.wait() == 143
-    again = subprocess.run(
-        started(stopped, "--records", prepared), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    again = run("scripts.study", *asked(stopped, "--records", prepared))
     assert again.returncode == 0, again.stderr
     assert timeless(whole / "cells" / LAST) == timeless(stopped / "cells" / LAST)
     first, second = (read_json(folder / "cells" / LAST / "cell.json") for folder in (whole, stopped))
@@ -78,5 +77,5 @@ def test_records_of_another_plan_are_refused(prepared, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "frozen.json").write_text('{"plan.yaml": "1", "claims.yaml": "2"}')
-    done = run("scripts.study", "run", "--out", study, "--records", other)
+    done = called("scripts.study", "run", "--out", study, "--records", other)
     assert done.returncode == 1 and "holds records of another study: its plan.yaml differs" in done.stderr

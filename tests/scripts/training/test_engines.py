@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from tiny import ROOT, make_data, run, write_recipe
+from tiny import ROOT, called, make_data, write_recipe
 
 from periln.runkit.folder import RunFolder, write_json
 
@@ -66,7 +66,7 @@ def runs(place):
             target = place / engine
             done = None
             if engine == "single":
-                done = run("scripts.pretrain", "--config", file, "--runs", target)
+                done = called("scripts.pretrain", "--config", file, "--runs", target)
             else:
                 start(engine, "--config", file, "--runs", target)
             assert done is None or done.returncode == 0, done
@@ -141,7 +141,7 @@ def test_a_checkpoint_of_one_engine_is_resumed_by_another(runs, place, writer, r
     copy.truncate_metrics(15)  # records past the checkpoint's step, as a killed run leaves them
     write_json(copy.path / "summary.json", {"status": "running", "step": 0})
     args = ("--config", place / "run_fp32.yaml", "--runs", target)
-    done = run("scripts.pretrain", *args) if reader == "single" else start(reader, *args)
+    done = called("scripts.pretrain", *args) if reader == "single" else start(reader, *args)
     assert done.returncode == 0, done.stderr
     assert seen(copy)["engine"] == reader
     assert copy.status == "completed"

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from tiny import ROOT, make_data, run, write_recipe
+from tiny import ROOT, called, make_data, write_recipe
 
 from periln.runkit.errors import UsageError
 from periln.runkit.folder import RunFolder, write_json
@@ -66,7 +66,7 @@ def runs(place):
             elif name == "fp16":  # DDP: a rank's gradients are twice those of one process, and overflow a step later
                 start(None, *args)
             else:
-                assert run("scripts.pretrain", *args).returncode == 0
+                assert called("scripts.pretrain", *args).returncode == 0
             found[stage, name] = RunFolder(place / str(stage) / f"run_{name}")
     return found
 
@@ -132,7 +132,7 @@ def test_any_engine_goes_on_from_its_checkpoint(runs, place, writer, reader):
     if reader:
         start(reader, *args)
     else:
-        assert run("scripts.pretrain", *args).returncode == 0
+        assert called("scripts.pretrain", *args).returncode == 0
     assert copy.status == "completed"
     assert np.abs(np.subtract(column(copy, "loss"), column(runs[0, "fp32"], "loss"))).max() < 1e-5
 
