@@ -287,7 +287,7 @@ def page() -> str:
         "dates": ", ".join(sorted({read(name)["date"] for name in names})),
         **{key: cure["versions"][key] for key in ("torch", "transformers")},
     }
-    return re.sub(r"\n{3,}", "\n\n", PAGE.format(**sections))
+    return re.sub(r"\n{3,}", "\n\n", PAGE.format(**sections)).strip() + "\n"
 
 
 def main() -> None:
