@@ -151,7 +151,7 @@ def cured_said() -> str:
         if every[g, row, CURED[1]]["rise"] and not every[g, row, "as it is"]["rise"]
     ]
     return (
-        "After the cure plain casts alone were measured again, and two controls: a shared scale follows powers of two. "
+        "After the cure, in memory, plain casts were measured again (a shared scale follows powers of two).\n"
         f"Finite afterwards and not before: {', '.join(mended) or 'none'}."
     )
 

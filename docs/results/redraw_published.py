@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import published_formats as of_formats
 from published_formats import number, table
-from published_page import MISSING, PAGE
+from published_page import LEFT_OUT, MISSING, PAGE
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records" / "published"
@@ -283,11 +283,11 @@ def page() -> str:
         "stream": of_formats.statement("stream"),
         "activations_verdict": of_formats.verdict("activations", helps=True),
         "stream_verdict": of_formats.verdict("stream", helps=False),
-        "missing": MISSING.strip(),
+        "missing": "\n".join([MISSING.strip(), *(f"- {words}" for name, words in LEFT_OUT.items() if not maybe(name))]),
         "dates": ", ".join(sorted({read(name)["date"] for name in names})),
         **{key: cure["versions"][key] for key in ("torch", "transformers")},
     }
-    return re.sub(r"\n{3,}", "\n\n", PAGE.format(**sections))
+    return re.sub(r"\n{3,}", "\n\n", PAGE.format(**sections)).strip() + "\n"
 
 
 def main() -> None:
