@@ -10,12 +10,24 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 PAGES = [page.stem for page in sorted(RESULTS.glob("*.md")) if (RESULTS / f"redraw_{page.stem}.py").exists()]
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_is_what_its_script_draws_from_the_records(name, monkeypatch):
+def script(name, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(RESULTS), *sys.path])
     spec = importlib.util.spec_from_file_location(f"redraw_{name}", RESULTS / f"redraw_{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_what_its_script_draws_from_the_records(name, monkeypatch):
     page = RESULTS / f"{name}.md"
-    assert script.page() == page.read_text(), f"run docs/results/redraw_{name}.py"
+    assert script(name, monkeypatch).page() == page.read_text(), f"run docs/results/redraw_{name}.py"
     assert len(page.read_text()) > 2000
+
+
+def test_every_record_of_a_retrofit_is_on_its_page(monkeypatch):
+    module, read = script("retrofit", monkeypatch), []
+    own = module.read
+    monkeypatch.setattr(module, "read", lambda name: read.append(name) or own(name))
+    module.page()
+    assert set(read) == {path.stem for path in (RESULTS / "records" / "retrofit").glob("*.json")}
