@@ -33,7 +33,6 @@ class Situation:
     autocast: bool
     checkpointing: bool
     document_masking: bool
-    z_loss: bool
     fused_norms: bool  # x and its rstd are all that a norm keeps; else the plain operations' tensors
     emulated: bool  # FP16 on a CPU: products are computed from FP32 copies
     engine: Engines = "single"
@@ -64,7 +63,6 @@ def situation(
         autocast=mode != "fp32",
         checkpointing=recipe.activation_checkpointing,
         document_masking=recipe.document_masking,
-        z_loss=recipe.optimizer.z_loss > 0,
         fused_norms=fused and recipe.model.get("norm_type", "rmsnorm") == "rmsnorm",
         emulated=device == "cpu" and mode == "fp16",
         engine="single" if gpus == 1 else engine,
@@ -182,9 +180,7 @@ def moments(config: PeriLlamaConfig, s: Situation) -> list[Moment]:
     logits, table = chunk * config.vocab_size, config.vocab_size * d
     kept = {"head_gradient": FP32 * table, "hidden_gradient": s.module * s.tokens * d}
     half = s.module if s.module != FP32 else 0  # the logits beside their FP32 form, and d(logits) beside its own
-    softmax = (2 * FP32 + 2 * half) * logits
-    if s.z_loss:
-        softmax = max(softmax, (3 * FP32 + half) * logits)
+    softmax = (FP32 + 2 * half) * logits  # d(logits) takes the place of the FP32 form
     loss = moment("the loss, softmax", earlier, saved + begin + end, 0.0, logits_of_a_chunk=softmax, **kept)
     product = s.module * logits + (s.module * table if half else 0)
     if s.emulated:

@@ -117,13 +117,13 @@ class Engine:
             # Ours to normalize; without a plugin Accelerate reads a divisor from the environment.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
-        self._half_products = make_fp16_real(self.accelerator, scaler)
+        self.half_products = make_fp16_real(self.accelerator, scaler)
         self._zero_scaler = None
         if self.zero:
             self.zero.adopt(self.accelerator)
             if precision.mode == "fp16":
                 self._zero_scaler = torch.amp.GradScaler(device, **scaler)
-                self._half_products = half_products() if device == "cpu" else nullcontext()
+                self.half_products = half_products() if device == "cpu" else nullcontext()
         if fsdp and device == "cpu" and self.processes > 1:
             self.accelerator.state.fsdp_plugin = plugin
             for state in (PartialState(), self.accelerator.state):  # the one is copied into the other now and then
@@ -215,7 +215,7 @@ class Engine:
         of a copy made in one micro batch is lost in the next.
         """
         stack = ExitStack()
-        stack.enter_context(self._half_products)
+        stack.enter_context(self.half_products)
         if self._autocast_dtype is not None and not self.zero:
             stack.enter_context(torch.autocast(self.device.type, dtype=self._autocast_dtype))
         return stack
