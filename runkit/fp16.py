@@ -52,6 +52,21 @@ def _in_fp32(call: Callable[..., Any], product: Any, args: tuple[Any, ...], kwar
     return tuple(x.half() for x in result)
 
 
+def _write(out: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+    """A product in FP32, rounded into the FP16 tensor that `out=` names; an empty one gets its shape.
+
+    Raises:
+        RuntimeError: `out` has another dtype or shape.
+    """
+    if not is_half(out):
+        raise RuntimeError(f"out= has dtype {out.dtype}, and a product of FP16 operands needs torch.float16")
+    if not out.numel():
+        out.resize_(product.shape)
+    if out.shape != product.shape:  # it would be broadcast
+        raise RuntimeError(f"out= has shape {list(out.shape)}, and the product has {list(product.shape)}")
+    return out.copy_(product)
+
+
 class HalfMatmul(TorchDispatchMode):
     """While active, every FP16 matrix product on the CPU is computed as tensor cores do it.
 
@@ -76,7 +91,7 @@ class HalfMatmul(TorchDispatchMode):
             return func(*args, **kwargs)
         if "out" in kwargs:
             out = kwargs.pop("out")
-            return out.copy_(func.overloadpacket.default(*map(_wide, args), **kwargs))
+            return _write(out, func.overloadpacket.default(*map(_wide, args), **kwargs))
         return _in_fp32(func, func, args, kwargs)
 
 
@@ -111,13 +126,16 @@ class HalfKernels:
         library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-            for product in sorted(PRODUCTS, key=str):
-                library.impl(product, cls._kernel(product), "CPU", with_keyset=True)
+            kernels = {product: cls._kernel(product) for product in sorted(PRODUCTS, key=str)}
+            for product, kernel in kernels.items():
+                library.impl(product, kernel, "CPU", with_keyset=True)
         return library
 
     @classmethod
     def _kernel(cls, product: torch._ops.OpOverload) -> Callable[..., Any]:
         own = torch.library.get_kernel(product, "CPU").call_boxed
+        # Not called through the dispatcher: in autocast to BF16 that would round the FP32 operands again.
+        returned = torch.library.get_kernel(product.overloadpacket.default, "CPU").call_boxed
 
         def kernel(keys: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
             if not (cls._entered and is_half(args[0])):
@@ -125,7 +143,7 @@ class HalfKernels:
             out = kwargs.pop("out", None)
             if out is None:
                 return _in_fp32(lambda *a, **k: own(keys, *a, **k), product, args, kwargs)
-            return out.copy_(product.overloadpacket.default(*map(_wide, args), **kwargs))
+            return _write(out, returned(keys, *map(_wide, args), **kwargs))
 
         return kernel
 
