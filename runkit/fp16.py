@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 _ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
+_ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 PRODUCTS = {
     aten.mm.default,
     aten.mm.out,
@@ -29,12 +30,19 @@ PRODUCTS = {
     aten.baddbmm.default,
     aten.baddbmm.out,
     _ATTENTION,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    _ATTENTION_BACKWARD,
 }
 
 
 def is_half(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.dtype == torch.float16
+
+
+def _of_half(product: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the operands are FP16: all of them, since PyTorch refuses mixed ones. Attention checks its own."""
+    if product in (_ATTENTION, _ATTENTION_BACKWARD):
+        return is_half(args[0])
+    return all(is_half(x) for x in args if isinstance(x, torch.Tensor))
 
 
 def _wide(x: Any) -> Any:
@@ -87,7 +95,7 @@ class HalfMatmul(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func not in PRODUCTS or not (is_half(args[0]) and args[0].device.type == "cpu"):
+        if func not in PRODUCTS or not (args[0].device.type == "cpu" and _of_half(func, args)):
             return func(*args, **kwargs)
         if "out" in kwargs:
             out = kwargs.pop("out")
@@ -138,7 +146,7 @@ class HalfKernels:
         returned = torch.library.get_kernel(product.overloadpacket.default, "CPU").call_boxed
 
         def kernel(keys: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-            if not (cls._entered and is_half(args[0])):
+            if not (cls._entered and _of_half(product, args)):
                 return own(keys, *args, **kwargs)
             out = kwargs.pop("out", None)
             if out is None:

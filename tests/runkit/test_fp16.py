@@ -82,6 +82,19 @@ def test_a_given_tensor_of_another_shape_or_dtype_is_refused_and_an_empty_one_fi
     assert torch.equal(out, (a.float() @ b.float()).half())
 
 
+@pytest.mark.parametrize(
+    ("product", "operands"),
+    [
+        (torch.mm, [half(5, 64), torch.randn(64, 3)]),
+        (torch.bmm, [half(2, 5, 64), torch.randn(2, 64, 3)]),
+        (torch.addmm, [half(3), torch.randn(5, 64), torch.randn(64, 3)]),
+    ],
+)
+def test_operands_of_two_dtypes_are_refused_as_everywhere(emulation, product, operands):
+    with emulation(), pytest.raises(RuntimeError, match="dtype|scalar type"):
+        product(*operands)
+
+
 def test_the_result_overflows_at_65504_as_on_a_gpu(emulation):
     a, b = torch.full((1, 4), 200.0).half(), torch.full((4, 1), 100.0).half()
     with emulation():
