@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 _ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
+_ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 PRODUCTS = {
     aten.mm.default,
     aten.mm.out,
@@ -29,12 +30,19 @@ PRODUCTS = {
     aten.baddbmm.default,
     aten.baddbmm.out,
     _ATTENTION,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    _ATTENTION_BACKWARD,
 }
 
 
 def is_half(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.dtype == torch.float16
+
+
+def _of_half(product: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the operands are FP16: all of them, since PyTorch refuses mixed ones. Attention checks its own."""
+    if product in (_ATTENTION, _ATTENTION_BACKWARD):
+        return is_half(args[0])
+    return all(is_half(x) for x in args if isinstance(x, torch.Tensor))
 
 
 def _wide(x: Any) -> Any:
@@ -50,6 +58,21 @@ def _in_fp32(call: Callable[..., Any], product: Any, args: tuple[Any, ...], kwar
         output, logsumexp = result
         return output.half(), logsumexp
     return tuple(x.half() for x in result)
+
+
+def _write(out: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+    """A product in FP32, rounded into the FP16 tensor that `out=` names; an empty one gets its shape.
+
+    Raises:
+        RuntimeError: `out` has another dtype or shape.
+    """
+    if not is_half(out):
+        raise RuntimeError(f"out= has dtype {out.dtype}, and a product of FP16 operands needs torch.float16")
+    if not out.numel():
+        out.resize_(product.shape)
+    if out.shape != product.shape:  # it would be broadcast
+        raise RuntimeError(f"out= has shape {list(out.shape)}, and the product has {list(product.shape)}")
+    return out.copy_(product)
 
 
 class HalfMatmul(TorchDispatchMode):
@@ -72,11 +95,11 @@ class HalfMatmul(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func not in PRODUCTS or not (is_half(args[0]) and args[0].device.type == "cpu"):
+        if func not in PRODUCTS or not (args[0].device.type == "cpu" and _of_half(func, args)):
             return func(*args, **kwargs)
         if "out" in kwargs:
             out = kwargs.pop("out")
-            return out.copy_(func.overloadpacket.default(*map(_wide, args), **kwargs))
+            return _write(out, func.overloadpacket.default(*map(_wide, args), **kwargs))
         return _in_fp32(func, func, args, kwargs)
 
 
@@ -111,21 +134,24 @@ class HalfKernels:
         library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-            for product in sorted(PRODUCTS, key=str):
-                library.impl(product, cls._kernel(product), "CPU", with_keyset=True)
+            kernels = {product: cls._kernel(product) for product in sorted(PRODUCTS, key=str)}
+            for product, kernel in kernels.items():
+                library.impl(product, kernel, "CPU", with_keyset=True)
         return library
 
     @classmethod
     def _kernel(cls, product: torch._ops.OpOverload) -> Callable[..., Any]:
         own = torch.library.get_kernel(product, "CPU").call_boxed
+        # Not called through the dispatcher: in autocast to BF16 that would round the FP32 operands again.
+        returned = torch.library.get_kernel(product.overloadpacket.default, "CPU").call_boxed
 
         def kernel(keys: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-            if not (cls._entered and is_half(args[0])):
+            if not (cls._entered and _of_half(product, args)):
                 return own(keys, *args, **kwargs)
             out = kwargs.pop("out", None)
             if out is None:
                 return _in_fp32(lambda *a, **k: own(keys, *a, **k), product, args, kwargs)
-            return out.copy_(product.overloadpacket.default(*map(_wide, args), **kwargs))
+            return _write(out, returned(keys, *map(_wide, args), **kwargs))
 
         return kernel
 

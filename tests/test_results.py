@@ -31,3 +31,11 @@ def test_every_record_of_a_retrofit_is_on_its_page(monkeypatch):
     monkeypatch.setattr(module, "read", lambda name: read.append(name) or own(name))
     module.page()
     assert set(read) == {path.stem for path in (RESULTS / "records" / "retrofit").glob("*.json")}
+
+
+def test_the_cure_is_described_only_where_all_groups_but_the_final_norm_share_a_power_of_two(monkeypatch):
+    module = script("published", monkeypatch)
+    said = module.scaled({"final": 3, "stream": -3, "model.layers.0.mlp.output": -3})
+    assert said.startswith("It scales 2 groups of tensors by 2^-3") and "2^3" in said and "by 2^-6." in said
+    with pytest.raises(SystemExit, match="no words"):
+        module.scaled({"final": 3, "stream": -3, "model.layers.0.mlp.output": -1})

@@ -27,8 +27,8 @@ ran.
 
     periln cure gemma3 gemma3-fp16 --data wikitext-validation.txt
 
-It scales {groups} groups of tensors by 2^{exponent}, the stream among them, and multiplies the epsilon of all norms
-by the square of that. Its peaks come from {samples} samples of {tokens} tokens of WikiText-2's validation split, and
+{scaled}
+Its peaks come from {samples} samples of {tokens} tokens of WikiText-2's validation split, and
 nothing below is measured on that text. The stream's largest value was {peak:.3g} there and is {after:.3g} afterwards,
 {headroom:.1f} bits below 65504.
 

@@ -72,7 +72,9 @@ def tasks_table(record: dict[str, Any]) -> str:
         ]
         for task, metric in columns[names[0]]
     ]
-    rows.append(["items answered otherwise than in FP32", *(str(record["rows"][name]["changed"]) for name in names)])
+    rows.append(
+        ["items that turn right or wrong against FP32", *(str(record["rows"][name]["changed"]) for name in names)]
+    )
     return table(["task", *names], rows)
 
 
@@ -97,7 +99,7 @@ lm-eval 0.4.13 as it is, zero-shot, the first {record["limit"]} items of each ta
 {tasks_table(record)}
 
 Every score of the cured model in FP16 is within its standard error of the original's in FP32. So few items make that
-error large, so the answers were compared one by one: {changed["cured FP16"]} of {record["items"]} turn from right to
+error large, so the items were compared one by one: {changed["cured FP16"]} of {record["items"]} turn from right to
 wrong or back in the cured model's FP16, and {changed["original BF16"]} in the original's BF16."""
 
 
@@ -171,7 +173,7 @@ def summary() -> str:
         cells = [
             f"{count} of {tasks['items']} ({kind})" for count, kind in zip(changed, ("in BF16", "in FP16"), strict=True)
         ]
-        rows.append(["items of five tasks answered otherwise", *cells])
+        rows.append(["items of five tasks that turn right or wrong against FP32", *cells])
     if vllm:
         same, count = sum(vllm["same_tokens"]), vllm["of"] * len(vllm["same_tokens"])
         rows.append(["vLLM in float16", "refused", f"{same} of {count} greedy tokens as in FP32"])
@@ -234,6 +236,19 @@ def smollm2_words() -> str:
     return "\n".join(lines) or "Not measured."
 
 
+def scaled(exponents: dict[str, int]) -> str:
+    """How many groups of tensors have which power of two, the final norm's output apart, which has the inverse."""
+    stream, final = exponents["stream"], exponents["final"]
+    others = {name: k for name, k in exponents.items() if name != "final"}
+    if set(others.values()) != {stream} or final != -stream:
+        sys.exit(f"the page has no words for these powers of two: {sorted(set(exponents.values()))}")
+    return (
+        f"It scales {len(others)} groups of tensors by 2^{stream}, the stream among them, and the final norm's output "
+        f"by\n2^{final}, since the head shares the embedding's weights. The epsilon of all norms is multiplied by "
+        f"2^{2 * stream}."
+    )
+
+
 def scale_words(found: dict[str, Any]) -> tuple[float, str]:
     scale = found["largest_finite_loss_scale"]
     return math.log2(scale), found["beyond"] or "nothing up to 2^16"
@@ -254,8 +269,7 @@ def page() -> str:
         "depth": depth(),
         "bench_time": bench_time(),
         "compared": sum(read(f"gemma3_{text}")["rows"]["cured FP16"]["tokens"] for text in TEXTS),
-        "groups": len(cure["exponents"]),
-        "exponent": cure["exponents"]["stream"],
+        "scaled": scaled(cure["exponents"]),
         "samples": cure["data"]["samples"],
         "tokens": cure["data"]["tokens"],
         "peak": peak["forward"],

@@ -178,9 +178,9 @@ good a model, and a different one. Headroom does not move, and neither do the fo
 was wrong with them.
 
 But `peri` from the start, with as many tokens in all, ends {start:.2f} nats below the source, and Pre-LN from
-the start {pre_start:.2f}. At this size and rate the placement pays while the model is being trained; a retrofit
-keeps what the source has learned, and here that was worth less. It is no way to a better tiny model. Whether it
-is one for a checkpoint that nobody can train again is what SmolLM2 has to show."""
+the start {pre_start:.2f}. Only this rate was tried. Here the placement pays while the model is being trained; a
+retrofit keeps what the source has learned, and that was worth less. It is no way to a better tiny model. Whether
+it helps a checkpoint that nobody can train again has to be measured on SmolLM2."""
 SEEDS = (1, 2, 3)
 BECAME = {
     "pre-300": "the source, `pre`",

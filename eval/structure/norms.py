@@ -1,6 +1,7 @@
 """What a norm module computes, found by running it: RMSNorm or LayerNorm, gamma or 1 + w, its epsilon."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,13 +59,16 @@ def norm_facts(module: nn.Module, name: str = "") -> NormFacts:
     # A frozen gain is a buffer.
     parameter = next(module.parameters(), weight if isinstance(weight, torch.Tensor) else None)
     sizes = getattr(module, "normalized_shape", None)
-    size = getattr(module, "size", None)  # said by a norm whose gain may be one number, or one a head
-    if not isinstance(size, int):
-        size = len(parameter) if parameter is not None else sizes[-1] if sizes else getattr(module, "dim", None)
-    if weight is not None and weight.shape not in ((size,), (1,)):
-        raise UserError(f"{label} has {len(weight)} gains for {size} channels")
-    if not isinstance(size, int):
-        size = 64  # without parameters it takes any size
+    stated: Any = getattr(module, "size", None)  # said by a norm whose gain may be one number, or one a head
+    if not isinstance(stated, int):
+        if parameter is not None and parameter.numel() > 1:
+            stated = len(parameter)
+        else:
+            stated = sizes[-1] if sizes else getattr(module, "dim", None)
+    # Without a gain a channel it takes any size; on one channel an L2 norm would be an RMSNorm.
+    size = stated if isinstance(stated, int) else 64
+    if weight is not None and weight.shape not in ((size,), (1,), ()):
+        raise UserError(f"{label} has {weight.numel()} gains for {size} channels")
     device = "cpu" if parameter is None else parameter.device
     dtype = torch.float32 if parameter is None else parameter.dtype
     x = torch.randn(4, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -81,7 +85,9 @@ def norm_facts(module: nn.Module, name: str = "") -> NormFacts:
             gain = 1.0 if weight is None else offset + weight.double()
             expected = hat * gain + shift
             if bool((y - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()):
-                exact = gain.detach().expand(size) if isinstance(gain, torch.Tensor) else None
+                exact = gain.detach() if isinstance(gain, torch.Tensor) else None
+                if exact is not None:
+                    exact = exact.expand(size) if size == stated else exact.reshape(1)
                 return NormFacts(found, eps, exact, None if bias is None else bias.detach().double(), offset)
     scale = ", and its result depends on the scale of what it reads" if kind in _SCALED else ""
     raise UserError(f"{label} is neither an RMSNorm nor a LayerNorm of the last dimension{scale}")

@@ -59,6 +59,42 @@ def test_a_product_written_into_a_given_tensor_is_the_same(emulation):
     assert torch.equal(out, (a.float() @ b.float()).half())
 
 
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+def test_a_product_written_into_a_given_tensor_is_not_rounded_by_autocast(emulation, autocast):
+    a, b, c = half(5, 64), half(64, 3), half(5, 3)
+    out = torch.empty(5, 3, dtype=torch.float16)
+    with emulation(), torch.autocast("cpu", dtype=autocast):
+        torch.mm(a, b, out=out)
+        torch.addmm(c, a, b, out=c)  # into one of its operands
+    assert torch.equal(out, (a.float() @ b.float()).half())
+    assert not torch.equal(c, out)
+
+
+def test_a_given_tensor_of_another_shape_or_dtype_is_refused_and_an_empty_one_filled(emulation):
+    a, b = half(5, 64), half(64, 3)
+    out = torch.empty(0, dtype=torch.float16)
+    with emulation():
+        torch.mm(a, b, out=out)
+        with pytest.raises(RuntimeError, match=r"out= has shape \[2, 5, 3\], and the product has \[5, 3\]"):
+            torch.mm(a, b, out=half(2, 5, 3))
+        with pytest.raises(RuntimeError, match="out= has dtype torch.float32"):
+            torch.mm(a, b, out=torch.empty(5, 3))
+    assert torch.equal(out, (a.float() @ b.float()).half())
+
+
+@pytest.mark.parametrize(
+    ("product", "operands"),
+    [
+        (torch.mm, [half(5, 64), torch.randn(64, 3)]),
+        (torch.bmm, [half(2, 5, 64), torch.randn(2, 64, 3)]),
+        (torch.addmm, [half(3), torch.randn(5, 64), torch.randn(64, 3)]),
+    ],
+)
+def test_operands_of_two_dtypes_are_refused_as_everywhere(emulation, product, operands):
+    with emulation(), pytest.raises(RuntimeError, match="dtype|scalar type"):
+        product(*operands)
+
+
 def test_the_result_overflows_at_65504_as_on_a_gpu(emulation):
     a, b = torch.full((1, 4), 200.0).half(), torch.full((4, 1), 100.0).half()
     with emulation():

@@ -164,3 +164,26 @@ def test_the_facts_of_a_norm_whose_gain_is_frozen(kind):
     """Its gain is a buffer, so that no parameter tells its size."""
     facts = norm_facts((PeriLlamaRMSNorm if kind == "rmsnorm" else PeriLlamaLayerNorm)(24, learnable=False))
     assert facts.kind == ("rms" if kind == "rmsnorm" else "layer") and bool((facts.gain == 1).all())
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("mean", [True, False], ids=["rms", "l2"])
+def test_a_norm_with_one_gain_that_does_not_state_its_size(shape, mean):
+    """On one channel, x / |x| and x / sqrt(mean(x^2)) are the same."""
+
+    class OneGainNorm(nn.Module):
+        eps = 1e-6
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full(shape, 3.0))
+
+        def forward(self, x):
+            squares = x.square().mean(-1, keepdim=True) if mean else x.square().sum(-1, keepdim=True)
+            return self.weight * x * torch.rsqrt(squares + self.eps)
+
+    if mean:
+        assert norm_facts(OneGainNorm()).gain.tolist() == [3.0]
+        return
+    with pytest.raises(UserError, match="neither an RMSNorm nor a LayerNorm"):
+        norm_facts(OneGainNorm())
