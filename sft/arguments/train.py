@@ -47,5 +47,7 @@ def check(args: argparse.Namespace) -> None:
     read_yaml(args.config)
     if not args.model and not args.check_data and args.export_data is None:
         raise UsageError("--model: name at least one run or checkpoint folder")
+    if args.name is not None and (args.name in (".", "..") or Path(args.name).name != args.name):
+        raise UsageError(f"--name {args.name}: the name of a folder in each run, not a path")
     if args.show_labels is not None and args.show_labels < 1:
         raise UsageError(f"--show-labels must be at least 1, not {args.show_labels}")

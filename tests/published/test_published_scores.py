@@ -111,8 +111,8 @@ def test_smollm2_learns_from_lima(where, tmp_path):
     folder = tmp_path / "smollm2"
     folder.symlink_to(model_folder("smollm2"))
     changes = ["epochs=2", "batch_size=4", "micro_batch_size=2", "max_length=128", "learning_rate=2e-5"]
-    periln("sft", "--model", folder, "--set", f"data={tmp_path / 'lima.jsonl'}", *changes, "--name", tmp_path / "out")
-    lines = next((tmp_path / "out").rglob("metrics.jsonl")).read_text().splitlines()
+    periln("sft", "--model", folder, "--set", f"data={tmp_path / 'lima.jsonl'}", *changes, "--name", "lima")
+    lines = (tmp_path / "smollm2-lima" / "metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
     record("smollm2_sft", {"losses": losses})
     assert len(losses) == 20 and all(map(math.isfinite, losses))

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 from periln.runkit.checkpoints import damage_of
+from periln.runkit.errors import UsageError
 from periln.runkit.folder import RunFolder, weights_hash
 from periln.sft import train, trainer
+from periln.sft.arguments import train as arguments
 from periln.sft.conversations import CHAT_TEMPLATE, END_OF_TURN
 from periln.sft.recipe import Recipe
 from periln.sft.tokens import tokenize
@@ -317,3 +319,9 @@ def test_weights_that_are_not_the_models_are_refused(tmp_path):
     del model.model.final_norm
     with pytest.raises(train.UserError, match=r"does not fit the model .*unexpected \['model.final_norm.weight'\]"):
         load_weights(run.checkpoints()[-1], model)
+
+
+@pytest.mark.parametrize("name", ["a/b", "/tmp/out", "..", "."])
+def test_a_result_has_a_name_and_no_path(name):
+    with pytest.raises(UsageError, match="--name .*the name of a folder in each run, not a path"):
+        arguments.check(arguments.parse(["--model", "runs/x", "--name", name]))
