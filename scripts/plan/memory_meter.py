@@ -78,7 +78,7 @@ def measure_step(recipe: Recipe, config: PeriLlamaConfig, steps: int = 2) -> Mea
     recipe.device = "cpu"
     torch.manual_seed(recipe.seed)
     engine = Engine(recipe)
-    if isinstance(engine.half_products, HalfKernels):  # the same products with the same tensors, in sight of the counter
+    if isinstance(engine.half_products, HalfKernels):  # the same products, in sight of the counter
         engine.half_products = HalfMatmul()
     model = PeriLlamaForCausalLM(config)
     model.train()
