@@ -226,13 +226,6 @@ def smollm2_words() -> str:
             f"- `periln benchmarks` on the first {scores['limit']} items of the five tasks gives the scores of the "
             f"`lm_eval` command, equal in all {len(scores['rows'])} (acc: {rows})."
         )
-    if sft := maybe("smollm2_sft"):
-        losses = sft["losses"]
-        first, last = sum(losses[:10]) / 10, sum(losses[10:]) / 10
-        lines.append(
-            f"- `periln sft` in FP16 on the first 40 single-turn conversations of LIMA (128 tokens, batches of 4): "
-            f"{len(losses)} steps, mean loss {first:.3f} in the first epoch and {last:.3f} in the second."
-        )
     return "\n".join(lines) or "Not measured."
 
 

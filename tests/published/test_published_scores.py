@@ -1,14 +1,13 @@
 """The two published checkpoints through lm-eval's own command, on five tasks of a local Hub, and SFT on LIMA."""
 
 import json
-import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from doors import DATA, HUB, LIMIT, periln, record
+from doors import DATA, HUB, LIMIT, record
 from published_models import CACHE, ROOT, model_folder
 
 pytestmark = [pytest.mark.published, pytest.mark.slow]
@@ -102,18 +101,11 @@ def test_cured_gemma_scores_in_fp16_as_the_original_in_fp32(scored):
     assert rows["cured FP16"]["changed"] <= rows["original BF16"]["changed"]
 
 
-def test_smollm2_learns_from_lima(where, tmp_path):
-    """20 steps in FP16 on the first 40 of LIMA's single-turn conversations, twice."""
+def test_smollm2_is_not_fine_tuned_without_the_turns_tokens(where, tmp_path):
+    """Its vocabulary has ChatML's tokens. They are not taken for ours, and new ones are not added in silence."""
     run([sys.executable, "-m", "periln", "sft", "--export-data", tmp_path / "all.jsonl"], where)
-    rows = (tmp_path / "all.jsonl").read_text().splitlines()
-    assert len(rows) == 1000
-    (tmp_path / "lima.jsonl").write_text("\n".join(rows[:40]) + "\n")
-    folder = tmp_path / "smollm2"
-    folder.symlink_to(model_folder("smollm2"))
-    changes = ["epochs=2", "batch_size=4", "micro_batch_size=2", "max_length=128", "learning_rate=2e-5"]
-    periln("sft", "--model", folder, "--set", f"data={tmp_path / 'lima.jsonl'}", *changes, "--name", "lima")
-    lines = (tmp_path / "smollm2-lima" / "metrics.jsonl").read_text().splitlines()
-    losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
-    record("smollm2_sft", {"losses": losses})
-    assert len(losses) == 20 and all(map(math.isfinite, losses))
-    assert sum(losses[10:]) < sum(losses[:10])
+    assert len((tmp_path / "all.jsonl").read_text().splitlines()) == 1000
+    words = ["sft", "--model", model_folder("smollm2"), "--set", f"data={tmp_path / 'all.jsonl'}", "--name", "lima"]
+    done = subprocess.run([sys.executable, "-m", "periln", *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0
+    assert "has no token <|user|>, <|assistant|>, <|end_of_turn|> for conversations" in done.stderr
