@@ -126,5 +126,5 @@ LEFT_OUT = {  # by record: what `make test-published` measures too, where it was
     "bench_gemma3-fp16": "The quick bench of the cured Gemma 3.",
     "smollm2_margin": "SmolLM2's cure with `--margin 4`.",
     "smollm2_tasks": "SmolLM2's scores beside those of the `lm_eval` command.",
-    "smollm2_sft": "Fine-tuning SmolLM2 on LIMA: `periln sft` needs its own turns' tokens in the vocabulary, and refuses.",
+    "smollm2_sft": "Fine-tuning SmolLM2 on LIMA: `periln sft` needs its turns' tokens in the vocabulary, and refuses.",
 }
