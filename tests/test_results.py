@@ -7,28 +7,15 @@ from pathlib import Path
 import pytest
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
+PAGES = [page.stem for page in sorted(RESULTS.glob("*.md")) if (RESULTS / f"redraw_{page.stem}.py").exists()]
 
 
-PICTURES = {"redraw_demo"}  # it draws no page: tests/docs/test_demo_picture.py
-
-
-@pytest.mark.parametrize("name", sorted({path.stem for path in RESULTS.glob("redraw_*.py")} - PICTURES))
+@pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_what_its_script_draws_from_the_records(name, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(RESULTS), *sys.path])
-    spec = importlib.util.spec_from_file_location(name, RESULTS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"redraw_{name}", RESULTS / f"redraw_{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    page = RESULTS / f"{name.removeprefix('redraw_')}.md"
-    assert script.page() == page.read_text(), f"run docs/results/{name}.py"
+    page = RESULTS / f"{name}.md"
+    assert script.page() == page.read_text(), f"run docs/results/redraw_{name}.py"
     assert len(page.read_text()) > 2000
-
-
-def test_the_cure_is_described_only_where_all_groups_but_the_final_norm_share_a_power_of_two(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(RESULTS), *sys.path])
-    spec = importlib.util.spec_from_file_location("redraw_published", RESULTS / "redraw_published.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    said = script.scaled({"final": 3, "stream": -3, "model.layers.0.mlp.output": -3})
-    assert said.startswith("It scales 2 groups of tensors by 2^-3") and "2^3" in said and "by 2^-6." in said
-    with pytest.raises(SystemExit, match="no words"):
-        script.scaled({"final": 3, "stream": -3, "model.layers.0.mlp.output": -1})
