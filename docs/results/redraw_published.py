@@ -212,7 +212,7 @@ def smollm2_words() -> str:
         moved = sorted(set(margin["exponents"].values()))
         lines.append(
             f"- `periln cure smollm2 smollm2-fp16 --margin 4` scales {len(margin['exponents'])} groups by "
-            f"2^{' or 2^'.join(map(str, moved))}, so that every tensor has four bits to spare. FP32 logits differ by "
+            f"2^{' or 2^'.join(map(str, moved))}, to leave every tensor four bits. FP32 logits differ by "
             f"{margin['fp32']['largest_difference']:.3g} of {margin['fp32']['largest_logit']:.3g}."
         )
     if ways := maybe("smollm2_conversion"):
