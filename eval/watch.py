@@ -81,9 +81,12 @@ class Held:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir()
         try:
+            folder = path.stat().st_ino
             for file in path.iterdir():
                 if file.is_file():  # the trainer's state, a folder, is not needed
                     _link(file, half / file.name)
+            if path.stat().st_ino != folder:  # what is removed is renamed first: only a folder that stayed was whole
+                raise FileNotFoundError(path)
             half.rename(self.folder / path.name)
         except FileNotFoundError:  # removed meanwhile
             shutil.rmtree(half)

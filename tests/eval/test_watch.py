@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,25 @@ def test_every_second_checkpoint_and_the_last_are_scored_and_a_stopped_watch_goe
     assert record["evaluated"]["path"] == "checkpoints/step_00000009"
     assert call(trained.path, "--every", 1, *TASKS) == 0
     assert steps_scored(trained) == [3, 6, 9]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "written again"])
+def test_a_checkpoint_that_is_removed_while_it_is_linked_is_not_held(trained, monkeypatch, again):
+    held, real, removed = watch.Held(trained, lambda step: step == 6, set()), watch._link, []
+    held.folder.mkdir(parents=True)
+
+    def link_and_remove(file, to):
+        real(file, to)
+        if not removed:
+            removed.append(file)
+            copy = shutil.copytree(file.parent, trained.path / "copy")
+            remove_checkpoint(file.parent)
+            if again:
+                copy.rename(file.parent)
+
+    monkeypatch.setattr(watch, "_link", link_and_remove)
+    held.look()
+    assert removed and held.next() is None and not list(held.folder.iterdir())
 
 
 def test_a_checkpoint_that_went_unseen_is_named_at_the_end(trained, capsys):
