@@ -21,12 +21,13 @@ SHARE = 0.25  # of the free memory, for two copies of a batch's logits
 class ContinuationLM(HFLM):
     """HFLM whose log-likelihoods are HFLM's bit for bit, in less time and memory.
 
-    HFLM takes the log-softmax of every position of a batch, context and padding too, and reads a few of them. Its rows
-    are independent, so here it is taken only of those few. Batches are HFLM's own (its Collator: sorted by
-    length, requests that differ in their last token together), and so is everything but `loglikelihood` and two things.
-    A whole text follows what begins a document once: HFLM puts it there twice, and scores the second. A text that
-    spells control tokens gets none of them: HFLM reads them as tokens, and puts nothing before a text that spells what
-    begins a document.
+    HFLM takes the log-softmax of every position of a batch, context and padding too, and reads a few of them. Its
+    rows are independent, so here it is taken only of those few. Batches are HFLM's own (its Collator: sorted by
+    length, requests that differ in their last token together), and so is everything but `loglikelihood` and three
+    things. Requests of the same tokens that are cut into context and answer at different places are scored apart:
+    HFLM reads the logits of one at the places of the other. A whole text follows what begins a document once: HFLM
+    puts it there twice, and scores the second. A text that spells control tokens gets none of them: HFLM reads them
+    as tokens, and puts nothing before a text that spells what begins a document.
     """
 
     @cached_property
@@ -66,6 +67,14 @@ class ContinuationLM(HFLM):
     ) -> list[tuple[float, bool]]:
         if self.backend != "causal":
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        if apart := self._cut_elsewhere(requests):
+            both: list[Any] = [None] * len(requests)
+            for numbers in ([i for i in range(len(requests)) if i not in apart], sorted(apart)):
+                part = [requests[i] for i in numbers]
+                found = ContinuationLM._loglikelihood_tokens(self, part, disable_tqdm, override_bs)
+                for i, answer in zip(numbers, found, strict=True):
+                    both[i] = answer
+            return both
 
         def longest_first(request: Request) -> tuple[int, tuple[int, ...]]:
             ids = request[1] + request[2]
@@ -88,6 +97,16 @@ class ContinuationLM(HFLM):
             bar.update(len(found))
         bar.close()
         return collator.get_original(answers)
+
+    @staticmethod
+    def _cut_elsewhere(requests: list[Request]) -> set[int]:
+        """Requests whose tokens, but the last, an earlier one has too, with an answer of another length."""
+        lengths: dict[tuple[int, ...], int] = {}
+        return {
+            i
+            for i, (_, context, answer) in enumerate(requests)
+            if lengths.setdefault((*context, *answer[:-1]), len(answer)) != len(answer)
+        }
 
     def _batches(self, collator: Collator, requests: list[Request], override_bs: int | None) -> Any:
         """Batches of a fixed size, or with `auto` of the size that the longest of these requests allows."""

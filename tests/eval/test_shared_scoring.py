@@ -89,6 +89,20 @@ def test_the_model_reads_the_shared_tokens_once(monkeypatch):
     assert sees[9].tolist() == [True] * 8 + [False, True, False, False]
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_same_tokens_cut_at_different_places_are_scored_apart(reverse):
+    """The plain way: HFLM reads the logits of one request at the places of the other."""
+    model, ids = llama(), [5, 9, 7, 11, 6, 8]
+    cuts = [(ids[:4], ids[4:]), (ids[:5], [12]), (ids[:2], [*ids[2:5], 13]), (ids[:5], [14]), ([3, 4], [5])]
+    requests = [(("", ""), context, answer) for context, answer in (cuts[::-1] if reverse else cuts)]
+    plain, _ = both(model)
+    found = plain._loglikelihood_tokens(requests, disable_tqdm=True)
+    for (_, context, answer), (value, greedy) in zip(requests, found, strict=True):
+        logs = model(torch.tensor([[*context, *answer]])).logits.log_softmax(-1)[0, len(context) - 1 : -1]
+        assert value == pytest.approx(sum(logs[i, t].item() for i, t in enumerate(answer)), abs=1e-4)
+        assert greedy == (logs.argmax(-1).tolist() == answer)
+
+
 def test_two_questions_in_a_row_see_nothing_of_each_other():
     questions = rows_of(
         [([1, 2, 3, 4, 5, 10 + i], 1) for i in range(2)] + [([6, 7, 8, 9, 9, 9, 20 + i], 2) for i in range(3)]
