@@ -71,9 +71,9 @@ class ContinuationLM(HFLM):
             both: list[Any] = [None] * len(requests)
             for numbers in ([i for i in range(len(requests)) if i not in apart], sorted(apart)):
                 part = [requests[i] for i in numbers]
-                found = ContinuationLM._loglikelihood_tokens(self, part, disable_tqdm, override_bs)
-                for i, answer in zip(numbers, found, strict=True):
-                    both[i] = answer
+                scored = ContinuationLM._loglikelihood_tokens(self, part, disable_tqdm, override_bs)
+                for i, one in zip(numbers, scored, strict=True):
+                    both[i] = one
             return both
 
         def longest_first(request: Request) -> tuple[int, tuple[int, ...]]:
