@@ -43,8 +43,9 @@ class _Divergence(torch.autograd.Function):
             entropy += nn.functional.nll_loss(student, target, reduction="sum")
             teacher = gradient.log_softmax(-1)
             gradient.copy_(teacher).exp_()
-            divergence += gradient.flatten() @ teacher.sub_(student).flatten()
+            divergence += teacher.sub_(student).mul_(gradient).sum()  # a dot product would be autocast to half
             torch.sub(student.exp_(), gradient, out=gradient)
+            del student, teacher  # before the next sequence's are made
         ctx.gradient, ctx.dtype = wanted, logits.dtype
         ctx.mark_non_differentiable(entropy)
         return divergence, entropy
@@ -89,8 +90,8 @@ class Teacher:
         targets, items = arguments["shift_labels"], arguments["num_items_in_batch"]
         logits = prepared(**inputs).logits
         with torch.no_grad():
-            taught = self.model(**inputs).logits
-        divergence, entropy = _Divergence.apply(logits, taught.float(), targets)
+            wanted = self.model(**inputs).logits.float()
+        divergence, entropy = _Divergence.apply(logits, wanted, targets)
         divergence = divergence / items
         self._sum += divergence.detach()
         return divergence, entropy / items
