@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from modeling_periln import PeriLlamaForCausalLM
 from modeling_periln.convert import from_native
 from periln.eval.arguments.retrofit import check, parse
+from periln.eval.retrofit import picture
 from periln.eval.retrofit.command import main
 from periln.eval.scoring.harness import Benchmarks, Settings
 from periln.eval.targets import find_target
@@ -86,6 +87,18 @@ def test_headroom_and_massive_activations_are_those_of_the_largest_value(tmp_pat
     assert peri["massive_activations"][0]["layer"] == 2
     assert peri["formats"][0]["rise_share"] is None
     assert "not finite" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_figures_axis_holds_the_stream_and_fp16s_largest_number(monkeypatch):
+    records = [{"name": name, "loss": 1.0, "kl": 0.1, "formats": []} for name in ("source", "peri")]
+    figures = []
+    monkeypatch.setattr(picture, "image_bytes", lambda figure: figures.append(figure) or b"")
+    picture.draw(records, [[1.0, 100.0, 2e4], [1.0, 10.0, 30.0]])
+    stream = figures[0].axes[1]
+    assert stream.lines[-1].get_ydata()[0] == 65504
+    assert stream.get_ylim()[0] < 1 and stream.get_ylim()[1] > 65504
+    figures[0].canvas.draw()
+    assert sum("10^{" in label.get_text() for label in stream.get_yticklabels()) >= 4
 
 
 def test_the_tasks_are_lm_evals_for_each_model(tmp_path):
