@@ -29,7 +29,7 @@ def largest_in(x: torch.Tensor | None) -> float:
     if x is None or not x.numel():
         return 0.0
     low, high = (bound.item() for bound in x.detach().aminmax())
-    return math.nan if math.isnan(low) else max(-low, high)
+    return math.nan if math.isnan(low) else max(0.0, -low, high)
 
 
 def is_finite(x: torch.Tensor | None) -> bool:
@@ -81,7 +81,7 @@ class _Watch:
 
 
 class Overflow(Exception):
-    """Ends a forward pass once its answer is known."""
+    """Ends a pass once its answer is known."""
 
 
 class FirstForward(_Watch):
@@ -112,6 +112,8 @@ class FirstForward(_Watch):
 class FirstBackward(_Watch):
     """A context manager around forward and backward passes; `first` as above, of gradients.
 
+    The backward pass ends there, with `Overflow`.
+
     A module is named when the gradient of its output was finite and that of its input, or of a weight, is not; a point
     of the stream when the sum of the gradients that reach it is not. With `exact=False`, for models that change module
     outputs in place, a module is named by the gradient of its output alone.
@@ -123,14 +125,16 @@ class FirstBackward(_Watch):
         self.largest = 0.0  # of all gradients seen, while they were finite
 
     def _overflows(self, *grads: torch.Tensor | None) -> bool:
-        """Whether one of these gradients is the first that is not finite."""
-        if self.first is not None:
-            return False
+        """Whether one of these gradients is not finite."""
         for grad in grads:
             if not math.isfinite(largest := largest_in(grad)):
                 return True
             self.largest = max(self.largest, largest)
         return False
+
+    def end(self, found: NonFinite) -> None:
+        self.first = found
+        raise Overflow
 
     def __enter__(self) -> "FirstBackward":
         model = self.anatomy.model
@@ -141,12 +145,12 @@ class FirstBackward(_Watch):
             def before(m: nn.Module, grads: tuple, name=name) -> None:
                 if self._overflows(*grads):
                     _, said, layer = self.words[name, "output"]
-                    self.first = NonFinite(name, "gradient", f"the gradient of {said}", layer)
+                    self.end(NonFinite(name, "gradient", f"the gradient of {said}", layer))
 
             def after(m: nn.Module, grad_input: tuple, grad_output: tuple, name=name) -> None:
                 if self._overflows(*grad_input):
                     said = f"the gradient that {name} hands to its input"
-                    self.first = NonFinite(name, "gradient", said, self.words[name, "output"][2])
+                    self.end(NonFinite(name, "gradient", said, self.words[name, "output"][2]))
 
             if self.exact:
                 self._handles.append(module.register_full_backward_pre_hook(before))
@@ -171,14 +175,13 @@ class FirstBackward(_Watch):
     def _weight(self, name: str, grad: torch.Tensor) -> None:
         if self._overflows(grad):
             module = name.rpartition(".")[0]
-            self.first = NonFinite(
-                module, "weight", f"the gradient of the weight {name}", self.words[module, "output"][2]
-            )
+            said, layer = f"the gradient of the weight {name}", self.words[module, "output"][2]
+            self.end(NonFinite(module, "weight", said, layer))
 
     def _stream(self, found: NonFinite, x: torch.Tensor) -> None:
         def see(grad: torch.Tensor) -> None:
             if self._overflows(grad):
-                self.first = found
+                self.end(found)
 
         if x is not None and x.requires_grad:
             x.register_hook(see)

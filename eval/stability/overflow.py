@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -55,8 +55,27 @@ def half_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
     return copied, to_half(copied)
 
 
+@dataclass
+class _Graph:
+    """A forward pass that backward passes start from: the watch over its gradients, its logits, and their loss."""
+
+    watch: FirstBackward
+    logits: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+
+    def loss_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Nats a token of the batch `ids`; computed once."""
+        if self.loss is None:
+            assert self.logits is not None
+            self.loss = token_loss(self.logits, ids) / ids[:, 1:].numel()
+        return self.loss
+
+
 class HalfPasses:
-    """Forward and backward passes of a model in FP16 over batches (ids (B, S)); one forward pass serves all scales.
+    """Forward and backward passes of a model in FP16 over batches (ids (B, S)); what was run once is not run again.
+
+    One forward pass of a batch serves the scales of a call of `backward`; where there is a single batch, the pass of
+    `forward` serves them all, and its graph is held until `close`.
 
     `weights`: those that FP16 cannot hold; `logits` (B, S, V) in FP32: of the first batch, once `forward` is done.
     """
@@ -72,62 +91,98 @@ class HalfPasses:
             self.half, self.weights = anatomy.model, to_half(anatomy.model)
         else:
             self.half, self.weights = half_copy(anatomy.model)
-            anatomy = _moved(anatomy, self.half, dict(self.half.named_modules()))
+            anatomy = moved(anatomy, self.half)
         self.half.requires_grad_(True)
         self.anatomy, self.batches, self.tell = anatomy, batches, tell
         self.exact = True
         self.largest: dict[float, float] = {}
         self.logits: torch.Tensor | None = None
+        self._first: NonFinite | None = None
+        self._graph: _Graph | None = None
+        self._tried: dict[float, NonFinite | None] = {}
 
     def _numerics(self) -> Any:
         return half_products() if next(self.half.parameters()).device.type == "cpu" else nullcontext()
 
+    def _exactly(self, passes: Callable[[], Any]) -> Any:
+        """The result of `passes`, watched less exactly where the model changes module outputs in place."""
+        with self._numerics():
+            try:
+                return passes()
+            except RuntimeError as error:
+                if "modified inplace" not in str(error):
+                    raise
+                self.exact = False
+                self.close()
+                return passes()
+
     def forward(self) -> NonFinite | None:
         """The first that is not finite in the forward passes."""
-        with self._numerics(), torch.no_grad(), FirstForward(self.anatomy) as watch:
+        if self.logits is None and self._first is None:
+            self._first = self._exactly(self._forward)
+        return self._first
+
+    def _forward(self) -> NonFinite | None:
+        with FirstForward(self.anatomy) as watch:
             for ids in self.batches:
                 try:
-                    logits = self.half(input_ids=ids, use_cache=False).logits
+                    logits = self._with_graph(ids) if len(self.batches) == 1 else self._without(ids)
                 except Overflow:
+                    self.close()
                     break
                 if self.logits is None:
-                    self.logits = logits.float().cpu()
+                    self.logits = logits.detach().float().cpu()
                 self.tell()
         return watch.first
+
+    @torch.no_grad()
+    def _without(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.half(input_ids=ids, use_cache=False).logits
+
+    def _with_graph(self, ids: torch.Tensor) -> torch.Tensor:
+        self._graph = _Graph(FirstBackward(self.anatomy, self.exact).__enter__())
+        logits: torch.Tensor = self.half(input_ids=ids, use_cache=False).logits
+        self._graph.logits = logits
+        return logits
+
+    def close(self) -> None:
+        """Let go of the graph of a forward pass, and of the watch over its gradients."""
+        if self._graph is not None:
+            self._graph.watch.__exit__()
+            self._graph = None
 
     def backward(self, *scales: float) -> list[NonFinite | None]:
         """The first gradient that is not finite at each of the scales; one forward pass a batch serves them all.
 
         The largest gradient seen goes into `largest`, for scales at which all are finite.
         """
-        with self._numerics():
-            try:
-                return self._backward(scales)
-            except RuntimeError as error:
-                if "modified inplace" not in str(error):
-                    raise
-                self.exact = False
-                return self._backward(scales)
+        new = tuple(dict.fromkeys(scale for scale in scales if scale not in self._tried))
+        if new:
+            self._tried |= self._exactly(lambda: self._backward(new))
+        return [self._tried[scale] for scale in scales]
 
-    def _backward(self, scales: tuple[float, ...]) -> list[NonFinite | None]:
+    def _backward(self, scales: tuple[float, ...]) -> dict[float, NonFinite | None]:
         largest = dict.fromkeys(scales, 0.0)
-        found: dict[float, NonFinite] = {}
+        found: dict[float, NonFinite | None] = {}
         for ids in self.batches:
-            left = [scale for scale in scales if scale not in found]
-            if not left:
-                break
-            with FirstBackward(self.anatomy, self.exact) as watch:
-                loss = token_loss(self.half(input_ids=ids, use_cache=False).logits, ids) / ids[:, 1:].numel()
-                for scale in left:
-                    watch.first, watch.largest = None, 0.0
-                    (loss * scale).backward(retain_graph=scale != left[-1])
-                    self.half.zero_grad(set_to_none=True)
-                    largest[scale] = max(largest[scale], watch.largest)
-                    if watch.first is not None:
-                        found[scale] = watch.first
-                    self.tell()
+            for scale in (left := [scale for scale in scales if scale not in found]):
+                if self._graph is None:
+                    self._with_graph(ids)
+                assert self._graph is not None
+                watch, loss = self._graph.watch, self._graph.loss_of(ids)
+                watch.first, watch.largest = None, 0.0
+                last = scale == left[-1] and len(self.batches) > 1
+                try:
+                    (loss * scale).backward(retain_graph=not last)
+                except Overflow:
+                    found[scale] = watch.first
+                self.half.zero_grad(set_to_none=True)
+                largest[scale] = max(largest[scale], watch.largest)
+                if last or scale in found:  # a pass that ended early leaves its graph as it was then
+                    self.close()
+                self.tell()
         self.largest |= {scale: value for scale, value in largest.items() if scale not in found}
-        return [found.get(scale) for scale in scales]
+        return {scale: found.get(scale) for scale in scales}
 
     def largest_scale(self) -> tuple[float | None, NonFinite | None]:
         """The largest 2^k, k from -8 to 16, with finite gradients, and what overflows at twice it (None beyond 2^16).
@@ -185,6 +240,7 @@ def first_non_finite(
         backward = passes.backward(loss_scale)[0]
         if scales:
             scale, beyond = passes.largest_scale()
+    passes.close()
     return found_words(forward, backward, loss_scale, passes.weights) | {
         "largest_finite_loss_scale": scale,
         "backward_beyond": None if beyond is None else asdict(beyond),
@@ -206,8 +262,9 @@ def found_words(
     }
 
 
-def _moved(anatomy: Anatomy, model: nn.Module, modules: dict[str, nn.Module]) -> Anatomy:
+def moved(anatomy: Anatomy, model: nn.Module) -> Anatomy:
     """The anatomy of a copy of the model."""
+    modules = dict(model.named_modules())
 
     def move(value: Any) -> Any:
         if is_dataclass(value):
@@ -220,7 +277,7 @@ def _moved(anatomy: Anatomy, model: nn.Module, modules: dict[str, nn.Module]) ->
         return value
 
     layers = tuple((name, modules[name]) for name, _ in anatomy.layers)
-    moved = move(replace(anatomy, model=None, embedding=None, lm_head=None, layers=()))
+    rest = move(replace(anatomy, model=None, embedding=None, lm_head=None, layers=()))
     return replace(
-        moved, model=model, embedding=modules[anatomy.embedding_name], lm_head=modules[anatomy.head_name], layers=layers
+        rest, model=model, embedding=modules[anatomy.embedding_name], lm_head=modules[anatomy.head_name], layers=layers
     )
