@@ -17,7 +17,7 @@ from periln.eval.fp16.peaks import Peak, measure_peaks
 from periln.eval.fp16.rewrite import apply
 from periln.eval.stability.non_finite import largest_in
 from periln.eval.stability.overflow import HalfPasses, first_non_finite, found_words, moved
-from periln.eval.stability.plan import Part, Plan
+from periln.eval.stability.plan import PROCESS, Part, Plan
 from periln.eval.structure.anatomy import Anatomy, find_anatomy
 from periln.runkit.errors import UserError
 from periln.runkit.number_format import FP16
@@ -113,7 +113,7 @@ def cure(
     if not plan.moved:
         _nothing_to_move(before, wish, anatomy, batches)
         return record, ids, reference
-    rounded = rounded_weights_logits(model, ids)
+    rounded = _difference(rounded_weights_logits(model, ids), reference)
     epsilon = apply(model, layout, plan)
     passes = passes or HalfPasses(anatomy, batches)
     passes.tell = lambda: checking.done(1 / 4)
@@ -127,7 +127,7 @@ def cure(
     differences = {
         "largest_logit": largest,
         "fp32": _difference(logits_of(model, ids), reference),
-        "weights_rounded_to_fp16_before": _difference(rounded, reference),
+        "weights_rounded_to_fp16_before": rounded,
         "weights_rounded_to_fp16": _difference(rounded_weights_logits(model, ids), reference),
         "fp16_pass": _difference(logits, reference),
     }
@@ -165,14 +165,13 @@ def _better(
         return plans[0], None
     trials = [_Trial(anatomy, layout, plan, batches, reference) for plan in plans]
     first, second = trials
-    if first.error > 2 * second.error:  # the second, unless it alone is not finite
-        best = second if second.finite(wish, backward) or not first.finite(wish, backward) else first
-    else:
-        best = first if first.finite(wish, backward) or not second.finite(wish, backward) else second
-    for trial in trials:
-        if trial is not best:
-            trial.passes.close()
-    return best.plan, best.passes
+    near, other = (second, first) if first.error > 2 * second.error else (first, second)
+    other.passes.close()  # its graph takes memory, and is seldom needed
+    if near.finite(wish, backward) or not other.finite(wish, backward):
+        other.passes.close()
+        return near.plan, near.passes
+    near.passes.close()
+    return other.plan, other.passes
 
 
 class _Trial:
@@ -195,10 +194,10 @@ class _Trial:
 
 
 def _memory(anatomy: Anatomy, tokens: int, gradients: bool) -> int:
-    """Bytes at the peak: the weights with their gradients, or with a copy in FP32 and two in FP16 of them."""
+    """Bytes at the peak: the process, the weights with their gradients, or with a copy in FP32 and two in FP16 of them."""
     weights = sum(p.numel() * 4 for p in anatomy.model.parameters())
     logits = 4 * tokens * anatomy.lm_head.weight.shape[0]
-    return max(2 if gradients else 1, 3) * weights + 4 * logits
+    return PROCESS + max(2 if gradients else 1, 3) * weights + 4 * logits
 
 
 def _hardest(peaks: list[Peak], batches: list[torch.Tensor], count: int | None) -> list[torch.Tensor]:
