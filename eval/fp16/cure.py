@@ -194,7 +194,7 @@ class _Trial:
 
 
 def _memory(anatomy: Anatomy, tokens: int, gradients: bool) -> int:
-    """Bytes at the peak: the process, the weights with their gradients, or with a copy in FP32 and two in FP16 of them."""
+    """Bytes at the peak: the process, the weights, and their gradients or a copy in FP32 and two in FP16 of them."""
     weights = sum(p.numel() * 4 for p in anatomy.model.parameters())
     logits = 4 * tokens * anatomy.lm_head.weight.shape[0]
     return PROCESS + max(2 if gradients else 1, 3) * weights + 4 * logits
