@@ -197,7 +197,7 @@ def _memory(anatomy: Anatomy, tokens: int, gradients: bool) -> int:
     """Bytes at the peak: the process, the weights, and their gradients or a copy in FP32 and two in FP16 of them."""
     weights = sum(p.numel() * 4 for p in anatomy.model.parameters())
     logits = 4 * tokens * anatomy.lm_head.weight.shape[0]
-    return PROCESS + max(2 if gradients else 1, 3) * weights + 4 * logits
+    return PROCESS + max(2 if gradients else 1, 3) * weights + 5 * logits
 
 
 def _hardest(peaks: list[Peak], batches: list[torch.Tensor], count: int | None) -> list[torch.Tensor]:
