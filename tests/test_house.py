@@ -50,7 +50,7 @@ FLOORS = {
     },
     "eval.retrofit": {
         *("runkit", "eval.arguments", "eval.structure", "eval.texts", "eval.targets", "eval.stability"),
-        *("eval.text_table", "eval.figures", "eval.formats"),
+        *("eval.text_table", "eval.figures", "eval.formats", "eval.scoring"),
     },
     "scripts.gpus": set(),
     "scripts.costs": {"modeling_periln"},
