@@ -31,6 +31,7 @@ ran.
 Its peaks come from {samples} samples of {tokens} tokens of WikiText-2's validation split, and
 nothing below is measured on that text. The stream's largest value was {peak:.3g} there and is {after:.3g} afterwards,
 {headroom:.1f} bits below 65504.
+{cure_time}
 
 ## Before and after
 
