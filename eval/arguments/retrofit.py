@@ -6,6 +6,7 @@ from pathlib import Path
 from periln.eval.arguments.shared import (
     check_data,
     check_least,
+    check_limit,
     check_model,
     check_new_folder,
     check_tokenizer,
@@ -64,6 +65,7 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(f"--rows has no {name!r}{near}: it has such as {', '.join(USUAL)}")
     if args.tasks is not None:
         task_names(args.tasks)
+        check_limit(args.limit)
     elif args.limit is not None:
         raise UsageError("--limit is of --tasks, which was left out")
     check_data(args.data)

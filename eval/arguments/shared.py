@@ -67,10 +67,15 @@ def add_model_options(parser: argparse.ArgumentParser, more: argparse._ArgumentG
     more.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as saved")
 
 
+def check_limit(limit: float | None) -> None:
+    """Refuse a `--limit` that is neither a number of items nor a share of them."""
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit % 1 == 0)):
+        raise UsageError(f"limit must be at least 1 item a task, or a share of them below 1, not {limit:g}")
+
+
 def check_settings(args: argparse.Namespace) -> None:
     """Refuse an impossible value of `add_settings`; names it."""
-    if args.limit is not None and (args.limit <= 0 or (args.limit >= 1 and args.limit != int(args.limit))):
-        raise UsageError(f"limit must be at least 1 item a task, or a share of them below 1, not {args.limit:g}")
+    check_limit(args.limit)
     if args.num_fewshot < 0:
         raise UsageError(f"num_fewshot must be at least 0, not {args.num_fewshot}")
     if isinstance(size := batch_size(str(args.batch_size)), int) and size < 1:

@@ -129,6 +129,10 @@ def test_the_tasks_are_lm_evals_for_each_model(tmp_path):
 def test_what_it_refuses(tmp_path, folder):
     with pytest.raises(UsageError, match="--limit is of --tasks"):
         run(folder, tmp_path / "out", "--limit", "4")
+    for limit in ("0", "-1", "1.5", "nan", "inf"):  # before anything is loaded
+        words = [str(folder / "llama"), str(folder / "peri"), "--out", str(tmp_path / "out"), "--tasks", "mini_piqa"]
+        with pytest.raises(UsageError, match="limit must be at least 1 item a task, or a share of them below 1"):
+            check(parse([*words, f"--limit={limit}"]))
     with pytest.raises(UsageError, match="no tokenizer"):
         run(folder, tmp_path / "out", "--tasks", "mini_piqa")
     with pytest.raises(UsageError, match="--rows has no 'stream: FP17' .did you mean 'stream: FP16'"):
