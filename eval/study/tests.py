@@ -276,7 +276,7 @@ def half_rates(results: Results, part: Part) -> Outcome:
     lines = tuple(
         f"{of[0]['variant']}: 10^{fit.value:.2f} [10^{fit.low:.2f}, 10^{fit.high:.2f}] of {fit.n} runs"
         for of, fit in zip(cells, fits, strict=True)
-        if of
+        if estimate.n
     )
     return Outcome(estimate, _side(estimate, 1), "decades of the rate", _seeds(cells[0] + cells[1]), lines)
 

@@ -8,8 +8,8 @@ from study_records import CLAIMS, make
 from periln.eval.arguments.study import parse
 from periln.eval.study import command
 from periln.eval.study.page import effect
-from periln.eval.study.tests import Results, less
-from periln.eval.study.verdicts import PartVerdict, judge
+from periln.eval.study.tests import Results, half_rates, less
+from periln.eval.study.verdicts import PartVerdict, _needed, judge
 from periln.runkit.errors import UserError
 from periln.runkit.recipes import read_yaml
 from periln.runkit.studies import CELLS, best_rates
@@ -76,6 +76,13 @@ def test_pairs_that_diverged_are_not_called_missing(study):
     found = less(Results(list(results.values()), {}), part)
     assert found.estimate.n == 0
     assert effect(PartVerdict("", "undecided", found, 1.0)).startswith(f"{seeds} of {seeds} runs of pre diverged")
+
+
+def test_a_scan_that_was_not_run_is_not_said_to_have_diverged(study):
+    rows = [row for row in study.results().values() if row["group"] == "E2" and row["variant"] == "peri"]
+    found = half_rates(Results(rows, {}), {"a": {"variant": "peri"}, "b": {"variant": "pre"}})
+    assert len(rows) > 3 and found.estimate.n == 0
+    assert effect(PartVerdict("", "undecided", found, 1.0)) == "no runs yet" and _needed(found) == "no run of it yet"
 
 
 def test_one_counterexample_contradicts_never(study, tmp_path):
