@@ -80,7 +80,7 @@ def choose(
 
 def _classes(layout: Layout, uniform: bool) -> dict[str, tuple[str, int]]:
     """The class of every group, and the sign of its exponent in it."""
-    classes = {g: (g, 1) for g in layout.groups}
+    classes = {g: (g, 1) for g in sorted(layout.groups)}
     if uniform:
         readers = {n.reads for n in layout.norms}
         if FIXED in readers:
@@ -115,7 +115,7 @@ def _choose(
     _balance(layout, exponents, tight)
     _for_weights(exponents, classes, tight, [p for p in peaks if p.reads], margin, loss_scale)
     reasons = {name: _words(tight[name], e, loss_scale) for name, e in chosen.items() if e}
-    stuck = [g for g in layout.behind_norms if exponents[g]]
+    stuck = [g for g in sorted(layout.behind_norms) if exponents[g]]
     if stuck and not scale_sums:
         why = reasons.get(classes[stuck[0]][0], "")
         raise NoExactRewrite(

@@ -15,7 +15,7 @@ from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from periln.eval.fp16 import __main__ as command
 from periln.eval.fp16 import peaks
 from periln.eval.fp16.cure import Wish, cure, logits_of
-from periln.eval.fp16.exponents import NoExactRewrite, Plan
+from periln.eval.fp16.exponents import NoExactRewrite, Plan, choose
 from periln.eval.fp16.families import SLOTS
 from periln.eval.fp16.layout import FIXED, find_layout
 from periln.eval.fp16.rewrite import apply
@@ -474,3 +474,16 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind_by_a_refusal(tmp_path
     monkeypatch.setattr(command, "logits_of", lambda model, ids: logits_of(model, ids) + 1.0)
     assert refused(tmp_path / "wild", tmp_path / "out") == 1 and "removed" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "tame", "wild"]
+
+
+def test_a_refusal_does_not_depend_on_the_order_of_a_set(monkeypatch):
+    """Strings hash differently in every process. Here several groups have peaks that no power of two fits."""
+    layout, said = find_layout(find_anatomy(build("peri_llama:peri"))), []
+    found = [peaks.Peak(group, group, 2.0**20, 2.0**-2) for group in sorted(layout.groups - {FIXED})]
+    groups = sorted(layout.groups)
+    for order in (groups, groups[::-1]):
+        monkeypatch.setattr(type(layout), "groups", order)
+        with pytest.raises(NoExactRewrite) as refused:
+            choose(layout, found, 2.0, 2.0**16, False, True)
+        said.append(str(refused.value))
+    assert said[0] == said[1]
