@@ -180,7 +180,7 @@ weights alone, for any input. FP16 ends at 65504.
   {above_source}. At 0.1 none is above it, and the model is lost.
 - **The bound is the stream's.** What a branch computes before its output norm keeps the source's bound, since its
   matrices are the source's.
-- `peri` and `output` without softening are no better than `sandwich`: {peri:.1f} and {output:.1f}. With
+- `peri` and `output` without softening are little better than `sandwich`: {peri:.1f} and {output:.1f}. With
   `--soften 10` `peri` ends at {peri10:.2f}. `output`, which also loses its input norms, ends at {output10:.1f}, worse
   than without; why was not looked into.
 
@@ -223,10 +223,10 @@ AROUND = """On {samples} windows of {tokens} tokens of WikiText-2's test split:
 
 ![Loss above the source's, the stream over depth, and what formats cost](records/retrofit/smollm2.png)
 
-A hard norm takes the massive activation out of the stream, but it is still in the MLP's output before its norm, which
-FP16 has to hold too. Softened norms keep it where it was, with its headroom and its costs in INT8: the model computes
-the same function, within a bound that it did not have before. With the five layers kept and hard norms elsewhere the
-activation is {smaller:.1f} times smaller, FP16 has {more_bits:.1f} bits more, and INT8 costs a little less; the price
+Hard norms leave a massive activation in the stream that is {hard:.0f} times smaller, but the MLP's output before its
+norm has {branch:.1e}, and FP16 has to hold that too. Softened norms keep it where it was, with its headroom and about its
+costs in INT8: the model computes nearly the same function, within a bound that it did not have before. With the five
+layers kept and hard norms elsewhere the activation is {smaller:.1f} times smaller, FP16 has {more_bits:.1f} bits more, and INT8 costs a little less; the price
 is {price:.2f} nats, which healing would have to give back. The columns of formats are shares of each model's own
 loss, and say nothing of a model that is worse than chance."""
 HEALED = """A smaller Pre-LN model (3 layers, 64 channels, tied head, {source_tokens} thousand tokens, peak rate 0.004)
@@ -301,11 +301,13 @@ def seeds_table() -> str:
 def around() -> str:
     """What became of SmolLM2, on other text."""
     report = read("smollm2-report")
-    source, kept = (next(m for m in report["models"] if m["name"] == name) for name in ("smollm2", "sandwich-keep"))
-    largest = [max(m["largest"]["value"] for m in model["massive_activations"]) for model in (source, kept)]
+    names = ("smollm2", "sandwich-keep", "sandwich")
+    source, kept, hard = (next(m for m in report["models"] if m["name"] == name) for name in names)
+    largest = [max(m["largest"]["value"] for m in model["massive_activations"]) for model in (source, kept, hard)]
     numbers = {
         **report["samples"],
         "smaller": largest[0] / largest[1],
+        **{"hard": largest[0] / largest[2], "branch": hard["largest"]["value"]},
         "more_bits": kept["largest"]["headroom_bits"] - source["largest"]["headroom_bits"],
         "price": kept["loss"] - source["loss"],
     }
