@@ -224,11 +224,11 @@ AROUND = """On {samples} windows of {tokens} tokens of WikiText-2's test split:
 ![Loss above the source's, the stream over depth, and what formats cost](records/retrofit/smollm2.png)
 
 Hard norms leave a massive activation in the stream that is {hard:.0f} times smaller, but the MLP's output before its
-norm has {branch:.1e}, and FP16 has to hold that too. Softened norms keep it where it was, with its headroom and about its
-costs in INT8: the model computes nearly the same function, within a bound that it did not have before. With the five
-layers kept and hard norms elsewhere the activation is {smaller:.1f} times smaller, FP16 has {more_bits:.1f} bits more, and INT8 costs a little less; the price
-is {price:.2f} nats, which healing would have to give back. The columns of formats are shares of each model's own
-loss, and say nothing of a model that is worse than chance."""
+norm has {branch:.1e}, and FP16 has to hold that too. Softened norms keep it where it was, with its headroom and about
+its costs in INT8: the model computes nearly the same function, within a bound that it did not have before. With the
+five layers kept and hard norms elsewhere the activation is {smaller:.1f} times smaller, FP16 has {more_bits:.1f} bits
+more, and INT8 costs a little less; the price is {price:.2f} nats, which healing would have to give back. The columns of
+formats are shares of each model's own loss, and say nothing of a model that is worse than chance."""
 HEALED = """A smaller Pre-LN model (3 layers, 64 channels, tied head, {source_tokens} thousand tokens, peak rate 0.004)
 became `peri`, three times, each time with another seed. The {rule} rule was best on the calibration text (24
 windows of 64 tokens) each time. Then healing: 6 thousand tokens for the new gains alone, then 55 thousand for
