@@ -34,19 +34,26 @@ def load(path: Path, overrides: list[str], processes: int) -> tuple[Recipe, Peri
     """A recipe, its model's configuration, and where the size of the vocabulary is from.
 
     Raises:
-        UsageError, UserError: what `Recipe.check` refuses, or a data folder that cannot be read.
+        UsageError, UserError: what `Recipe.check` refuses, a teacher of another vocabulary, or a data folder that
+            cannot be read.
     """
     recipe = from_mapping(Recipe, apply_overrides(read_yaml(path), overrides, Recipe))
-    if adopt_origin(recipe) is not None:
-        recipe.check(processes)
-        return recipe, recipe.model_config(), "of init_from"
+    origin = adopt_origin(recipe)
     recipe.check(processes)
     index = Path(recipe.data) / "index.json"
-    if "vocab_size" in recipe.model:
-        return recipe, recipe.model_config(), "the recipe's"
-    if index.exists():
-        return recipe, recipe.model_config(vocab_size=read_json(index)["vocab_size"]), "the data's"
-    return recipe, recipe.model_config(), "of cl100k_base, padded; there are no data yet"
+    if origin is not None:
+        config, of = recipe.model_config(), "of init_from"
+    elif "vocab_size" in recipe.model:
+        config, of = recipe.model_config(), "the recipe's"
+    elif index.exists():
+        config, of = recipe.model_config(vocab_size=read_json(index)["vocab_size"]), "the data's"
+    else:
+        return recipe, recipe.model_config(), "of cl100k_base, padded; there are no data yet"
+    teacher = None if recipe.distill_from is None else find_origin(recipe.distill_from, "distill_from").config
+    if teacher is not None and teacher.vocab_size != config.vocab_size:  # the trainer refuses it as well
+        sizes = f"{teacher.vocab_size} tokens, and the model {config.vocab_size}"
+        raise UsageError(f"distill_from: {recipe.distill_from} has {sizes}")
+    return recipe, config, of
 
 
 def teacher_of(recipe: Recipe, engine: Engines = "single") -> PeriLlamaConfig | None:

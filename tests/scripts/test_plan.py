@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from modeling_periln.loss import chunked_losses
 from periln.runkit.errors import UsageError
-from periln.runkit.recipes import dump_yaml, from_mapping
+from periln.runkit.recipes import dump_yaml, from_mapping, to_mapping
 from periln.scripts.arguments.plan import parse
 from periln.scripts.costs import count_parameters, flops_per_token
 from periln.scripts.origin import adopt_origin
@@ -176,6 +176,14 @@ def test_a_teachers_forward_pass_is_in_the_plan(teachers):
         plan.plan(taught, taught.model_config(), gpus=2)
 
 
+def test_a_teacher_of_another_vocabulary_is_refused_as_the_trainer_does(tmp_path, teachers):
+    file = tmp_path / "r.yaml"
+    file.write_text(dump_yaml(to_mapping(make_recipe(distill_from=str(teachers[60][0])))))
+    with pytest.raises(UsageError, match="distill_from: .* has 60 tokens, and the model 200"):
+        plan.load(file, [], 1)
+    assert plan.load(file, [f"distill_from={teachers[200][0]}"], 1)[2] == "the recipe's"
+
+
 def test_the_chunk_is_the_losss():
     assert inspect.signature(chunked_losses).parameters["chunk_tokens"].default == CHUNK_TOKENS
 
@@ -217,8 +225,6 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(again, limit):
 
 
 def run(capsys, recipe: Recipe, folder, *words: str) -> str:
-    from periln.runkit.recipes import to_mapping
-
     file = folder / "r.yaml"
     file.write_text(dump_yaml(to_mapping(recipe)))
     plan.main(parse([str(file), *words]))
