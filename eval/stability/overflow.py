@@ -265,19 +265,20 @@ def found_words(
 def moved(anatomy: Anatomy, model: nn.Module) -> Anatomy:
     """The anatomy of a copy of the model."""
     modules = dict(model.named_modules())
-
-    def move(value: Any) -> Any:
-        if is_dataclass(value):
-            changed = {f.name: move(getattr(value, f.name)) for f in fields(value)}
-            if "name" in changed and "module" in changed:
-                changed["module"] = modules[value.name]
-            return replace(value, **changed)
-        if isinstance(value, tuple):
-            return tuple(move(v) for v in value)
-        return value
-
     layers = tuple((name, modules[name]) for name, _ in anatomy.layers)
-    rest = move(replace(anatomy, model=None, embedding=None, lm_head=None, layers=()))
+    rest = _move(replace(anatomy, model=None, embedding=None, lm_head=None, layers=()), modules)
     return replace(
         rest, model=model, embedding=modules[anatomy.embedding_name], lm_head=modules[anatomy.head_name], layers=layers
     )
+
+
+def _move(value: Any, modules: dict[str, nn.Module]) -> Any:
+    """Not inside of `moved`: a function that calls itself by its closure would hold the copy until gc looks for it."""
+    if is_dataclass(value):
+        changed = {f.name: _move(getattr(value, f.name), modules) for f in fields(value)}
+        if "name" in changed and "module" in changed:
+            changed["module"] = modules[value.name]
+        return replace(value, **changed)
+    if isinstance(value, tuple):
+        return tuple(_move(v, modules) for v in value)
+    return value

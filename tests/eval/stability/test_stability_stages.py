@@ -1,6 +1,8 @@
 """The fast ways against the slow ones: a model in pieces, gradients a layer at a time, predicted loss scales."""
 
 import dataclasses
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -164,6 +166,21 @@ def test_what_was_run_is_not_run_again_and_nothing_is_held_behind_it():
     assert passes.forward() is None and passes.backward(1.0) == [None] and len(seen) == 1
     assert not any(module._backward_hooks or module._forward_hooks for module in passes.half.modules())
     assert not any(parameter._backward_hooks for parameter in passes.half.parameters())
+
+
+def test_the_copy_in_fp16_is_freed_with_its_passes():
+    anatomy = find_anatomy(build("llama").eval())
+    gc.collect()
+    gc.disable()
+    try:
+        passes = HalfPasses(anatomy, [SAMPLES.ids[:1]])
+        passes.forward(), passes.backward(1.0)
+        passes.close()
+        half = weakref.ref(passes.half)
+        del passes
+        assert half() is None
+    finally:
+        gc.enable()
 
 
 def test_rotary_frequencies_are_not_rounded_with_the_weights():
