@@ -58,12 +58,12 @@ class Windows(torch.utils.data.Dataset):
 
 
 class Ours:
-    """Calls make `STEPS` steps of the project's trainer."""
+    """Calls make `STEPS` steps of the project's trainer; `more` are fields of its recipe."""
 
-    def __init__(self, case: Any, device: torch.device, folder: Path, tokens: RandomTokens):
+    def __init__(self, case: Any, device: torch.device, folder: Path, tokens: RandomTokens, **more: Any):
         batch, length = case.tokens
         fp16 = case.dtype == "fp16"
-        recipe = {
+        recipe: dict[str, Any] = {
             "name": "ours", "data": str(folder / "data"), "steps": 10**6, "batch_size": batch,
             "sequence_length": length, "model": case.sizes | {"norm_placement": "pre"}, "device": device.type,
             "compile": case.compiled, "trackers": [], "optimizer": {"schedule": "constant", "warmup": 0.0},
@@ -71,7 +71,7 @@ class Ours:
         }  # fmt: skip
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        self.trainer = Trainer(from_mapping(Recipe, recipe), RunFolder(folder / "ours"), tokens)
+        self.trainer = Trainer(from_mapping(Recipe, recipe | more), RunFolder(folder / "ours"), tokens)
         self.trainer.run.path.mkdir(parents=True, exist_ok=True)
 
     def __call__(self) -> float:

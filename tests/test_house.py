@@ -70,7 +70,10 @@ FLOORS = {
     "scripts.trainer_bench": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.synthetic_data", "scripts.training"),
     },
-    "scripts.bench": {"runkit", "modeling_periln", "scripts.bench_results", "scripts.trainer_bench"},
+    "scripts.recorder_bench": {"scripts.synthetic_data", "scripts.trainer_bench"},
+    "scripts.bench": {
+        *("runkit", "modeling_periln", "scripts.bench_results", "scripts.trainer_bench", "scripts.recorder_bench"),
+    },
     "scripts.plan": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.training"),
         *("scripts.origin", "scripts.optimizers"),

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
@@ -333,7 +334,7 @@ class Engine:
         if self._clip is None:
             return
         (clip, total), self._clip = self._clip, None
-        if math.isfinite(norm) and clip / (torch.tensor(norm) + 1e-6) >= 1:  # torch's own factor, to the last bit
+        if 1 / (np.float32(norm) + np.float32(1e-6)) * np.float32(clip) >= 1:  # torch's own factor, to the last bit
             return
         gradients = [p for _, p in self.parameters() if p.grad is not None]
         nn.utils.clip_grads_with_norm_(gradients, clip, total)
