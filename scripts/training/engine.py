@@ -193,7 +193,10 @@ class Engine:
         """Wrap model and optimizer. The model's own modules and names stay what they are."""
         if recipe.activation_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), self.recomputing())})
+            how: dict[str, Any] = {"use_reentrant": False}
+            if not recipe.compile:  # the compiler recomputes no statistics: nothing reads them in the backward graph
+                how["context_fn"] = lambda: (nullcontext(), self.recomputing())
+            enable(how)
         base = model.model
         self._compiled = [base.embed_norm, *base.layers, base.final_norm] if recipe.compile else []
         if recipe.compile:
