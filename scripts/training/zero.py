@@ -62,7 +62,7 @@ def check_zero(recipe: Recipe, processes: int) -> None:
         raise UsageError("deterministic: not with DeepSpeed, whose reductions are its own")
     if recipe.compile:
         raise UsageError(
-            "compile: not with DeepSpeed, whose hooks stand inside the compiled layers: --set compile=false"
+            "compile: not with DeepSpeed, whose hooks are inside the compiled layers: --set compile=false"
         )
 
 
