@@ -5,7 +5,6 @@ the pair of two steps without a recorder shows beside it. Both trainers have one
 the same tokens in the same order, and write their records as a run does. A call is one step.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -48,11 +47,9 @@ class Steps(Ours):
         self.trainer.engine.optimizer = other.trainer.engine.optimizer
 
     def __call__(self) -> float:
-        trainer, start = self.trainer, time.process_time()
-        with open(trainer.run.metrics_path, "a") as metrics:
-            record = trainer._train_step(witness=trainer.step == 0)
-            metrics.write(json.dumps(record, allow_nan=False) + "\n")
-        trainer.step += 1
+        start = time.process_time()
+        with open(self.trainer.run.metrics_path, "a") as metrics:
+            self._step(metrics)
         return time.process_time() - start
 
 
