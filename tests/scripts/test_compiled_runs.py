@@ -74,7 +74,8 @@ def test_a_shipped_recipe_of_a_gpu_compiles_when_its_model_is_small(tmp_path, da
     recipe, tokens = load_recipe(shipped, small)
     trainer = Trainer(recipe, RunFolder(tmp_path / "run"), tokens)
     trainer._train_step(witness=True)
-    assert counters["stats"]["unique_graphs"] == 3
+    # The layers, the hook of the first norm, and that norm (of the embedding, FP32) apart from the last (FP16).
+    assert counters["stats"]["unique_graphs"] == 4
     assert trainer.layer_stats.take().sums[:, 3].min() > 0
 
 
