@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from periln.scripts.bench.trainer_pair import Ours
 from periln.scripts.synthetic_data import RandomTokens, synthetic_folder
-from periln.scripts.trainer_bench import Ours
 
 ITSELF = "itself without it"
 SIZES = {
