@@ -1,8 +1,9 @@
 """What the flight recorder costs: the trainer's step with it and without, or two without, by the process's CPU time.
 
-Wall-clock time of a busy machine cannot resolve a cost of 1 %. By CPU time 20 pairs gave it to 1 % on such a machine, so
-that some 300 resolve 0.3 %; the pair of two steps without a recorder shows beside it what is noise. Both trainers have one set of weights and one optimizer, read
-the same tokens in the same order, and write their records as a run does. A call is one step.
+Wall-clock time of a busy machine cannot resolve a cost of 1 %. By CPU time 20 pairs gave it to 1 % there, so that some
+300 resolve 0.3 %; the pair of two steps without a recorder shows beside it what is noise. Both trainers have one set of
+weights and one optimizer, read the same tokens in the same order, and write their records as a run does. A call is one
+step.
 """
 
 import tempfile
