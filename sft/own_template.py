@@ -58,6 +58,10 @@ def _writes_as_ours(tokenizer: PreTrainedTokenizerBase) -> bool:
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
+class AnswerJoined(UserError):
+    """The first token of an answer begins in the generation prompt: no generation can produce it."""
+
+
 class OwnTemplate:
     """Reads conversations by a tokenizer's own template. `end` is the id that ends an answer.
 
@@ -71,9 +75,7 @@ class OwnTemplate:
             raise UserError(f"the tokenizer of {self.name} has no fast (tokenizer.json) form")
         check_control_tokens(tokenizer, self.name, roles=())
         if tokenizer.pad_token is None and tokenizer.eos_token is None:
-            raise UserError(
-                f"the tokenizer of {self.name} has neither a pad_token nor an eos_token to pad batches with"
-            )
+            raise UserError(f"the tokenizer of {self.name} has neither a pad_token nor an eos_token")
         self.spelled = control_tokens(tokenizer)
         unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", tokenizer.unk_token)
         ids = tokenizer.convert_tokens_to_ids(self.spelled)
@@ -98,16 +100,15 @@ class OwnTemplate:
 
     def described(self) -> dict[str, Any]:
         """For the records: the template's hash, and the token that ends an answer."""
-        said = {
-            "sha256": hashlib.sha256(self.template.encode()).hexdigest(),
-            "answer_ends_with": self.control[self.end],
-        }
-        return said | {"generation_marks": self.marked} | self.more
+        digest = hashlib.sha256(self.template.encode()).hexdigest()
+        said = {"sha256": digest, "answer_ends_with": self.control[self.end], "generation_marks": self.marked}
+        return said | self.more
 
     def __call__(self, messages: Messages, where: str) -> tuple[list[int], list[int]]:
         """The ids of a conversation, and a mask: 1 where the loss is taken.
 
         Raises:
+            AnswerJoined: an answer begins with white space that the tokenizer joins with what precedes it.
             UserError: the template does not write it so that this is certain; names `where`.
         """
         ids, spans = self._read(messages, where)
@@ -206,7 +207,7 @@ class OwnTemplate:
             start = len(before)
             if ids[:start] != before:
                 why = "joins the beginning of an answer and the generation prompt in one token"
-                raise self._refusal(where, why, f"begin turn {turn + 1} with a letter, or leave the row out")
+                raise AnswerJoined(str(self._refusal(where, why, f"begin turn {turn + 1} without white space")))
             stop = next((n for n in range(start, len(ids)) if ids[n] in self.control), None)
             if stop is None:
                 raise self._refusal(where, "ends an answer without a control token", f"write one in {FILE}")

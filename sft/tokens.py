@@ -19,7 +19,7 @@ from periln.runkit.encoding import added_around
 from periln.runkit.errors import UsageError, UserError
 from periln.sft.chat_template import chat_template
 from periln.sft.conversations import Conversations
-from periln.sft.own_template import own_template
+from periln.sft.own_template import AnswerJoined, own_template
 
 IGNORED = -100
 
@@ -64,7 +64,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def stop_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have generation end where the tokenizer's own chat template ends an answer; `write_checkpoint` does it for ours."""
+    """Have generation end where the tokenizer's own chat template ends an answer; for ours `write_checkpoint` does."""
     if own_template(tokenizer) is not None:
         known = model.generation_config.eos_token_id
         ends = [*(known if isinstance(known, list) else [known]), turn_end(tokenizer)]
@@ -75,13 +75,15 @@ def stop_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 class Tokens:
     """Conversations as they are trained on: `ids` and `labels` (IGNORED where no loss is taken), a list each.
 
-    `truncated` are the rows whose end is cut off, `dropped` those without any assistant's token left.
+    `truncated` are the rows whose end is cut off, `dropped` those without any assistant's token left, and `joined`
+    those of them (none with our chat template) where no token of the prompt ends before the answer.
     """
 
     ids: list[list[int]] = field(default_factory=list)
     labels: list[list[int]] = field(default_factory=list)
     truncated: list[int] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
+    joined: list[int] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """For summary.json: what was trained on, and how many conversations were cut or left out."""
@@ -107,7 +109,14 @@ def tokenize(conversations: Conversations, tokenizer: PreTrainedTokenizerBase, m
     """
     tokens, read = Tokens(), own_template(tokenizer) or partial(_by_ours, tokenizer)
     for row, messages in zip(conversations.rows, conversations.messages, strict=True):
-        all_ids, all_mask = read(messages, f"{conversations.name}, row {row}")
+        try:
+            all_ids, all_mask = read(messages, f"{conversations.name}, row {row}")
+        except AnswerJoined as error:
+            if len(tokens.joined) + 1 == len(conversations):
+                raise error
+            tokens.dropped.append(row)
+            tokens.joined.append(row)
+            continue
         ids, mask = all_ids[:max_length], all_mask[:max_length]
         if not any(mask):
             tokens.dropped.append(row)

@@ -231,6 +231,11 @@ def plan(recipe: Recipe, path: Path, conversations: Conversations, name: str) ->
         tokenize(conversations, tokenizer, recipe.max_length),
         tokenizer,
     )
+    if joined := job.tokens.joined:
+        to_stderr(
+            f"{checkpoint}: {len(joined)} of {len(conversations)} rows are left out, because an answer begins with "
+            f"white space that the tokenizer joins with the prompt: {', '.join(map(str, joined))}"
+        )
     before = read_json(run.path / "data.json") if (run.path / "data.json").exists() else job.template
     if before.get("chat_template") != job.template.get("chat_template"):
         raise UserError(f"{run.path} was begun with another chat template than {checkpoint} has now: give --name")
