@@ -66,9 +66,10 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
 def stop_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Have generation end where the tokenizer's own chat template ends an answer; for ours `write_checkpoint` does."""
     if own_template(tokenizer) is not None:
-        known = model.generation_config.eos_token_id
-        ends = [*(known if isinstance(known, list) else [known]), turn_end(tokenizer)]
-        model.generation_config.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None]
+        found, end = model.generation_config.eos_token_id, turn_end(tokenizer)
+        known = found if isinstance(found, list) else [] if found is None else [found]
+        if end not in known:
+            model.generation_config.eos_token_id = [*known, end]
 
 
 @dataclass
