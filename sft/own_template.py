@@ -108,7 +108,7 @@ class OwnTemplate:
         """The ids of a conversation, and a mask: 1 where the loss is taken.
 
         Raises:
-            AnswerJoined: an answer begins with white space that the tokenizer joins with what precedes it.
+            AnswerJoined: an answer begins with what the tokenizer joins with the generation prompt, as white space.
             UserError: the template does not write it so that this is certain; names `where`.
         """
         ids, spans = self._read(messages, where)
@@ -206,8 +206,10 @@ class OwnTemplate:
             before = _ids(reader, prompt)
             start = len(before)
             if ids[:start] != before:
+                if self.end is None:  # the probe: no answer begins with a token
+                    raise self._refusal(where, "has a generation prompt that ends inside a token of the answer", MARK)
                 why = "joins the beginning of an answer and the generation prompt in one token"
-                raise AnswerJoined(str(self._refusal(where, why, f"begin turn {turn + 1} without white space")))
+                raise AnswerJoined(str(self._refusal(where, why, f"begin turn {turn + 1} with a letter")))
             stop = next((n for n in range(start, len(ids)) if ids[n] in self.control), None)
             if stop is None:
                 raise self._refusal(where, "ends an answer without a control token", f"write one in {FILE}")

@@ -233,8 +233,8 @@ def plan(recipe: Recipe, path: Path, conversations: Conversations, name: str) ->
     )
     if joined := job.tokens.joined:
         to_stderr(
-            f"{checkpoint}: {len(joined)} of {len(conversations)} rows are left out, because an answer begins with "
-            f"white space that the tokenizer joins with the prompt: {', '.join(map(str, joined))}"
+            f"{checkpoint}: {len(joined)} of {len(conversations)} rows are left out, because the tokenizer joins "
+            f"the beginning of an answer (white space, mostly) with the prompt: {', '.join(map(str, joined))}"
         )
     before = read_json(run.path / "data.json") if (run.path / "data.json").exists() else job.template
     if before.get("chat_template") != job.template.get("chat_template"):
