@@ -87,7 +87,7 @@ class OwnTemplate:
         self.marked = MARKS.search(self.template) is not None
         self.more = self._fixed_date()
         self._sequences: dict[tuple[str, ...], list[int]] = {}
-        self.end: int | None = None
+        self.end = -1  # until the probe is read
         ids, spans = self._read(PROBE, "")
         self.end = self._end_of(ids[slice(*spans[0])], "")
 
@@ -206,7 +206,7 @@ class OwnTemplate:
             before = _ids(reader, prompt)
             start = len(before)
             if ids[:start] != before:
-                if self.end is None:  # the probe: no answer begins with a token
+                if self.end < 0:  # so it is with every answer
                     raise self._refusal(where, "has a generation prompt that ends inside a token of the answer", MARK)
                 why = "joins the beginning of an answer and the generation prompt in one token"
                 raise AnswerJoined(str(self._refusal(where, why, f"begin turn {turn + 1} with a letter")))

@@ -60,7 +60,8 @@ def knows_turns(checkpoint: Path) -> bool:
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that ends an answer: of the tokenizer's own chat template, or else of ours."""
     own = own_template(tokenizer)
-    return tokenizer.convert_tokens_to_ids(END_OF_TURN) if own is None else own.end
+    end: int = tokenizer.convert_tokens_to_ids(END_OF_TURN) if own is None else own.end
+    return end
 
 
 def stop_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

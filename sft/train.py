@@ -83,7 +83,7 @@ def _build_trainer(job: Job, recorder_bar: tqdm, stop: StopRequest, scratch: str
         model.config.residual_dtype = recipe.residual_dtype
     stop_at_turns(model, job.tokenizer)
     own = own_template(job.tokenizer)
-    data = {"messages": job.conversations.messages}
+    data: dict[str, Any] = {"messages": job.conversations.messages}
     if own is not None:
         data = {"input_ids": job.tokens.ids, "labels": job.tokens.labels}
     if recipe.peft is not None:
