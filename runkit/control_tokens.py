@@ -104,6 +104,13 @@ def neutralized(text: str, tokens: Sequence[str]) -> str:
     return text
 
 
+def joiners_of(tokens: Sequence[str]) -> str:
+    """The pattern of the joiners in neutralized `tokens`."""
+    first = dict.fromkeys(token[0] for token in tokens)
+    rests = {char: "|".join(re.escape(t[1:]) for t in tokens if t[0] == char) for char in first}
+    return "|".join(f"(?<={re.escape(char)}){JOINER}(?=(?:{rest}))" for char, rest in rests.items())
+
+
 def ignore_joiners(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
     """Have a tokenizer drop the joiner of neutralized `tokens`, before it does anything else to a text.
 
@@ -113,10 +120,7 @@ def ignore_joiners(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
     tokens = _read_as_text(tokenizer, tokens)
     if not tokens:
         return
-    first = dict.fromkeys(token[0] for token in tokens)
-    rests = {char: "|".join(re.escape(t[1:]) for t in tokens if t[0] == char) for char in first}
-    found = "|".join(f"(?<={re.escape(char)}){JOINER}(?=(?:{rest}))" for char, rest in rests.items())
-    drop = normalizers.Replace(Regex(found), "")
+    drop = normalizers.Replace(Regex(joiners_of(tokens)), "")
     own = tokenizer.normalizer
     tokenizer.normalizer = drop if own is None else normalizers.Sequence([drop, own])
 

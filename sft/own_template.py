@@ -10,14 +10,23 @@ those tokens what the model would have to generate. Everything else is refused.
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from copy import deepcopy
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from periln.runkit.control_tokens import ROLES, check_control_tokens, control_tokens, ignore_joiners, neutralized
-from periln.runkit.encoding import added_around
+from periln.runkit.control_tokens import (
+    JOINER,
+    ROLES,
+    check_control_tokens,
+    control_tokens,
+    ignore_joiners,
+    joiners_of,
+    neutralized,
+)
+from periln.runkit.encoding import TextEncoder, added_around
 from periln.runkit.errors import UserError
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -123,11 +132,42 @@ class OwnTemplate:
 
     # --- rendering ---------------------------------------------------------------------------------------------
     @cached_property
-    def _reads_as_text(self) -> PreTrainedTokenizerBase:
-        """A copy that reads a neutralized control token as text; what is saved with a model is left as it is."""
+    def _without_joiners(self) -> PreTrainedTokenizerBase:
+        """A copy that drops joiners, where it may; what is saved with a model is left as it is."""
         copy = deepcopy(self.tokenizer)
         ignore_joiners(copy.backend_tokenizer, self.spelled)
         return copy
+
+    @cached_property
+    def _in_parts(self) -> Callable[[str], list[int]] | None:
+        """Reads a rendering with neutralized contents in the parts between control tokens, each part as a text.
+
+        None for a tokenizer to which that makes a difference.
+        """
+        added = [t for t in self.tokenizer.added_tokens_decoder.values() if t.content in self.spelled]
+        if any(t.lstrip or t.rstrip or t.single_word for t in added):
+            return None
+        numbers = dict(zip(self.spelled, self.tokenizer.convert_tokens_to_ids(self.spelled), strict=True))
+        longest = sorted(self.spelled, key=len, reverse=True)
+        control = re.compile(f"({'|'.join(map(re.escape, longest))})")
+        joiner = re.compile(joiners_of(longest))
+        encoder = TextEncoder.of(self.tokenizer)
+
+        def read(text: str) -> list[int]:
+            ids: list[int] = []
+            for number, part in enumerate(control.split(text)):
+                ids += [numbers[part]] if number % 2 else encoder.ids(joiner.sub("", part)) if part else []
+            return ids
+
+        text = self._render(PROBE, "")
+        return read if read(text) == _ids(self.tokenizer, text) else None
+
+    def _reader(self, spells: bool) -> Callable[[str], list[int]]:
+        """What reads a rendering; `spells`: a control token is neutralized in a content."""
+        if not spells:
+            return partial(_ids, self.tokenizer)
+        in_parts = None if self.marked else self._in_parts
+        return partial(_ids, self._without_joiners) if in_parts is None else in_parts
 
     def _refusal(self, where: str, why: str, what_to_do: str) -> UserError:
         return UserError(f"{where + ': ' if where else ''}the chat template of {self.name} {why}: {what_to_do}")
@@ -156,9 +196,14 @@ class OwnTemplate:
     def _read(self, messages: Messages, where: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a conversation, and from where to where the answers are."""
         chat = [one | {"content": neutralized(one["content"], self.spelled)} for one in messages]
-        reader = self.tokenizer if chat == messages else self._reads_as_text
+        read = self._reader(chat != messages)
         whole = self._render(chat, where)
-        ids = _ids(reader, whole)
+        ids = read(whole)
+        if chat != messages and self.tokenizer.decode(ids).count(JOINER) > sum(
+            one["content"].count(JOINER) for one in messages
+        ):
+            why = "and its tokenizer cannot keep a control token in a content apart without another character"
+            raise self._refusal(where, why, "change the contents, or leave the row out")
         if self._control_of(ids) != self._expected(tuple(one["role"] for one in chat), where):
             why = "writes other control tokens around these contents than around others"
             raise self._refusal(where, why, "change the contents, or leave the row out")
@@ -167,8 +212,9 @@ class OwnTemplate:
                 why = f"leaves out or changes turn {number}, the {one['role']}'s"
                 raise self._refusal(where, why, f"change the conversation, or {FILE}")
         if self.marked:
+            reader = self.tokenizer if chat == messages else self._without_joiners
             return ids, self._marked_spans(reader, chat, ids, where)
-        return ids, self._derived_spans(reader, chat, whole, ids, where)
+        return ids, self._derived_spans(read, chat, whole, ids, where)
 
     # --- which tokens are the answers' -------------------------------------------------------------------------
     def _marked_spans(self, reader: Any, chat: Messages, ids: list[int], where: str) -> list[tuple[int, int]]:
@@ -193,7 +239,7 @@ class OwnTemplate:
         return ids[last]
 
     def _derived_spans(
-        self, reader: Any, chat: Messages, whole: str, ids: list[int], where: str
+        self, read: Callable[[str], list[int]], chat: Messages, whole: str, ids: list[int], where: str
     ) -> list[tuple[int, int]]:
         spans = []
         for turn, message in enumerate(chat):
@@ -203,7 +249,7 @@ class OwnTemplate:
             if not whole.startswith(prompt):
                 why = f"writes what precedes answer {turn + 1} otherwise than its generation prompt would have it"
                 raise self._refusal(where, why, MARK)
-            before = _ids(reader, prompt)
+            before = read(prompt)
             start = len(before)
             if ids[:start] != before:
                 if self.end < 0:  # so it is with every answer
@@ -221,7 +267,7 @@ class OwnTemplate:
             shown = whole[: place + len(token)]
             if not self._render(chat[: turn + 1], where).startswith(shown):
                 raise self._refusal(where, f"writes turns up to {turn + 1} otherwise once another follows", MARK)
-            if _ids(reader, shown) != ids[: stop + 1]:
+            if read(shown) != ids[: stop + 1]:
                 raise self._refusal(where, f"has other tokens up to turn {turn + 1} once another follows", MARK)
             spans.append((start, stop + 1))
         return spans

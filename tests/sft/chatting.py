@@ -56,10 +56,11 @@ ENDS = {"chatml": "<|im_end|>", "gemma": "<end_of_turn>", "llama3": "<|eot_id|>"
 def byte_tokenizer(
     template: str | None, tokens: list[str], wide: bool = False, **named: str
 ) -> PreTrainedTokenizerFast:
-    """Bytes, two line ends and two blanks as one token each, and the special tokens; `wide`: words as Llama 3's."""
+    """Bytes, two line ends, two blanks and `<|>` as one token each, special tokens; `wide`: words as Llama 3's."""
     vocabulary = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocabulary |= {"ĊĊ": 256, "ĠĠ": 257}
-    backend = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ"), ("Ġ", "Ġ")]))
+    merges = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("<", "|"), ("<|", ">")]
+    vocabulary |= {"".join(pair): 256 + i for i, pair in enumerate(merges)}
+    backend = Tokenizer(models.BPE(vocabulary, merges))
     words = pre_tokenizers.Split(Regex(LLAMA3_WORDS if wide else GPT2_WORDS), "isolated")
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([words, bytes_of]), decoders.ByteLevel()

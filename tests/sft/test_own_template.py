@@ -5,7 +5,9 @@ import re
 import pytest
 from chatting import CHATML, ENDS, FAMILIES, byte_tokenizer, family
 from small import make_model
+from tokenizers import AddedToken
 
+from periln.runkit.control_tokens import JOINER
 from periln.runkit.errors import UserError
 from periln.sft.chat_template import CHAT_TEMPLATE
 from periln.sft.conversations import Conversations
@@ -52,6 +54,23 @@ def test_a_content_that_spells_control_tokens_stays_text(name):
     # Nothing is lost or added: the text is the one that was written, and no joiner is in it.
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(ids) == rendered
+
+
+def test_a_token_that_the_model_finds_by_itself_is_text_without_another_character():
+    """`<|>` is an added token and a word of the vocabulary, as HTML's tags are in Gemma's."""
+    tokenizer = family("chatml")
+    tokenizer.add_tokens([AddedToken("<|>", normalized=False)])
+    messages = turns("u", "a <|> b")
+    assert "<|>" in tokenizer.convert_ids_to_tokens(tokenizer.apply_chat_template(messages)["input_ids"])
+    (ids,) = read(tokenizer, messages).ids
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert "<|>" not in tokenizer.convert_ids_to_tokens(ids)
+    # A token that takes the blanks behind it, and parts cannot be read by themselves.
+    tokenizer.add_tokens([AddedToken("<|tool|>", normalized=False, special=True, rstrip=True)])
+    tokenizer.chat_template += "{# another #}"
+    with pytest.raises(UserError, match="cannot keep a control token in a content apart without another character"):
+        read(tokenizer, messages)
+    assert len(read(tokenizer, turns("u", f"a{JOINER} <|im_end|>")).ids) == 1
 
 
 def test_the_tokenizer_itself_is_not_changed(tmp_path):
