@@ -29,7 +29,8 @@ def number(value: float | None, digits: int = 3) -> str:
 def effect(part: PartVerdict) -> str:
     """`-0.031 [-0.05, -0.01] nats a token`."""
     if part.outcome is None or part.outcome.estimate.n == 0:
-        return "no runs yet"
+        lost = part.outcome.details if part.outcome else ()
+        return lost[0] if lost else "no runs yet"
     e = part.outcome.estimate
     if part.outcome.unit.startswith("of "):
         return f"{e.value:.0%} {part.outcome.unit} [{e.low:.0%}, {e.high:.0%}]"
@@ -47,6 +48,8 @@ def seeds_of(part: PartVerdict) -> str:
 def p_of(part: PartVerdict) -> str:
     if part.outcome is None or math.isnan(part.adjusted):
         return "-"
+    if part.outcome.certain:
+        return "a case"
     return f"{part.adjusted:.2g}" if part.adjusted >= 0.001 else "< 0.001"
 
 

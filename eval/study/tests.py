@@ -106,6 +106,15 @@ def _differences(results: Results, part: Part) -> tuple[list[float], list[Cell]]
     return values, used
 
 
+def _lost(results: Results, part: Part) -> tuple[str, ...]:
+    """One line where pairs have no difference because a run diverged: what is left are the runs that survived."""
+    measure, _ = MEASURES[part["measure"]]
+    pairs = results.pairs(part["a"], part["b"])
+    ends = [[pair[i] for pair in pairs if pair[i]["status"] == "diverged" and measure(pair[i]) is None] for i in (0, 1)]
+    told = [f"{len(of)} of {len(pairs)} runs of {of[0]['variant']} diverged" for of in ends if of]
+    return (f"{' and '.join(told)}: a pair with one has no difference",) if told else ()
+
+
 def less(results: Results, part: Part) -> Outcome:
     """a below b: paired differences, their mean with a t interval. Of several blocks, a seed's mean over its blocks."""
     values, used = _differences(results, part)
@@ -113,7 +122,8 @@ def less(results: Results, part: Part) -> Outcome:
     for value, cell in zip(values, used, strict=True):
         by_seed.setdefault(cell["seed"], []).append(value)
     estimate = t_estimate([float(np.mean(of)) for of in by_seed.values()])
-    return Outcome(estimate, _side(estimate, -1), MEASURES[part["measure"]][1], tuple(sorted(by_seed)))
+    seeds, lost = tuple(sorted(by_seed)), _lost(results, part)
+    return Outcome(estimate, _side(estimate, -1), MEASURES[part["measure"]][1], seeds, lost)
 
 
 def gap(results: Results, part: Part) -> Outcome:
@@ -125,7 +135,8 @@ def gap(results: Results, part: Part) -> Outcome:
         (c["seed"], abs(v) - abs(beside[c["seed"]])) for c, v in zip(used, near, strict=True) if c["seed"] in beside
     ]
     estimate = t_estimate([value for _, value in pairs])
-    return Outcome(estimate, _side(estimate, -1), MEASURES[part["measure"]][1], tuple(seed for seed, _ in pairs))
+    seeds, lost = tuple(seed for seed, _ in pairs), _lost(results, part) + _lost(results, part | part["than"])
+    return Outcome(estimate, _side(estimate, -1), MEASURES[part["measure"]][1], seeds, lost)
 
 
 def sign(results: Results, part: Part) -> Outcome:
@@ -141,11 +152,12 @@ def same(results: Results, part: Part) -> Outcome:
     """|a - b| below the margin: two one-sided tests; against it where the interval lies outside the margin."""
     values, used = _differences(results, part)
     estimate, margin = t_estimate(values), part["margin"]
+    lost = _lost(results, part)
     if estimate.n < 2:
-        return Outcome(estimate, 0, MEASURES[part["measure"]][1], _seeds(used))
+        return Outcome(estimate, 0, MEASURES[part["measure"]][1], _seeds(used), lost)
     outside = estimate.low > margin or estimate.high < -margin
     p = t_estimate(values, math.copysign(margin, estimate.value)).p / 2 if outside else equivalence(values, margin)
-    return Outcome(replace(estimate, p=p), -1 if outside else 1, MEASURES[part["measure"]][1], _seeds(used))
+    return Outcome(replace(estimate, p=p), -1 if outside else 1, MEASURES[part["measure"]][1], _seeds(used), lost)
 
 
 def form(results: Results, part: Part) -> Outcome:

@@ -109,7 +109,7 @@ def _change(parts: tuple[PartVerdict, ...], whole: str) -> str:
 def _needed(outcome: Outcome) -> str:
     e = outcome.estimate
     if e.n == 0:
-        return "no run of it yet"
+        return "runs that do not diverge" if outcome.details else "no run of it yet"
     if e.n < 2 or not math.isfinite(e.value) or not (math.isfinite(e.low) and math.isfinite(e.high)):
         return (
             "two pairs at least, for an interval" if e.n < 2 else "rates at which some runs diverge and others do not"

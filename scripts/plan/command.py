@@ -14,15 +14,15 @@ from typing import Any
 
 from modeling_periln import PeriLlamaConfig
 from modeling_periln.conversions import admissible_exports
-from periln.runkit.errors import UserError
+from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import read_json
 from periln.runkit.process import start_stage
 from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
 from periln.scripts.arguments.plan import check
 from periln.scripts.costs import count_parameters, flops_per_token
 from periln.scripts.gpus import GPUS
-from periln.scripts.origin import adopt_origin
-from periln.scripts.plan.memory import Moment, Situation, peak, situation
+from periln.scripts.origin import adopt_origin, find_origin
+from periln.scripts.plan.memory import Engines, Moment, Situation, peak, situation
 from periln.scripts.recipe import Recipe
 
 GIB = 2**30
@@ -49,6 +49,19 @@ def load(path: Path, overrides: list[str], processes: int) -> tuple[Recipe, Peri
     return recipe, recipe.model_config(), "of cl100k_base, padded; there are no data yet"
 
 
+def teacher_of(recipe: Recipe, engine: Engines = "single") -> PeriLlamaConfig | None:
+    """The configuration of the model that `distill_from` names; None without one.
+
+    Raises:
+        UsageError: `engine` shards the model, which the trainer refuses with a teacher; or there is no such model.
+    """
+    if recipe.distill_from is None:
+        return None
+    if engine not in ("single", "ddp"):
+        raise UsageError(f"distill_from: {engine} shards the model, and a teacher is not: plan with --engine ddp")
+    return find_origin(recipe.distill_from, "distill_from").config
+
+
 def largest_micro_batch(
     recipe: Recipe, config: PeriLlamaConfig, here: Situation, limit: float, device: str
 ) -> tuple[int | None, float]:
@@ -56,7 +69,7 @@ def largest_micro_batch(
     share of the batch; (None, bytes of one sequence) where not even that fits."""
     local, one = here.local_batch, 0.0
     for micro in [n for n in range(local, 0, -1) if local % n == 0]:
-        s = situation(recipe, here.processes, here.engine, micro, device)
+        s = situation(recipe, here.processes, here.engine, micro, device, here.teacher)
         one = peak(config, dataclasses.replace(s, checkpointing=here.checkpointing)).total
         if one <= limit:
             return micro, one
@@ -70,14 +83,17 @@ def plan(
     memory_gib: float = 80,
     mfu: float = 0.4,
     flops_per_gpu: float | None = 989e12,
-    engine: str = "fsdp2",
+    engine: Engines = "fsdp2",
     device: str = "cuda",
 ) -> dict[str, Any]:
     """The plan as data: what `--json` prints. Bytes are bytes, times are hours."""
-    count, here = count_parameters(config), situation(recipe, gpus, engine, device=device)
-    per_token = flops_per_token(config, recipe.sequence_length)
+    teacher = teacher_of(recipe, engine if gpus > 1 else "single")
+    count, here = count_parameters(config), situation(recipe, gpus, engine, device=device, teacher=teacher)
+    own = flops_per_token(config, recipe.sequence_length)
+    taught = flops_per_token(teacher, recipe.sequence_length) / 3 if teacher else 0.0  # its forward pass alone
+    per_token = own + taught
     tokens = recipe.steps * recipe.batch_size * recipe.sequence_length
-    rate = mfu * flops_per_gpu * gpus / per_token if flops_per_gpu else None
+    rate: float | None = mfu * flops_per_gpu * gpus / per_token if flops_per_gpu else None
     limit = (1 - SPARE) * memory_gib * GIB
     either: dict[str, Moment] = {}
     largest = {}
@@ -90,7 +106,8 @@ def plan(
         "name": recipe.name,
         "parameters": {"total": count.total, "non_embedding": count.non_embedding}
         | {"embedding": count.embedding, "head": count.head},
-        "flops_per_token": per_token,
+        "flops_per_token": own,
+        "teacher_flops_per_token": taught,
         "flops_convention": CONVENTION,
         "tokens": tokens,
         "tokens_per_second": rate,
@@ -145,7 +162,8 @@ def describe(p: dict[str, Any], recipe: Recipe, config: PeriLlamaConfig, vocabul
         f"vocabulary    {config.vocab_size:,} ({vocabulary})",
         f"parameters    {short(count['total'])}, {short(count['non_embedding'])} without embeddings "
         f"(table {short(count['embedding'])}, head {head})",
-        f"FLOPs/token   {short(p['flops_per_token'])}: {CONVENTION}",
+        f"FLOPs/token   {short(p['flops_per_token'])}: {CONVENTION}"
+        + (f"; and {short(p['teacher_flops_per_token'])} of the teacher" if recipe.distill_from else ""),
         f"tokens        {short(p['tokens'])} = {batch}",
         f"time          {time}",
     ]
@@ -158,6 +176,7 @@ def describe(p: dict[str, Any], recipe: Recipe, config: PeriLlamaConfig, vocabul
         *(f"  {_gib(size)}  {part}" for part, size in memory["parts"].items()),
         f"  {_gib(memory['peak_bytes'])}  together"
         + ("" if memory["fits"] else f": does not fit {a['memory_gib']:g} GiB less {SPARE:.0%}"),
+        *(["  an upper bound: train_only is counted as if everything were trained"] if recipe.train_only else []),
         "",
         f"largest micro batch in {a['memory_gib']:g} GiB less {SPARE:.0%} spare:",
     ]
@@ -181,7 +200,7 @@ def measure(recipe: Recipe, config: PeriLlamaConfig) -> dict[str, Any]:
     """
     from periln.scripts.plan.memory_meter import measure_step  # with Accelerate, which a plan alone does not need
 
-    expected = peak(config, situation(recipe, device="cpu"))
+    expected = peak(config, situation(recipe, device="cpu", teacher=teacher_of(recipe)))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if expected.total > 0.8 * free:
         raise UserError(f"--measure would need {_gib(expected.total).strip()}, and this machine has too little free")
@@ -203,11 +222,9 @@ def main(args: argparse.Namespace) -> None:
     device = "cuda" if device == "auto" else device
     gpus = args.gpus or (1 if device == "cpu" else 8)
     recipe, config, vocabulary = load(args.recipe, args.set, gpus)
-    flops, memory = GPUS[args.gpu]
-    flops = None if device == "cpu" else flops
-    planned = plan(
-        recipe, config, gpus, args.memory or memory, args.mfu, args.flops_per_gpu or flops, args.engine, device
-    )
+    known, memory = GPUS[args.gpu]
+    flops = args.flops_per_gpu or (None if device == "cpu" else known)
+    planned = plan(recipe, config, gpus, args.memory or memory, args.mfu, flops, args.engine, device)
     if args.measure:
         planned["measured"] = measure(recipe, config)
     if args.json:

@@ -38,6 +38,7 @@ class Situation:
     engine: Engines = "single"
     processes: int = 1
     optimizer: str = "adamw"  # a row of scripts/optimizers
+    teacher: PeriLlamaConfig | None = None  # of the model of distill_from
 
     @property
     def tokens(self) -> int:
@@ -45,9 +46,14 @@ class Situation:
 
 
 def situation(
-    recipe: Recipe, gpus: int = 1, engine: Engines = "single", micro: int | None = None, device: str = "cuda"
+    recipe: Recipe,
+    gpus: int = 1,
+    engine: Engines = "single",
+    micro: int | None = None,
+    device: str = "cuda",
+    teacher: PeriLlamaConfig | None = None,
 ) -> Situation:
-    """The recipe on `gpus` processes, with `micro` as its micro batch."""
+    """The recipe on `gpus` processes, with `micro` as its micro batch; `teacher` is that of its `distill_from`."""
     mode, stream = recipe.precision.mode, recipe.precision.residual_dtype
     half = 2 if mode != "fp32" else FP32
     local = recipe.batch_size // gpus
@@ -68,6 +74,7 @@ def situation(
         engine="single" if gpus == 1 else engine,
         processes=gpus,
         optimizer=recipe.optimizer.name,
+        teacher=teacher,
     )
 
 
@@ -147,6 +154,8 @@ def _standing(config: PeriLlamaConfig, s: Situation) -> dict[str, float]:
         "weights in half precision (autocast)": s.module * count.matrices if s.autocast else 0,
         "batch": 2 * INT64 * s.local_batch * s.length + mask,
     }
+    if s.teacher is not None:
+        parts["the teacher's weights (FP32)"] = FP32 * count_parameters(s.teacher).total
     if s.engine == "fsdp2":
         # Parameters are gathered in FP32: two layers at a time (one in use, the next under way), and all along the
         # two ends; and the gradients of one such group, before they are reduced.
@@ -186,6 +195,10 @@ def moments(config: PeriLlamaConfig, s: Situation) -> list[Moment]:
     if s.emulated:
         product += FP32 * (logits + chunk * d + table)
     head = moment("the loss, LM head", earlier, saved + begin + end, 0.0, logits_of_a_chunk=product, **kept)
+    if s.teacher is not None:
+        both, product = _distillation(config, s)
+        loss = moment("the divergence", earlier, saved + begin + end, 0.0, logits_of_both_models=both)
+        head = moment("LM head", earlier, saved + begin + end, 0.0, gradient_of_the_logits=product)
     # In a layer's backward pass, at SwiGLU's product: the gradients of its two factors beside its own, which has taken
     # the place of the product, the stream's, and that of down_proj. Emulated, down_proj's backward pass is larger.
     work = 2 * s.tokens * f * s.module + FP32 * d * f
@@ -211,6 +224,26 @@ def moments(config: PeriLlamaConfig, s: Situation) -> list[Moment]:
     update = moment("the update", everything, 0.0, 0.0, work=needed)
     update.parts.pop("weights in half precision (autocast)")  # gone with the last micro batch
     return [loss, head, last, first, embedding, update]
+
+
+def _distillation(config: PeriLlamaConfig, s: Situation) -> tuple[float, float]:
+    """Bytes that a teacher puts in the place of the loss's: of both models' logits, and of the head's backward pass.
+
+    The logits are whole ones; scripts/training/distill.py goes through them a sequence at a time.
+    """
+    assert s.teacher is not None
+    d, logits = config.hidden_size, s.tokens * config.vocab_size
+    sequence, table = s.length * config.vocab_size, config.vocab_size * config.hidden_size
+    half = s.module if s.autocast else 0
+    student = FP32 * logits  # Accelerate hands out FP32
+    inside = s.tokens * FP32 * (2 * s.teacher.hidden_size + 3 * s.teacher.intermediate_size)
+    both = student + FP32 * logits + max(2 * FP32 * sequence, half * logits)
+    product: float = FP32 * logits + (FP32 + half) * table + s.module * s.tokens * d
+    if half:  # d(logits) in FP32 is let go once it has been cast
+        product = max(half * logits + (FP32 + half) * table + s.module * s.tokens * d, (FP32 + half) * logits)
+    if s.emulated:
+        product += FP32 * (logits + s.tokens * d + table)
+    return max(both, student + inside), product
 
 
 def peak(config: PeriLlamaConfig, s: Situation) -> Moment:

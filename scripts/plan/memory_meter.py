@@ -18,6 +18,7 @@ from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from periln.runkit.fp16 import HalfKernels, HalfMatmul
 from periln.runkit.process import peak_rss
 from periln.scripts.recipe import Recipe
+from periln.scripts.training.distill import Teacher
 from periln.scripts.training.engine import Engine
 from periln.scripts.training.steps import make_optimizer
 
@@ -82,6 +83,7 @@ def measure_step(recipe: Recipe, config: PeriLlamaConfig, steps: int = 2) -> Mea
         engine.half_products = HalfMatmul()
     model = PeriLlamaForCausalLM(config)
     model.train()
+    teacher = Teacher(recipe, config, engine) if recipe.distill_from is not None else None
     engine.prepare(model, make_optimizer(model, recipe.optimizer), recipe)
     micro = recipe.micro_batch_size or recipe.batch_size
 
@@ -92,25 +94,30 @@ def measure_step(recipe: Recipe, config: PeriLlamaConfig, steps: int = 2) -> Mea
         masking = {"position_ids": positions} if recipe.document_masking else {}
         with engine.arithmetic():
             for i in range(0, recipe.batch_size, micro):
-                loss = engine.prepared(
-                    input_ids=inputs[i : i + micro],
-                    shift_labels=targets[i : i + micro],
-                    num_items_in_batch=inputs.numel(),
-                    skip_logits=True,
-                    use_cache=False,
-                    z_loss=recipe.optimizer.z_loss,
-                    loss_scale=engine.told_scale(),
+                arguments: dict[str, Any] = {
+                    "input_ids": inputs[i : i + micro],
+                    "shift_labels": targets[i : i + micro],
+                    "num_items_in_batch": inputs.numel(),
+                    "skip_logits": True,
+                    "use_cache": False,
+                    "z_loss": recipe.optimizer.z_loss,
                     **masking,
-                ).loss
+                }
+                if teacher is None:
+                    loss = engine.prepared(**arguments, loss_scale=engine.told_scale()).loss
+                else:
+                    loss, _ = teacher.losses(engine.prepared, arguments)
                 engine.backward(loss)
-        del inputs, targets, loss
+        del inputs, targets, loss, arguments
         engine.gradient_norm(recipe.optimizer.gradient_clip)
         engine.step(skipped=False)
 
     for _ in range(steps - 1):
         step()
     state = [t for entry in engine.optimizer.state.values() for t in entry.values() if isinstance(t, torch.Tensor)]
-    counter = LiveTensors([*model.parameters(), *model.buffers(), *state])
+    counter = LiveTensors(
+        [*model.parameters(), *model.buffers(), *state, *(teacher.model.parameters() if teacher else ())]
+    )
     with counter:
         step()
     return Measured(counter.peak, counter.peak_at, peak_rss())

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from modeling_periln import PeriLlamaConfig
@@ -24,6 +23,37 @@ def train_only(model: nn.Module, names: Sequence[str] | None) -> None:
     """Leave every parameter as it is but those of modules with these last names; None: train all."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(names is None or name.split(".")[-2] in names)
+
+
+class _Divergence(torch.autograd.Function):
+    """Sum over tokens of KL(softmax(wanted) || softmax(logits)), and the cross entropy of `targets`.
+
+    Its gradient, softmax(logits) - softmax(wanted), is made in the same pass, a sequence at a time, and takes the place
+    of `wanted`. It stays in FP32 until the loss scale has been multiplied in.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shapes: logits (B, S, V), wanted (B, S, V) in FP32 (written to), targets (B, S); two scalars in FP32."""
+        divergence, entropy = logits.new_zeros(2, dtype=torch.float32)
+        for row, gradient, target in zip(logits, wanted, targets, strict=True):
+            student = row.float().log_softmax(-1)
+            entropy += nn.functional.nll_loss(student, target, reduction="sum")
+            teacher = gradient.log_softmax(-1)
+            gradient.copy_(teacher).exp_()
+            divergence += teacher.sub_(student).mul_(gradient).sum()  # a dot product would be autocast to half
+            torch.sub(student.exp_(), gradient, out=gradient)
+            del student, teacher  # before the next sequence's are made
+        ctx.gradient, ctx.dtype = wanted, logits.dtype
+        ctx.mark_non_differentiable(entropy)
+        return divergence, entropy
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(scale).to(ctx.dtype), None, None
 
 
 class Teacher:
@@ -60,13 +90,8 @@ class Teacher:
         targets, items = arguments["shift_labels"], arguments["num_items_in_batch"]
         logits = prepared(**inputs).logits
         with torch.no_grad():
-            taught = self.model(**inputs).logits
-        divergence = entropy = torch.zeros((), device=logits.device)
-        for row, wanted, target in zip(logits, taught, targets, strict=True):  # a row at a time: FP32 copies are large
-            row = row.float().log_softmax(-1)
-            wanted = wanted.float().log_softmax(-1)
-            divergence = divergence + F.kl_div(row, wanted, reduction="sum", log_target=True)
-            entropy = entropy + F.nll_loss(row.detach(), target, reduction="sum")
+            wanted = self.model(**inputs).logits.float()
+        divergence, entropy = _Divergence.apply(logits, wanted, targets)
         divergence = divergence / items
         self._sum += divergence.detach()
         return divergence, entropy / items

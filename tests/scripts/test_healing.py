@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from test_init_from import FP32, save_llama
 from tiny import timeless, train, write_recipe
@@ -18,6 +19,7 @@ from periln.scripts import pretrain
 from periln.scripts.arguments.retrofit import parse
 from periln.scripts.pretrain import load_recipe
 from periln.scripts.retrofit import command
+from periln.scripts.training.distill import _Divergence
 from periln.scripts.training.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
@@ -83,6 +85,25 @@ def test_the_gradient_is_that_of_the_divergence(tmp_path, data, models):
     for a, b in zip(one, other, strict=True):
         assert a["distillation"] == pytest.approx(b["distillation"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("float32", 1.0), ("float16", 2.0**14), ("bfloat16", 1.0)])
+def test_the_divergence_and_its_gradient_are_torchs_own(dtype, scale):
+    kind = getattr(torch, dtype)
+    logits = (3 * torch.randn(2, 5, 300)).to(kind)
+    wanted, targets = 3 * torch.randn(2, 5, 300), torch.randint(0, 300, (2, 5))
+    mine, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    student = theirs.float().log_softmax(-1)
+    expected = F.kl_div(student, wanted.log_softmax(-1), reduction="sum", log_target=True)
+    (scale * expected / 10).backward()
+    with torch.autocast("cpu", kind, enabled=dtype != "float32"):  # as in a step: products would be in half precision
+        divergence, entropy = _Divergence.apply(mine, wanted.clone(), targets)
+    (scale * divergence / 10).backward()
+    torch.testing.assert_close(divergence, expected)
+    torch.testing.assert_close(entropy, F.nll_loss(student.detach().flatten(0, 1), targets.flatten(), reduction="sum"))
+    assert mine.grad.dtype == kind
+    torch.testing.assert_close(mine.grad, theirs.grad)
+    assert mine.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("precision", [FP32, {}])

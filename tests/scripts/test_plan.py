@@ -13,6 +13,7 @@ from periln.runkit.errors import UsageError
 from periln.runkit.recipes import dump_yaml, from_mapping
 from periln.scripts.arguments.plan import parse
 from periln.scripts.costs import count_parameters, flops_per_token
+from periln.scripts.origin import adopt_origin
 from periln.scripts.plan import command as plan
 from periln.scripts.plan.memory import CHUNK_TOKENS, moments, peak, situation
 from periln.scripts.plan.memory_meter import LiveTensors, measure_step
@@ -124,6 +125,55 @@ def test_planned_memory_is_within_15_percent_of_the_counted(case):
     counted = measure_step(recipe, config)
     assert expected.total == pytest.approx(counted.peak_bytes, rel=0.08), (expected.name, counted.peak_at)
     assert counted.rss_bytes > counted.peak_bytes
+
+
+TAUGHT = [
+    {"mode": "fp32", "sequence_length": 128},
+    {"mode": "fp16", "sequence_length": 128},
+    TALL | {"mode": "fp32", "batch_size": 4, "micro_batch_size": 2, "sequence_length": 200},
+    TALL | {"mode": "fp16", "sequence_length": 200, "placement": "sandwich"},
+    LONG | {"mode": "fp32"},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """A model for each vocabulary: its folder, and its parameters."""
+    found = {}
+    for vocabulary in (60, 200, 9000):
+        folder = tmp_path_factory.mktemp(f"teacher{vocabulary}")
+        model = PeriLlamaForCausalLM(PeriLlamaConfig(**{**SIZES, "vocab_size": vocabulary, "norm_placement": "pre"}))
+        model.save_pretrained(folder)
+        found[vocabulary] = folder, sum(p.numel() for p in model.parameters())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TAUGHT, ids=str)
+def test_the_planned_memory_of_a_step_with_a_teacher_is_the_counted(case, teachers):
+    vocabulary = case.get("model", SIZES)["vocab_size"]
+    recipe = make_recipe(**case, distill_from=str(teachers[vocabulary][0]))
+    adopt_origin(recipe)
+    config, teacher = recipe.model_config(), plan.teacher_of(recipe)
+    expected = peak(config, situation(recipe, device="cpu", teacher=teacher))
+    counted = measure_step(recipe, config)
+    assert expected.total == pytest.approx(counted.peak_bytes, rel=0.08), (expected.name, counted.peak_at)
+    assert expected.parts["the teacher's weights (FP32)"] == 4 * teachers[vocabulary][1]
+
+
+def test_a_teachers_forward_pass_is_in_the_plan(teachers):
+    folder, _ = teachers[200]
+    alone, taught = make_recipe(), make_recipe(distill_from=str(folder))
+    adopt_origin(taught)
+    one, other = (plan.plan(r, r.model_config(), gpus=2, engine="ddp") for r in (alone, taught))
+    assert other["teacher_flops_per_token"] == pytest.approx(one["flops_per_token"] / 3, rel=0.05)
+    assert other["hours"] / one["hours"] == pytest.approx(4 / 3, rel=0.02)
+    assert other["memory"]["peak_bytes"] > one["memory"]["peak_bytes"]
+    assert f"{other['teacher_flops_per_token'] / 1e3:.1f}"[:3] in plan.describe(
+        other, taught, taught.model_config(), ""
+    )
+    with pytest.raises(UsageError, match="distill_from: fsdp2 shards the model.*--engine ddp"):
+        plan.plan(taught, taught.model_config(), gpus=2)
 
 
 def test_the_chunk_is_the_losss():

@@ -7,8 +7,9 @@ from study_records import CLAIMS, make
 
 from periln.eval.arguments.study import parse
 from periln.eval.study import command
-from periln.eval.study.tests import Results
-from periln.eval.study.verdicts import judge
+from periln.eval.study.page import effect
+from periln.eval.study.tests import Results, less
+from periln.eval.study.verdicts import PartVerdict, judge
 from periln.runkit.errors import UserError
 from periln.runkit.recipes import read_yaml
 from periln.runkit.studies import CELLS, best_rates
@@ -57,6 +58,24 @@ def test_few_seeds_leave_it_undecided(tmp_path):
     found = verdicts_of(make(tmp_path / "study", cells=9))  # the first seed alone
     assert {found[name].verdict for name in ("C9", "C10")} == {"undecided"}
     assert "two pairs at least" in found["C9"].change
+
+
+def test_pairs_that_diverged_are_not_called_missing(study):
+    results = study.results()
+    part = {"test": "less", "measure": "loss", "a": {"group": "E2", "variant": "peri", "rate": 0.01}}
+    part |= {"b": part["a"] | {"variant": "pre"}}
+    rows = [row for row in results.values() if row["group"] == "E2" and row["variant"] == "pre" and row["rate"] == 0.01]
+    seeds, whole = len(rows), less(Results(list(results.values()), {}), part)
+    assert (whole.estimate.n, whole.details) == (seeds, ())
+    for row in rows[1:]:
+        row |= {"status": "diverged", "heldout_loss": None}
+    found = less(Results(list(results.values()), {}), part)
+    words = f"{seeds - 1} of {seeds} runs of pre diverged: a pair with one has no difference"
+    assert (found.estimate.n, found.details) == (1, (words,))
+    rows[0] |= {"status": "diverged", "heldout_loss": None}
+    found = less(Results(list(results.values()), {}), part)
+    assert found.estimate.n == 0
+    assert effect(PartVerdict("", "undecided", found, 1.0)).startswith(f"{seeds} of {seeds} runs of pre diverged")
 
 
 def test_one_counterexample_contradicts_never(study, tmp_path):
