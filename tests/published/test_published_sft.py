@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from periln.runkit.folder import read_json
 
 pytestmark = [pytest.mark.published, pytest.mark.slow]
-STEPS, ROWS, LENGTH, NEW_TOKENS = 20, 2, 256, 120  # steps of ROWS conversations, each of the first LENGTH tokens
+STEPS, ROWS, LENGTH, NEW_TOKENS = 20, 2, 160, 120  # steps of ROWS conversations of at most LENGTH tokens
 QUESTIONS = ("What is the capital of France?", "How many days are in a week?", "Say hello to my friend Anna.")
 KINDS = {"full": (2e-5, []), "lora": (2e-4, ["--peft", "--merge"])}  # the learning rate, and words of the command
 
@@ -58,16 +58,22 @@ def test_what_is_trained_is_the_answer_and_its_end(lima, tmp_path):
 def test_twenty_steps_on_lima_lower_the_loss_and_answers_end(lima, tmp_path, kind):
     source = model_folder("smollm2")
     (tmp_path / "smollm2").symlink_to(source)
-    write(lima[: STEPS * ROWS], tmp_path / "lima.jsonl")
-    rate, more = KINDS[kind]
+    tokenizer, short = AutoTokenizer.from_pretrained(source), []
+    for question, answer, *more in lima:  # whole ones, with their ends: cut answers teach a model not to stop
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        if not more and len(tokenizer.apply_chat_template(turns)["input_ids"]) <= LENGTH:
+            short.append([question, answer])
+    write(short[: STEPS * ROWS], tmp_path / "lima.jsonl")
+    rate, options = KINDS[kind]
     fields = {"epochs": 1, "batch_size": ROWS, "micro_batch_size": ROWS, "max_length": LENGTH, "learning_rate": rate}
     fields |= {"data": tmp_path / "lima.jsonl", "save_strategy": "end"}
     words = [f"{name}={value}" for name, value in fields.items()]
-    periln("sft", "--model", tmp_path / "smollm2", "--name", kind, *more, "--set", *words)
+    periln("sft", "--model", tmp_path / "smollm2", "--name", kind, *options, "--set", *words)
     run = tmp_path / f"smollm2-{kind}"
     out = next((run / ("merged" if kind == "lora" else "checkpoints")).iterdir())
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     both, summary = read_json(run / "eval" / "before_after.json"), read_json(run / "summary.json")
+    assert (summary["truncated"], summary["dropped"]) == (0, 0)
     given = answers(out)
     losses = {when: both[when]["loss"] for when in ("before", "after")}
     said = {"rows": STEPS * ROWS, "max_length": LENGTH, "learning_rate": rate, "precision": "fp16"}
