@@ -237,6 +237,7 @@ def fine_tuned_words() -> list[str]:
     if not found:
         return []
     one = next(iter(found.values()))
+    fits = f", {one['cut']} of them cut at" if one["cut"] else " that have at most"
     falls = " and ".join(
         f"from {r['before']:.3f} to {r['after']:.3f} nats a token {said} at a rate of {r['learning_rate']:g}"
         for said, r in found.items()
@@ -244,7 +245,7 @@ def fine_tuned_words() -> list[str]:
     ends = ", ".join(f"{sum(a['ended'] for a in r['answers'])} {said}" for said, r in found.items())
     return [
         f"- `periln sft` trains it in FP16 with its own ChatML template: {len(one['losses'])} steps on the first "
-        f"{one['rows']} conversations of LIMA that have at most {one['max_length']} tokens. The loss of their answers "
+        f"{one['rows']} conversations of LIMA{fits} {one['max_length']} tokens. The loss of their answers "
         f"falls {falls}. Of {len(one['answers'])} greedy answers to other questions, these end by themselves within "
         f"{one['new_tokens']} tokens: {ends}."
     ]

@@ -77,7 +77,12 @@ def test_twenty_steps_on_lima_lower_the_loss_and_answers_end(lima, tmp_path, kin
     given = answers(out)
     losses = {when: both[when]["loss"] for when in ("before", "after")}
     said = {"rows": STEPS * ROWS, "max_length": LENGTH, "learning_rate": rate, "precision": "fp16"}
-    said |= {"losses": [step["loss"] for step in steps], "skipped": summary["skipped_steps"], **losses}
+    said |= {
+        "cut": summary["truncated"],
+        "losses": [step["loss"] for step in steps],
+        "skipped": summary["skipped_steps"],
+        **losses,
+    }
     record(f"smollm2_sft_{kind}", said | {"new_tokens": NEW_TOKENS, "answers": given})
     assert len(steps) == STEPS and summary["status"] == "completed" and summary["skipped_steps"] < STEPS / 2
     assert losses["after"] < losses["before"] - 0.01
