@@ -33,7 +33,7 @@ class FusedBackwardRMSNorm(torch.autograd.Function):
         dL/dx = r (p - x r^2 mean(p x)),    dL/dweight = sum over tokens of g x r.
 
     The backward kernel of LayerNorm, told that the mean of x is 0, gives r (p - mean(p) - x r^2 mean(p x)); what it
-    subtracts is added again. On CPUs that is faster than autograd's backward of `rms_norm`; `scripts/bench.py`
+    subtracts is added again. On CPUs that is faster than autograd's backward of `rms_norm`; `scripts/bench`
     measures by how much. A backward pass that is itself differentiated evaluates the two formulas.
     """
 

@@ -60,8 +60,8 @@ def without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
     if model.get("unk_token") in new:
         model["unk_token"] = new[model["unk_token"]]
     if "merges" in model:
-        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
-        model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & new.keys()]
+        pairs, unnamed = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]), new.keys()
+        model["merges"] = [pair for pair in pairs if unnamed.isdisjoint(pair) and "".join(pair) not in new]
     for token in added:
         token["special"] |= token["content"] in control
         token["content"] = new.get(token["content"], token["content"])

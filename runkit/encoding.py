@@ -6,6 +6,7 @@ conversations ask here. Imports no torch and no transformers, for the sake of th
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,20 @@ def text_ids(tokenizer: Any) -> Callable[[str], list[int]]:
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         return TextEncoder.of(tokenizer).ids
     return lambda text: list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+@contextmanager
+def unchanged(tokenizer: Any) -> Iterator[None]:
+    """Restore what a tokenizer's file says about truncation and padding: each call resets it."""
+    fast: Any = getattr(tokenizer, "backend_tokenizer", None)
+    cut, pad = (None, None) if fast is None else (fast.truncation, fast.padding)
+    try:
+        yield
+    finally:
+        if cut is not None:
+            fast.enable_truncation(**cut)
+        if pad is not None:
+            fast.enable_padding(**pad)
 
 
 # --- what surrounds a text -------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ FLOORS = {
     },
     "eval.retrofit": {
         *("runkit", "eval.arguments", "eval.structure", "eval.texts", "eval.targets", "eval.stability"),
-        *("eval.text_table", "eval.figures", "eval.formats"),
+        *("eval.text_table", "eval.figures", "eval.formats", "eval.scoring"),
     },
     "scripts.gpus": set(),
     "scripts.costs": {"modeling_periln"},
@@ -66,11 +66,9 @@ FLOORS = {
     },
     "scripts.pretrain": {"runkit", "scripts.recipe", "scripts.origin", "scripts.data", "scripts.training"},
     "scripts.synthetic_data": {"scripts.data", "scripts.prepare_data"},
-    "scripts.bench_results": set(),
-    "scripts.trainer_bench": {
+    "scripts.bench": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.synthetic_data", "scripts.training"),
     },
-    "scripts.bench": {"runkit", "modeling_periln", "scripts.bench_results", "scripts.trainer_bench"},
     "scripts.plan": {
         *("runkit", "modeling_periln", "scripts.recipe", "scripts.costs", "scripts.gpus", "scripts.training"),
         *("scripts.origin", "scripts.optimizers"),

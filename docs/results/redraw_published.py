@@ -147,6 +147,17 @@ def bench_time() -> str:
 one sample, the start of the program, loading and the certificate included."""
 
 
+def cure_time() -> str:
+    """Processor time of the cure, in plain passes."""
+    speed = read("gemma3_cure").get("speed")
+    if speed is None:
+        return ""
+    passes = speed["processor_seconds"] / speed["plain_pass_seconds"]
+    return f"""
+It took the processor time of {passes:.0f} plain forward passes of one sample in FP32, from the start of the program to
+the comparison of the written copy."""
+
+
 def maybe(name: str) -> dict[str, Any] | None:
     """A record, or None where that was not measured."""
     return read(name) if (RECORDS / f"{name}.json").exists() else None
@@ -283,6 +294,7 @@ def page() -> str:
         "bench": found(),
         "depth": depth(),
         "bench_time": bench_time(),
+        "cure_time": cure_time(),
         "compared": sum(read(f"gemma3_{text}")["rows"]["cured FP16"]["tokens"] for text in TEXTS),
         "scaled": scaled(cure["exponents"]),
         "samples": cure["data"]["samples"],

@@ -119,6 +119,14 @@ def _edges(values: list[float]) -> np.ndarray:
     return np.concatenate([v[:1], (v[1:] + v[:-1]) / 2, v[-1:]])
 
 
+def _step_edges(steps: list[float], every: np.ndarray) -> np.ndarray:
+    """The same for steps; a single one beside panels with more is as wide as the narrowest cell between theirs."""
+    if len(steps) > 1 or len(every) == 1:
+        return _edges(steps)
+    half = np.diff(every).min() / 2
+    return np.clip([steps[0] - half, steps[0] + half], every[0], every[-1])
+
+
 def headroom_map(view: View) -> Chart:
     """Layer x step: the least bits between max |x| and 65504 over stream, residual sum and module output."""
     rows = _peaks(view)
@@ -136,9 +144,10 @@ def headroom_map(view: View) -> Chart:
     palette = cm.cividis.copy()
     norm = mcolors.Normalize(0, MOST_BITS)
     overflow = gap = False
+    every = np.unique(rows.step.astype(float))
     for ax, ((size, rate, series), same) in zip(axes.flat, cells, strict=False):
         lost = (same.status == "diverged").sum()
-        bits = _map(ax, rows[rows.run.isin(same.run)], palette, norm)
+        bits = _map(ax, rows[rows.run.isin(same.run)], every, palette, norm)
         overflow, gap = overflow or bool((bits < 0).any()), gap or bool(np.isnan(bits).any())
         least = "overflow" if (bits < 0).any() else f"least {np.nanmin(bits):.1f} bits"
         name = ", ".join([used.label(series), *rate_names(rate), *([size] if several else [])])
@@ -189,23 +198,27 @@ def _maps(view: View, rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _same_steps(axes: list[Axes]) -> bool:
-    """One range of steps for all panels, so that a run that ended early is seen to; whether any did."""
+    """One range of steps for all panels, so that a run that ended early is seen to; whether any is narrower."""
     limits = [ax.get_xlim() for ax in axes]
     low, high = min(low for low, _ in limits), max(high for _, high in limits)
     for ax in axes:
         ax.set_xlim(low, high)
-    return any(end < high for _, end in limits)
+    return any((start, end) != (low, high) for start, end in limits)
 
 
-def _map(ax: Axes, rows: pd.DataFrame, palette: mcolors.Colormap, norm: mcolors.Normalize) -> np.ndarray:
-    """Draw one map; returns its bits (depth, step), NaN where nothing was recorded."""
+def _map(
+    ax: Axes, rows: pd.DataFrame, every: np.ndarray, palette: mcolors.Colormap, norm: mcolors.Normalize
+) -> np.ndarray:
+    """Draw one map; returns its bits (depth, step), NaN where nothing was recorded. `every`: all panels' steps."""
     steps, depths, bits = _bits(rows)
     over = bits < 0
-    x, y = _edges(steps), _edges(depths)
+    x, y = _step_edges(steps, every), _edges(depths)
     ax.set_facecolor(NOT_MEASURED)
     ax.pcolormesh(x, y, np.ma.masked_invalid(np.where(over, np.nan, bits)), cmap=palette, norm=norm)
     ax.pcolormesh(x, y, np.ma.masked_where(~over, over), cmap=mcolors.ListedColormap([OVERFLOW]))
     ax.grid(visible=False)
     whole_numbers(ax, bins=4)
+    if len(every) == 1:  # a locator wants two ticks, and would write fractions of a step
+        ax.xaxis.set_major_locator(FixedLocator(list(every)))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     return bits

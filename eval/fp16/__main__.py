@@ -31,6 +31,7 @@ from periln.eval.stability.bar import plan_bar
 from periln.eval.targets import Checkpoint, Model, find_measured
 from periln.eval.texts.samples import find_samples
 from periln.runkit.checkpoints import save_tokenizer
+from periln.runkit.encoding import unchanged
 from periln.runkit.environment import describe_environment
 from periln.runkit.folder import check_room, write_folder, write_json, write_text
 from periln.runkit.process import need_device, quiet_transformers, start_stage
@@ -69,8 +70,8 @@ def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: tor
         if name in tied:
             continue
         narrow = tensor.to(dtype)
-        exact = torch.equal(narrow.float(), tensor)
-        state[name] = (narrow if exact else tensor).clone()
+        exact = narrow is tensor or torch.equal(narrow.to(tensor.dtype), tensor)
+        state[name] = narrow if exact else tensor
         if not exact:
             wide.append(name)
     model.save_pretrained(folder, state_dict=state)
@@ -104,7 +105,8 @@ def main(args: argparse.Namespace) -> None:
     weights = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
     check_room(args.out, weights, "the rewritten copy")
     config, (tokenizer, data) = checkpoint.config(args.trust_remote_code), find_tokenizer(args, source)
-    samples = find_samples(config, tokenizer, data, args.samples, args.tokens, args.seed, TOKENS)
+    with unchanged(tokenizer):
+        samples = find_samples(config, tokenizer, data, args.samples, args.tokens, args.seed, TOKENS)
     model, dtype = load(checkpoint, args.trust_remote_code, args.device), stored_dtype(config)
     batches = list(samples.batches(args.batch_size, args.device))
     gradients, half = -(-args.backward_samples // args.batch_size), args.fp16_samples
@@ -118,8 +120,9 @@ def main(args: argparse.Namespace) -> None:
         return
     head = {"model": args.model, "weights_sha256": checkpoint.weights_sha256, "data": samples.described}
     with write_folder(args.out) as folder:
-        own = source.tokenizer(None, args.trust_remote_code) if source.has_tokenizer else None
-        wide = write_model(model.cpu(), own, folder, dtype)
+        if args.tokenizer is not None or tokenizer is None:  # else it is the model's own: loading one takes seconds
+            tokenizer = source.tokenizer(None, args.trust_remote_code) if source.has_tokenizer else None
+        wide = write_model(model.cpu(), tokenizer, folder, dtype)
         del model
         written = load(Checkpoint(0, folder), args.trust_remote_code, args.device)
         difference = check_announced(record, logits_of(written, ids), reference)

@@ -15,8 +15,9 @@ from periln.eval.fp16.exponents import Plan as Exponents
 from periln.eval.fp16.layout import Layout, find_layout
 from periln.eval.fp16.peaks import Peak, measure_peaks
 from periln.eval.fp16.rewrite import apply
-from periln.eval.stability.overflow import HalfPasses, first_non_finite, found_words
-from periln.eval.stability.plan import Part, Plan
+from periln.eval.stability.non_finite import largest_in
+from periln.eval.stability.overflow import HalfPasses, first_non_finite, found_words, moved
+from periln.eval.stability.plan import PROCESS, Part, Plan
 from periln.eval.structure.anatomy import Anatomy, find_anatomy
 from periln.runkit.errors import UserError
 from periln.runkit.number_format import FP16
@@ -51,11 +52,11 @@ def planned(tokens: list[int], gradients: int, half: int, tell: Callable[[Plan],
         tell(plan)
 
     plan.parts = [
-        Part("peaks", "", 1.2 * sum(tokens) + 2.5 * sum(tokens[:gradients]), tick),
-        Part("FP16 before", "", 2.0 * half, tick),
-        Part("rewrite", "", 12.0 * half, tick),
+        Part("peaks", "", 0.9 * sum(tokens[gradients:]) + 3.5 * sum(tokens[:gradients]), tick),
+        Part("FP16 before", "", 3.0 * half, tick),
+        Part("rewrite", "", 5.0 * half, tick),
         Part("FP16 after", "", 7.0 * half, tick),
-        Part("compare", "", 4.0 * half, tick),
+        Part("compare", "", 3.0 * half, tick),
     ]
     return plan
 
@@ -85,7 +86,9 @@ def cure(
     plan_of_work.memory = _memory(anatomy, batches[0].numel(), gradients > 0)
     measuring, trying, rewriting, checking, comparing = plan_of_work.parts
     tell(plan_of_work)
-    peaks = measure_peaks(layout, model, batches, gradients, lambda: measuring.done(1 / len(batches)))
+    limit = FP16.largest / 2**wish.margin
+    measured = measure_peaks(layout, model, batches, gradients, limit, lambda: measuring.done(1 / len(batches)))
+    peaks = measured.peaks
     measuring.finish()
     batches = _hardest(peaks, batches, wish.fp16)
     before = first_non_finite(anatomy, batches, wish.loss_scale, scales=False)
@@ -94,7 +97,7 @@ def cure(
     ids = batches[0]
     reference = logits_of(model, ids)
     backward = wish.backward and given_up is None
-    plan = _better(model, layout, plans, batches, reference, wish, backward)
+    plan, passes = _better(anatomy, layout, plans, batches, reference, wish, backward)
     rewriting.finish()
     record: dict[str, Any] = {
         "model_type": model.config.model_type,
@@ -104,24 +107,27 @@ def cure(
         "exponents": plan.moved,
         "reasons": plan.reasons,
         "peaks": [_peak_row(p, plan.exponents, wish.loss_scale) for p in peaks],
+        "logits_left_out": measured.left_out,
         "needed": bool(plan.moved),
     }
     if not plan.moved:
         _nothing_to_move(before, wish, anatomy, batches)
         return record, ids, reference
-    rounded = rounded_weights_logits(model, ids)
+    rounded = _difference(rounded_weights_logits(model, ids), reference)
     epsilon = apply(model, layout, plan)
-    passes = HalfPasses(anatomy, batches, tell=lambda: checking.done(1 / 7))
+    passes = passes or HalfPasses(anatomy, batches)
+    passes.tell = lambda: checking.done(1 / 4)
     after, logits = _run(passes, wish.loss_scale), passes.logits
     _add_scale(passes, after)
+    passes.close()
     del passes
     checking.finish()
     _check_after(after, backward)
-    largest = reference.abs().max().item()
+    largest = largest_in(reference)
     differences = {
         "largest_logit": largest,
         "fp32": _difference(logits_of(model, ids), reference),
-        "weights_rounded_to_fp16_before": _difference(rounded, reference),
+        "weights_rounded_to_fp16_before": rounded,
         "weights_rounded_to_fp16": _difference(rounded_weights_logits(model, ids), reference),
         "fp16_pass": _difference(logits, reference),
     }
@@ -142,33 +148,41 @@ def cure(
 
 
 def _better(
-    model: nn.Module,
+    anatomy: Anatomy,
     layout: Layout,
     plans: list[Exponents],
     batches: list[torch.Tensor],
     reference: torch.Tensor,
     wish: Wish,
     backward: bool,
-) -> Exponents:
+) -> tuple[Exponents, HalfPasses | None]:
     """The plan that leaves nothing that is not finite; of two such, or none, the one whose FP16 pass is nearest to the
     FP32 logits: the first unless another halves its error. What cannot change that is not run.
+
+    Its passes in FP16 are returned too, where plans were compared: they need not be run again.
     """
     if len(plans) == 1:
-        return plans[0]
-    trials = [_Trial(model, layout, plan, batches, reference) for plan in plans]
+        return plans[0], None
+    trials = [_Trial(anatomy, layout, plan, batches, reference) for plan in plans]
     first, second = trials
-    if first.error > 2 * second.error:  # the second, unless it alone is not finite
-        return plans[1] if second.finite(wish, backward) or not first.finite(wish, backward) else plans[0]
-    return plans[0] if first.finite(wish, backward) or not second.finite(wish, backward) else plans[1]
+    near, other = (second, first) if first.error > 2 * second.error else (first, second)
+    other.passes.close()  # its graph takes memory, and is seldom needed
+    if near.finite(wish, backward) or not other.finite(wish, backward):
+        other.passes.close()
+        return near.plan, near.passes
+    near.passes.close()
+    return other.plan, other.passes
 
 
 class _Trial:
     """A plan tried on a copy of the model: its error in FP16, and whether all is finite."""
 
-    def __init__(self, model: nn.Module, layout: Layout, plan: Exponents, batches: list[torch.Tensor], reference: Any):
-        trial = copy.deepcopy(model)
+    def __init__(
+        self, anatomy: Anatomy, layout: Layout, plan: Exponents, batches: list[torch.Tensor], reference: torch.Tensor
+    ):
+        trial = copy.deepcopy(anatomy.model)
         apply(trial, layout, plan)
-        self.passes = HalfPasses(find_anatomy(trial), batches, in_place=True)
+        self.plan, self.passes = plan, HalfPasses(moved(anatomy, trial), batches, in_place=True)
         self.forward = self.passes.forward()
         error = None if self.forward is not None else _difference(self.passes.logits, reference)
         self.error = math.inf if error is None else error
@@ -180,10 +194,10 @@ class _Trial:
 
 
 def _memory(anatomy: Anatomy, tokens: int, gradients: bool) -> int:
-    """Bytes at the peak: the weights with their gradients, or with a copy in FP32 and two in FP16 of them."""
+    """Bytes at the peak: the process, the weights, and their gradients or a copy in FP32 and two in FP16 of them."""
     weights = sum(p.numel() * 4 for p in anatomy.model.parameters())
     logits = 4 * tokens * anatomy.lm_head.weight.shape[0]
-    return max(2 if gradients else 1, 3) * weights + 4 * logits
+    return PROCESS + max(2 if gradients else 1, 3) * weights + 5 * logits
 
 
 def _hardest(peaks: list[Peak], batches: list[torch.Tensor], count: int | None) -> list[torch.Tensor]:
@@ -318,20 +332,20 @@ def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def rounded_weights_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """The logits with the weights rounded to FP16, and everything else in FP32."""
-    kept = [(p, p.detach().clone()) for p in model.parameters()]
-    for parameter, value in kept:
-        parameter.copy_(value.half())
+    kept = [(p, p.data) for p in model.parameters()]
     try:
+        for parameter, value in kept:
+            parameter.data = value.half().to(value.dtype)
         return logits_of(model, ids)
     finally:
         for parameter, value in kept:
-            parameter.copy_(value)
+            parameter.data = value
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """The largest difference; None where one of them is not finite."""
-    value = (a - b).abs().max().item()
-    return value if math.isfinite(value) else None
+    """The largest difference of logits (B, S, V); None where one of them is not finite."""
+    rows = [largest_in(x - y) for x, y in zip(a.flatten(0, -2), b.flatten(0, -2), strict=True)]  # fit into a cache
+    return max(rows) if all(map(math.isfinite, rows)) else None
 
 
 def announced(record: dict[str, Any]) -> float:

@@ -82,6 +82,8 @@ class Layout:
     # Pairs of groups whose product alone is read.
     opposites: list[tuple[str, str]] = field(default_factory=list)
     head: str = ""
+    # What the final norm gives, "" without one.
+    final: str = ""
     # Stream groups that end in a norm on the stream (place C).
     behind_norms: set[str] = field(default_factory=set)
 
@@ -252,7 +254,7 @@ def _normed(norm: nn.Module | None) -> bool:
 def _ends(layout: Layout, anatomy: Anatomy, stream: str, table: str) -> None:
     reads = stream
     if anatomy.final_norm is not None:
-        reads = "final"
+        reads = layout.final = "final"
         layout.norm(anatomy.final_norm, stream, reads)
         layout.watch(reads, "the final norm's output", anatomy.final_norm.module, anatomy.final_norm.name)
     layout.head = anatomy.head_name

@@ -13,6 +13,10 @@ def as_markdown(record: dict[str, Any], rows: int | None = None) -> str:
         lines.append(f"- the backward pass was given up: {record['backward_given_up']}")
     lines.append(f"- {_epsilon(record['epsilon'])}")
     lines += [f"- {text}" for text in record["remains"]]
+    if (left := record["logits_left_out"]) is not None:
+        lines.append(
+            f"- the head was left out for {left['samples']} samples, whose logits are below {left['bound']:.4g}"
+        )
     if record["written_in_fp32"]:
         some = ", ".join(record["written_in_fp32"][:3])
         lines.append(

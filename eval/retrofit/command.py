@@ -1,8 +1,8 @@
 """Report on a retrofit: `python -m eval.retrofit SRC MODEL... --out DIR`.
 
 The source and what became of it, on the same held-out text: loss, KL from the source, the largest values and how far
-FP16 is from them, massive activations, and what some formats cost each model. `scripts.retrofit` makes the models; it
-is another stage, which this one does not import. The five tasks of the paper: `python -m eval.benchmarks`.
+FP16 is from them, massive activations, and what some formats cost each model; with `--tasks` scores of lm-eval's tasks.
+`scripts.retrofit` makes the models; it is another stage, which this one does not import.
 """
 
 import argparse
@@ -47,6 +47,11 @@ def main(args: argparse.Namespace) -> None:
     samples = find_samples(configs[0], tokenizer, args.data, args.samples, args.tokens, args.seed)
     sizes = sample_sizes(tokenizer, samples)
     rows = [row for row in ROWS if row.key in args.rows]
+    tasks = None
+    if args.tasks is not None:
+        from periln.eval.retrofit.tasks import Tasks  # lm-eval, which the rest does not need
+
+        tasks = Tasks(args.tasks, args.limit, [args.source, *args.models], args.out)
     source: Source | None = None
     found: list[Measured] = []
     for model in models:
@@ -66,6 +71,8 @@ def main(args: argparse.Namespace) -> None:
         found.append(measured)
         print(f"{model.name}: loss {measured.record['loss']:.4f}", file=sys.stderr)
         del network
+        if tasks is not None:
+            measured.record["tasks"] = tasks.of(model.asked)
     _write(args, samples, found)
 
 

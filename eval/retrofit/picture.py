@@ -34,7 +34,7 @@ def draw(records: list[dict[str, Any]], depths: list[list[float]]) -> bytes:
         bars.set_xlabel("nats a token: loss above the source's; KL (pale)")
         for name, depth, colour in zip(names, depths, colours, strict=True):
             stream.semilogy(range(len(depth)), depth, color=colour, label=name, linewidth=1.6)
-        stream.axhline(FP16.limit, color="#888888", linestyle=":", linewidth=1)
+        stream.axhline(FP16.largest, color="#888888", linestyle=":", linewidth=1)
         stream.set_xlabel("layer")
         stream.set_ylabel("largest |x| of the stream")
         _costs(costs, records, formats, colours)

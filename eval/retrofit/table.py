@@ -1,5 +1,6 @@
 """The report's table and its sentences, from the records alone."""
 
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -20,7 +21,8 @@ def report_table(records: list[dict[str, Any]], notes: list[str]) -> Table:
             "model": record["name"], "placement": record["placement"], "loss": record["loss"],
             "rise": record["loss"] - base, "kl": record["kl"], "top1": record["top1"],
             "headroom_bits": record["largest"]["headroom_bits"], "massive": len(massive), "massive_largest": largest,
-        } | {f["row"]: f.get("rise_share") for f in record["formats"]})  # fmt: skip
+        } | {f["row"]: f.get("rise_share") for f in record["formats"]}
+          | {name: value for name, (value, _) in scores(record).items()})  # fmt: skip
         row = [
             record["name"],
             record["placement"],
@@ -31,10 +33,27 @@ def report_table(records: list[dict[str, Any]], notes: list[str]) -> Table:
             f"{record['largest']['headroom_bits']:.1f}",
             "none" if not massive else f"{len(massive)}, to {largest:.3g}",
         ]
-        rows.append(dict(zip(COLUMNS, row, strict=True)) | {f["row"]: _rise(f) for f in record["formats"]})
+        asked = {name: shown for name, (_, shown) in scores(record).items()}
+        rows.append(dict(zip(COLUMNS, row, strict=True)) | {f["row"]: _rise(f) for f in record["formats"]} | asked)
     text, frame = pd.DataFrame(rows).fillna(""), pd.DataFrame(numbers)
     text.insert(0, "", "What became of the source")
     return Table("Retrofit", text, frame, tuple(notes), csv=frame)
+
+
+def scores(record: dict[str, Any]) -> dict[str, tuple[float | None, str]]:
+    """By column: accuracy of each task with its standard error, and the mean of the right answers' bits a byte."""
+    found: dict[str, tuple[float | None, str]] = {}
+    rows = record.get("tasks", [])
+    for row in rows:
+        if row["metric"] == "acc":
+            error = "" if row["stderr"] is None else f" ± {100 * row['stderr']:.1f}"
+            shown = "not finite" if row["value"] is None else f"{100 * row['value']:.1f}{error} %"
+            found[row["task"]] = row["value"], shown
+    bits = [row["value"] for row in rows if row["metric"] == "gold_bits_per_byte"]
+    if bits:
+        mean = None if None in bits else fmean(bits)
+        found["right answers, bits a byte"] = mean, "not finite" if mean is None else f"{mean:.3f}"
+    return found
 
 
 def _rise(found: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -45,6 +44,8 @@ def _file_texts(path: Path) -> Iterator[str]:
 
 def _named_texts(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix == ".parquet":
+        import pandas as pd  # half a second
+
         for number, text in enumerate(pd.read_parquet(path, columns=["text"])["text"], start=1):
             yield f"{path}, row {number}", text
     elif path.suffix == ".jsonl":

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from modeling_periln.loss import chunked_losses, softmax_part
+from periln.runkit.rates import attainable_flops, seconds_of
 from periln.scripts.costs import flops_per_token
-from periln.scripts.gpu_check.machine import attainable_flops, seconds_of
 from periln.scripts.gpu_check.notes import Notes
 from periln.scripts.gpu_check.place import Place, step
 from periln.scripts.plan.memory import peak, situation
@@ -34,7 +34,7 @@ class Rates:
 
     def __init__(self, place: Place):
         self.place = place
-        self.attainable = attainable_flops(place, torch.float16)
+        self.attainable = attainable_flops(place.device, torch.float16)
         self.sheet = peak_flops(place.device)
 
     def __call__(self, recipe: Recipe, trainer: Trainer, times: list[float]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def measure_loss(place: Place, notes: Notes, recipe: Recipe) -> None:
             head.weight.grad = hidden.grad = None
 
         if notes.has_time(f"loss in chunks of {chunk}", 8):
-            found[chunk] = seconds_of(place, work, repeats=3)
+            found[chunk] = seconds_of(place.device, work, repeats=3)
             notes.measure("loss_seconds_by_chunk", found)
 
 

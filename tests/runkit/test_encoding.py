@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from periln.runkit import encoding
-from periln.runkit.encoding import TextEncoder, added_around, before_text, begin_documents_with
+from periln.runkit.encoding import TextEncoder, added_around, before_text, begin_documents_with, unchanged
 from periln.scripts.data.tokenization import SPLIT_PATTERN, TIKTOKEN
 
 WORDS = ["the", "cat's", "hat,", "they'll", "1234567", "naïve", "café", "東京", "🙂🙂", "---", "==", "e\u0301", "x1y2"]
@@ -109,3 +109,17 @@ def test_a_tokenizer_that_begins_documents_says_nothing_behind_a_prompt_also_whe
         bare = one("a text", add_special_tokens=False)["input_ids"]
         assert one("a text")["input_ids"] == [*around[0], *bare]
         assert one.bos_token == bos and one.eos_token == "</s>"
+
+
+def test_a_call_leaves_what_a_tokenizers_file_says_of_truncation_and_padding():
+    fast = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    fast.enable_truncation(5, stride=1)
+    fast.enable_padding(pad_token="a")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="?")
+    before = tokenizer.backend_tokenizer.to_str()
+    with unchanged(tokenizer):
+        added_around(tokenizer)
+        assert tokenizer.backend_tokenizer.truncation is None
+    assert tokenizer.backend_tokenizer.to_str() == before
+    with unchanged(None):  # random ids have no tokenizer
+        pass

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from periln.runkit.errors import UsageError
-from periln.scripts import bench, trainer_bench
+from periln.scripts.arguments.bench import parse
+from periln.scripts.bench import command as bench
+from periln.scripts.bench import trainer_pair
 
 TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 CPU = torch.device("cpu")
@@ -32,7 +34,7 @@ def malloc_as_it_is(monkeypatch):
 
 
 def run(tmp_path, *more: str) -> dict:
-    bench.main(bench.parse(["--out", str(tmp_path), "--device", "cpu", *more]))
+    bench.main(parse(["--out", str(tmp_path), "--device", "cpu", *more]))
     return json.loads((tmp_path / "bench.json").read_text())
 
 
@@ -217,7 +219,7 @@ def test_the_trainers_step_has_the_dtypes_of_its_rival_and_both_train_the_same_w
 @pytest.mark.slow
 def test_without_the_emulation_hfs_fp16_on_a_cpu_is_fp32(monkeypatch):
     """Why it is given: else two precisions would be compared."""
-    monkeypatch.setattr(trainer_bench, "make_fp16_real", lambda accelerator: nullcontext())
+    monkeypatch.setattr(trainer_pair, "make_fp16_real", lambda accelerator: nullcontext())
     ours, _ = bench.trainer_pair(tiny("trainer-1m-fp16-eager-hf"), CPU)
     assert ours.facts([1.0, 1.0])["linear_output_dtypes"] == [["float16"], ["float32"]]
 

@@ -353,6 +353,31 @@ def test_panels_of_headroom_have_one_range_of_steps(tmp_path):
     assert "not recorded" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+def keep_layers_of(run, step):
+    for file in (run / "layers").iterdir():
+        if int(file.stem.rpartition("_")[2]) != step:
+            file.unlink()
+
+
+def test_a_headroom_map_of_one_step_names_that_step_alone(tmp_path):
+    keep_layers_of(write_any(tmp_path, "run"), 20)
+    ax = headroom.headroom_map(view_of(load(tmp_path))).figure.axes[0]
+    low, high = ax.get_xlim()
+    assert low < 20 < high and list(ax.get_xticks()) == [20.0]
+
+
+@pytest.mark.parametrize(("step", "drawn"), [(0, (0.0, 10.0)), (20, (10.0, 30.0)), (40, (30.0, 40.0))])
+def test_a_headroom_map_of_one_step_is_seen_beside_one_of_many(tmp_path, step, drawn):
+    write_any(tmp_path, "whole")
+    keep_layers_of(write_any(tmp_path, "once", model={"norm_placement": "pre"}), step)
+    figure = headroom.headroom_map(view_of(load(tmp_path))).figure
+    panels = [ax for ax in figure.axes if ax.get_title()]
+    assert {ax.get_xlim() for ax in panels} == {(0.0, 40.0)}
+    corners = [ax.collections[0].get_coordinates()[0, :, 0] for ax in panels]
+    assert sorted((x[0], x[-1]) for x in corners) == sorted([drawn, (0.0, 40.0)])
+    assert "not recorded" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def test_a_line_over_steps_has_two_of_them(tmp_path):
     run = write_any(tmp_path, "run")
     for file in sorted((run / "layers").iterdir())[1:]:

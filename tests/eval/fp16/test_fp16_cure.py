@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from periln.eval.fp16 import __main__ as command
+from periln.eval.fp16 import peaks
 from periln.eval.fp16.cure import Wish, cure, logits_of
 from periln.eval.fp16.exponents import NoExactRewrite, Plan
 from periln.eval.fp16.families import SLOTS
 from periln.eval.fp16.layout import FIXED, find_layout
 from periln.eval.fp16.rewrite import apply
 from periln.eval.structure.anatomy import find_anatomy
+from periln.eval.targets import Model
 from periln.runkit.errors import UserError, run_command
 from periln.runkit.fp16 import HalfMatmul
 
@@ -322,6 +324,58 @@ def test_a_model_that_is_finite_but_not_accurate_in_fp16_is_told_of():
     assert "finite is not accurate" in remarks[1] and "by the rounding of weights alone" in remarks[1]
 
 
+MANY = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(6))
+
+
+@torch.no_grad()
+def largest_logits(model, batches):
+    """What the head gives, before any cap."""
+    return [model.lm_head(model.model(input_ids=ids).last_hidden_state).abs().max().item() for ids in batches]
+
+
+@pytest.mark.parametrize("family", STREAM)
+def test_logits_are_left_out_of_samples_where_they_hide_nothing(family, monkeypatch):
+    """Behind the samples with gradients; nothing but the largest logit itself may differ from passes with the head."""
+    model, batches = with_stream_overflow(family), list(MANY.split(2))
+    logits = largest_logits(model, batches)
+    found, *_ = cure(copy.deepcopy(model), batches, Wish(gradients=1, fp16=1))
+    left = found["logits_left_out"]
+    assert left["samples"] == 4 and max(logits[1:]) <= left["bound"] < 65504 / 4
+    monkeypatch.setattr(peaks._Headless, "_bound", lambda self, ids: torch.inf)
+    whole, *_ = cure(copy.deepcopy(model), batches, Wish(gradients=1, fp16=1))
+    assert whole["logits_left_out"] is None
+    of = [{p["tensor"]: p for p in record["peaks"]} for record in (found, whole)]
+    few, every = of[0].pop("the head's logits, where computed"), of[1].pop("the head's logits")
+    assert every["forward"] == pytest.approx(max(logits), rel=1e-6)
+    assert logits[0] <= few["forward"] * (1 + 1e-6) and few["forward"] <= every["forward"]
+    assert of[0] == of[1]
+    for name in set(found) - {"logits_left_out", "peaks"}:
+        assert found[name] == whole[name], name
+
+
+def test_the_head_is_run_where_its_logits_might_reach_the_limit():
+    model, batches = with_stream_overflow("peri_llama:peri"), list(MANY.split(2))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4 / max(largest_logits(model, batches)))
+    record, *_ = cure(copy.deepcopy(model), batches, Wish(gradients=1))
+    assert record["logits_left_out"] is None
+    (row,) = [p for p in record["peaks"] if p["tensor"] == "the head's logits"]
+    assert row["forward"] == pytest.approx(1e4, rel=1e-5)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    with pytest.raises(NoExactRewrite, match="the head's logits is .*, and what follows is not linear"):
+        cure(model, batches, Wish(gradients=1))
+
+
+def test_what_is_between_the_final_norm_and_the_head_is_not_overlooked():
+    model = build("llama")
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 3,), prepend=True)
+    headless = peaks._Headless(find_layout(find_anatomy(build("llama"))), model, 65504.0)
+    headless.norm = model.model.norm
+    headless.run(MANY)
+    assert headless.left_out is None and not headless.can
+
+
 def test_more_margin_leaves_more_headroom():
     least = {}
     for margin in (0.0, 5.0):
@@ -371,7 +425,7 @@ def test_a_half_precision_source_keeps_its_dtype_except_where_that_would_round(t
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_peaks_are_measured_on_wikitext_or_on_a_text_and_the_tokenizer_goes_along(tmp_path):
+def test_peaks_are_measured_on_wikitext_or_on_a_text_and_the_tokenizer_goes_along(tmp_path, monkeypatch):
     """`--data wikitext`, the usual one, through the real client and a Hub on loopback; `--text` a file."""
     tokenizer = small_models.make_tokenizer()
     torch.manual_seed(0)
@@ -385,6 +439,8 @@ def test_peaks_are_measured_on_wikitext_or_on_a_text_and_the_tokenizer_goes_alon
     rows.to_parquet(folder / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet", index=False)
     files = "configs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n  - split: test\n"
     (folder / "README.md").write_text(f"---\n{files}    path: wikitext-2-raw-v1/test-*.parquet\n---\n")
+    count, load = [], Model.tokenizer
+    monkeypatch.setattr(Model, "tokenizer", lambda *args: count.append(1) or load(*args))
     with small_models.serving(tmp_path / "store", tmp_path / "home"):
         run(tmp_path / "source", tmp_path / "wiki")
     (tmp_path / "text.txt").write_text("a text of our own about water, " * 40)
@@ -392,6 +448,7 @@ def test_peaks_are_measured_on_wikitext_or_on_a_text_and_the_tokenizer_goes_alon
     data = [json.loads((tmp_path / out / "fp16_rewrite.json").read_text())["data"] for out in ("wiki", "text")]
     assert [d["data"] for d in data] == ["wikitext", str(tmp_path / "text.txt")]
     assert data[0]["ids_sha256"] != data[1]["ids_sha256"] and data[0]["samples"] == 2
+    assert len(count) == 2  # once a run
     again = AutoTokenizer.from_pretrained(tmp_path / "wiki")
     assert again("eggs")["input_ids"] == tokenizer("eggs")["input_ids"]
     assert again.model_max_length == source.config.max_position_embeddings != tokenizer.model_max_length

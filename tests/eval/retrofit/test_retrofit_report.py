@@ -7,12 +7,16 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from modeling_periln import PeriLlamaForCausalLM
 from modeling_periln.convert import from_native
 from periln.eval.arguments.retrofit import check, parse
+from periln.eval.retrofit import picture
 from periln.eval.retrofit.command import main
+from periln.eval.scoring.harness import Benchmarks, Settings
+from periln.eval.targets import find_target
 from periln.eval.texts.samples import random_samples
 from periln.runkit.errors import UsageError, UserError
 
@@ -85,7 +89,48 @@ def test_headroom_and_massive_activations_are_those_of_the_largest_value(tmp_pat
     assert "not finite" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_the_figures_axis_holds_the_stream_and_fp16s_largest_number(monkeypatch):
+    records = [{"name": name, "loss": 1.0, "kl": 0.1, "formats": []} for name in ("source", "peri")]
+    figures = []
+    monkeypatch.setattr(picture, "image_bytes", lambda figure: figures.append(figure) or b"")
+    picture.draw(records, [[1.0, 100.0, 2e4], [1.0, 10.0, 30.0]])
+    stream = figures[0].axes[1]
+    assert stream.lines[-1].get_ydata()[0] == 65504
+    assert stream.get_ylim()[0] < 1 and stream.get_ylim()[1] > 65504
+    figures[0].canvas.draw()
+    assert sum("10^{" in label.get_text() for label in stream.get_yticklabels()) >= 4
+
+
+def test_the_tasks_are_lm_evals_for_each_model(tmp_path):
+    tokenizer, models = make_tokenizer(), [tmp_path / name for name in ("one", "other")]
+    for model, placement in zip(models, ("pre", "peri"), strict=True):
+        make_model(tokenizer, placement).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    words = ["--out", str(tmp_path / "out"), "--data", "random", "--samples", "2", "--tokens", "16", "--rows", "none"]
+    args = parse([*map(str, models), *words, "--tasks", "mini_piqa,mini_winogrande", "--limit", "4"])
+    check(args)
+    main(args)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for model, found in zip(models, report["models"], strict=True):
+        alone = tmp_path / f"{model.name}.json"
+        target, settings = find_target(model), Settings(limit=4, dtype="float32")
+        plain = Benchmarks(["mini_piqa", "mini_winogrande"], settings).score(target, alone)["results"]
+        assert [(r["task"], r["metric"]) for r in found["tasks"]] == [(r["task"], r["metric"]) for r in plain]
+        values = [[row["value"] for row in rows] for rows in (found["tasks"], plain)]
+        assert values[0] == pytest.approx(values[1], abs=1e-4)
+    assert report["models"][0]["tasks"] != report["models"][1]["tasks"]
+    frame = pd.read_csv(tmp_path / "out" / "report.csv")
+    bits = [r["value"] for r in report["models"][1]["tasks"] if r["metric"] == "gold_bits_per_byte"]
+    assert len(bits) == 2 and frame["right answers, bits a byte"][1] == pytest.approx(sum(bits) / 2, rel=1e-4)
+    assert frame["mini_piqa"].between(0, 1).all()
+    assert "± " in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_what_it_refuses(tmp_path, folder):
+    with pytest.raises(UsageError, match="--limit is of --tasks"):
+        run(folder, tmp_path / "out", "--limit", "4")
+    with pytest.raises(UsageError, match="no tokenizer"):
+        run(folder, tmp_path / "out", "--tasks", "mini_piqa")
     with pytest.raises(UsageError, match="--rows has no 'stream: FP17' .did you mean 'stream: FP16'"):
         run(folder, tmp_path / "out", "--rows", "stream: FP17")
     (tmp_path / "there").mkdir()

@@ -120,6 +120,52 @@ def test_a_wrong_prediction_is_mended_by_halving(monkeypatch, seen, guess):
     assert tried[1] == 2.0**guess and (guess != 5 or tried[1:] == [2.0**5, 2.0**6])
 
 
+def forwards_of(model) -> list[int]:
+    """The tokens of every forward pass that begins from here on."""
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    return seen
+
+
+def overflowing_at(scale: float):
+    """A model whose gradients overflow FP16 at a loss scale: its head's weights are large, and its loss with them."""
+    model = build("llama").eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(65504 / scale)
+    return model
+
+
+@pytest.mark.parametrize("model", [build("llama"), overflowing_at(2.0**8)], ids=["tame", "overflowing"])
+def test_one_forward_pass_of_a_single_batch_serves_every_scale(model):
+    ids, anatomy = SAMPLES.ids[:1], find_anatomy(model.eval())
+    passes = HalfPasses(anatomy, [ids])
+    seen = forwards_of(passes.half)
+    assert passes.forward() is None and passes.backward(1.0) == [None]
+    scale, beyond = passes.largest_scale()
+    assert len(seen) == 1 and scale == every_scale(model, ids)
+    passes.close()
+    # Each by itself is the same: of two batches no graph is kept, and other passes know nothing of the scales above.
+    twice = HalfPasses(anatomy, [ids, ids])
+    again = forwards_of(twice.half)
+    assert twice.forward() is None and twice.backward(1.0) == [None] and len(again) == 4
+    assert twice.largest_scale() == (scale, beyond)
+    assert torch.equal(twice.logits, passes.logits)
+    if beyond is not None:
+        assert HalfPasses(anatomy, [ids]).backward(2 * scale) == [beyond]
+        # A backward pass that ended early does not spoil the next one.
+        assert passes.backward(4 * scale, scale / 2)[1] is None and len(seen) > 1
+
+
+def test_what_was_run_is_not_run_again_and_nothing_is_held_behind_it():
+    passes = HalfPasses(find_anatomy(build("llama").eval()), [SAMPLES.ids[:1]])
+    seen = forwards_of(passes.half)
+    passes.forward(), passes.backward(1.0)
+    passes.close()
+    assert passes.forward() is None and passes.backward(1.0) == [None] and len(seen) == 1
+    assert not any(module._backward_hooks or module._forward_hooks for module in passes.half.modules())
+    assert not any(parameter._backward_hooks for parameter in passes.half.parameters())
+
+
 def test_rotary_frequencies_are_not_rounded_with_the_weights():
     model = build("llama")
     before = model.model.rotary_emb.inv_freq.clone()

@@ -11,14 +11,6 @@ or other `--tokens` are given.
 The training step is forward, loss, backward and AdamW; labels are the ids, no padding.
 """
 
-import sys
-
-from periln.scripts.arguments.bench import check, parse
-from periln.start import start
-
-if __name__ == "__main__":
-    sys.exit(start("scripts.bench", parse, check))  # parses before the imports below, which take seconds
-
 import argparse
 import ctypes
 import gc
@@ -26,6 +18,7 @@ import json
 import resource
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -46,9 +39,10 @@ from periln.runkit.errors import UsageError, UserError, did_you_mean
 from periln.runkit.folder import read_json, write_json, write_text
 from periln.runkit.process import python_m, start_stage
 from periln.runkit.progress import progress_bar
-from periln.scripts.bench_results import interval_of_ratio, table
-from periln.scripts.bench_results import verdict as verdict
-from periln.scripts.trainer_bench import BARE, HF, SIZES, trainer_pair
+from periln.scripts.arguments.bench import check
+from periln.scripts.bench.results import interval_of_ratio, table
+from periln.scripts.bench.results import verdict as verdict
+from periln.scripts.bench.trainer_pair import BARE, HF, SIZES, trainer_pair
 
 WARM_UP = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

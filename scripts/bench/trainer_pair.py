@@ -26,6 +26,7 @@ from modeling_periln.convert import to_native
 from periln.runkit.environment import DtypeWitness
 from periln.runkit.folder import RunFolder
 from periln.runkit.fp16 import half_products, make_fp16_real
+from periln.runkit.rates import attainable_flops
 from periln.runkit.recipes import from_mapping
 from periln.scripts.costs import flops_per_token
 from periln.scripts.recipe import Recipe
@@ -176,18 +177,6 @@ def stock_llama(ours: Any) -> PreTrainedModel:
     return other.to(ours.device).train()
 
 
-def attainable_flops(device: torch.device, repeats: int = 5) -> float:
-    """FLOP/s of a large matrix product in FP32 (FP16 on a GPU): the best of some."""
-    n, dtype = (1536, torch.float32) if device.type == "cpu" else (8192, torch.float16)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(repeats):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
-
-
 def dtypes_of(model: nn.Module, side: Callable[[], Any]) -> list[str]:
     """The dtypes of all linear layers' outputs in a call of a side."""
     with DtypeWitness(model) as seen:
@@ -213,7 +202,7 @@ def trainer_pair(case: Any, device: torch.device) -> tuple[Callable[[], Any], Ca
 
     def facts(seconds: list[float]) -> dict[str, Any]:
         config: PeriLlamaConfig = ours.trainer.model.config
-        count, attainable = case.tokens[0] * case.tokens[1], attainable_flops(device)
+        count, attainable = case.tokens[0] * case.tokens[1], attainable_flops(device, torch.float16)
         rates = [count / one for one in seconds]
         return {
             "tokens_per_second": rates,
