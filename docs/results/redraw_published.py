@@ -258,7 +258,7 @@ def fine_tuned_words() -> list[str]:
         f"- `periln sft` trains it in FP16 with its own ChatML template: {len(one['losses'])} steps on the first "
         f"{one['rows']} conversations of LIMA{fits} {one['max_length']} tokens. The loss of their answers "
         f"falls {falls}. Of {len(one['answers'])} greedy answers to other questions, these end by themselves within "
-        f"{one['new_tokens']} tokens: {ends}."
+        f"{one['new_tokens']} tokens: {ends}.{' An answer that is cut has no end to learn.' if one['cut'] else ''}"
     ]
 
 
