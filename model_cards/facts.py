@@ -9,6 +9,7 @@ import pandas as pd
 
 from periln.model_cards.subject import Subject, listed_checkpoint
 from periln.runkit import steps
+from periln.runkit.control_tokens import END_OF_TURN
 from periln.runkit.errors import UserError
 from periln.runkit.folder import RunFolder, read_json
 from periln.runkit.number_format import FP16
@@ -90,7 +91,7 @@ def recipe_rows(subject: Subject) -> list[Row]:
     if r.get("stage") == "sft":
         names = ("data", "data_revision", "epochs", "batch_size", "max_length", "learning_rate", "warmup")
         names += ("weight_decay", "gradient_clip", "packing", "precision", "residual_dtype", "peft", "seed")
-        return [(name.replace("_", " "), entry(r, name)) for name in names]
+        return [(name.replace("_", " "), entry(r, name)) for name in names] + [("chat template", _template(subject))]
     optimizer, precision = r.get("optimizer") or {}, r.get("precision") or {}
     data = subject.environment.get("data") or {}
     rows = [("data", text(data.get("source"))), ("tokenizer", text(data.get("tokenizer")))]
@@ -99,6 +100,14 @@ def recipe_rows(subject: Subject) -> list[Row]:
         rows.append((name.replace("_", " "), entry(optimizer, name)))
     rows += [("precision", entry(precision, "mode")), ("residual dtype", entry(precision, "residual_dtype"))]
     return [*rows, ("data fingerprint", entry(r, "data_fingerprint")[:16]), ("seed", entry(r, "seed"))]
+
+
+def _template(subject: Subject) -> str:
+    """Which chat template a fine-tuning was trained with, and what ends an answer."""
+    own = subject.summary.get("chat_template")
+    if not isinstance(own, dict):
+        return text(f"this project's; an answer ends with `{END_OF_TURN}`")
+    return text(f"the model's own; an answer ends with `{own.get('answer_ends_with')}`")
 
 
 def tokens_seen(subject: Subject) -> int | None:

@@ -78,7 +78,7 @@ class _OnePass(torch.autograd.Function):
             hidden_grad = torch.empty_like(hidden_states, dtype=dtype) if want_hidden else None
             # Summed in FP32 at least: in FP16 the sum over a long batch would be rounded, and could overflow.
             wide = torch.promote_types(weight.dtype, torch.float32)
-            weight_grad = torch.zeros_like(weight, dtype=wide) if want_weight else None
+            weight_grad: torch.Tensor | None = None
             factor = scale / items
             total: Any = None
             for start in range(0, len(hidden_states), chunk_tokens):
@@ -88,9 +88,13 @@ class _OnePass(torch.autograd.Function):
                 total = sums if total is None else total + sums
                 if hidden_grad is not None:
                     torch.mm(gradient, matrix, out=hidden_grad[rows])
-                if weight_grad is not None and dtype == wide:
+                if not want_weight:
+                    continue
+                if weight_grad is None:  # no zeros to add to: a pass over the head's weight less
+                    weight_grad = (gradient.T @ hidden).to(wide)
+                elif dtype == wide:
                     weight_grad.addmm_(gradient.T, hidden)
-                elif weight_grad is not None:
+                else:
                     weight_grad += gradient.T @ hidden
         ctx.gradients, ctx.scale = (hidden_grad, weight_grad), scale
         ctx.dtypes = hidden_states.dtype, weight.dtype
@@ -104,9 +108,14 @@ class _OnePass(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradient of the loss was made in its forward pass, and has been used already")
         rest = upstream / ctx.scale  # 1 if the loss was multiplied by the announced scale
+        # On a GPU asking would be a wait, and the compiler cannot ask.
+        known = type(rest) is torch.Tensor and rest.is_cpu and not torch.compiler.is_compiling()
+        if not (known and rest == 1):
+            for grad in ctx.gradients:
+                if grad is not None:
+                    grad.mul_(rest)
         gradients = (
-            None if grad is None else grad.mul_(rest).to(dtype)
-            for grad, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+            None if grad is None else grad.to(dtype) for grad, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         )
         ctx.gradients = None
         return *gradients, *[None] * 7

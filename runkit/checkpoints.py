@@ -38,14 +38,18 @@ def write_checkpoint(
     from transformers.utils import logging as transformers_logging
 
     with write_folder(path) as folder:
-        residual_dtype, model.config.residual_dtype = model.config.residual_dtype, None
+        residual_dtype = getattr(model.config, "residual_dtype", None)
+        if residual_dtype is not None:
+            model.config.residual_dtype = None
         ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, ends_of(model, tokenizer)
         bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
             model.save_pretrained(folder, state_dict=weights)
         finally:
-            model.config.residual_dtype, model.generation_config.eos_token_id = residual_dtype, ends
+            model.generation_config.eos_token_id = ends
+            if residual_dtype is not None:
+                model.config.residual_dtype = residual_dtype
             if bars:
                 transformers_logging.enable_progress_bar()
         save_tokenizer(tokenizer, model.config, folder)

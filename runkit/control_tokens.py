@@ -93,6 +93,24 @@ def passes(token: str) -> int:
     return len(token) if overlaps else 1
 
 
+def neutralized(text: str, tokens: Sequence[str]) -> str:
+    """A text with a joiner behind the first character of every control token that it spells."""
+    first = {token[0] for token in tokens}
+    if not any(char in text for char in first):
+        return text
+    for token in tokens:
+        for _ in range(passes(token) if token in text else 0):
+            text = text.replace(token, token[0] + JOINER + token[1:])
+    return text
+
+
+def joiners_of(tokens: Sequence[str]) -> str:
+    """The pattern of the joiners in neutralized `tokens`."""
+    first = dict.fromkeys(token[0] for token in tokens)
+    rests = {char: "|".join(re.escape(t[1:]) for t in tokens if t[0] == char) for char in first}
+    return "|".join(f"(?<={re.escape(char)}){JOINER}(?=(?:{rest}))" for char, rest in rests.items())
+
+
 def ignore_joiners(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
     """Have a tokenizer drop the joiner of neutralized `tokens`, before it does anything else to a text.
 
@@ -102,10 +120,7 @@ def ignore_joiners(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
     tokens = _read_as_text(tokenizer, tokens)
     if not tokens:
         return
-    first = dict.fromkeys(token[0] for token in tokens)
-    rests = {char: "|".join(re.escape(t[1:]) for t in tokens if t[0] == char) for char in first}
-    found = "|".join(f"(?<={re.escape(char)}){JOINER}(?=(?:{rest}))" for char, rest in rests.items())
-    drop = normalizers.Replace(Regex(found), "")
+    drop = normalizers.Replace(Regex(joiners_of(tokens)), "")
     own = tokenizer.normalizer
     tokenizer.normalizer = drop if own is None else normalizers.Sequence([drop, own])
 
@@ -118,18 +133,23 @@ def ignores_joiners(tokenizer: Any) -> bool:
     return all(normalizer is not None and normalizer.normalize_str(text) == token for text, token in joined)
 
 
-def check_control_tokens(tokenizer: Any, name: object) -> None:
+def check_control_tokens(tokenizer: Any, name: object, roles: Sequence[str] = ROLES) -> None:
     """See that content can be kept apart from the control tokens of `tokenizer`.
+
+    `roles` are those that the chat template writes, the end of a turn last; none where that is the tokenizer's own.
 
     Raises:
         UserError: a token for conversations is missing, or content could still become one; names both.
     """
     tokens = control_tokens(tokenizer)
-    if missing := [token for token in ROLES if token not in tokens]:
-        raise UserError(f"the tokenizer of {name} has no token {', '.join(missing)} for conversations")
+    if missing := [token for token in roles if token not in tokens]:
+        raise UserError(
+            f"the tokenizer of {name} has no token {', '.join(missing)} for conversations, and no chat template of "
+            "its own: put the model's chat_template.jinja next to it"
+        )
     words = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content not in tokens]
     for token in (*tokens, *words):
-        if reason := _slips_through(token, token in words):
+        if reason := _slips_through(token, token in words, roles):
             raise UserError(f"the tokenizer of {name} has the token {token!r}: content could become it, {reason}")
     late = [token.content for token in tokenizer.added_tokens_decoder.values() if token.normalized]
     late = [token for token in late if token in tokens]
@@ -153,14 +173,15 @@ def _is_found(tokenizer: Any, token: str) -> bool:
     return any(number in tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
 
 
-def _slips_through(token: str, is_word: bool) -> str | None:
+def _slips_through(token: str, is_word: bool, roles: Sequence[str]) -> str | None:
     """How a content could become the token although neutralized, or (a word) take part of a turn's token; or None."""
     if len(token) == 1 and not is_word:
         return "because no joiner fits into a single character"
-    for role in ROLES:
+    for role in roles:
         if token != role and token.startswith(role):
             return f"because it begins with {role}, which the chat template writes"
     ends = (token[start:] for start in range(1, len(token)))
-    if token not in ROLES and any(END_OF_TURN.startswith(end) or end.startswith(END_OF_TURN) for end in ends):
-        return f"because {END_OF_TURN}, which the chat template writes, may be a part of it"
+    turn = roles[-1] if roles else ""
+    if roles and token not in roles and any(turn.startswith(end) or end.startswith(turn) for end in ends):
+        return f"because {turn}, which the chat template writes, may be a part of it"
     return None

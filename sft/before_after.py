@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from periln.runkit.control_tokens import END_OF_TURN
 from periln.runkit.folder import RunFolder, read_json, weights_hash, write_json
 from periln.sft.base import load_float32
-from periln.sft.tokens import IGNORED, Tokens
+from periln.sft.tokens import IGNORED, Tokens, turn_end
 
 FILE = "before_after.json"
 LOSS_CONVERSATIONS = 200  # how many of the first
@@ -44,7 +43,7 @@ def conversation_loss(model: PreTrainedModel, tokens: Tokens, pulse: Callable[[]
 @torch.no_grad()
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pulse: Callable[[], None]) -> list[dict]:
     """The greedy answer to each of the five questions."""
-    out = []
+    out, ends = [], [end for end in (tokenizer.eos_token_id, turn_end(tokenizer)) if end is not None]
     for question in QUESTIONS:
         pulse()
         turns = [{"role": "user", "content": question}]
@@ -55,7 +54,7 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pulse: C
             attention_mask=torch.ones_like(ids),
             max_new_tokens=min(NEW_TOKENS, max(1, model.config.max_position_embeddings - ids.shape[1])),
             do_sample=False,
-            eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)],
+            eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
         )
         text = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)

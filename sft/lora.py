@@ -9,11 +9,12 @@ from peft.utils.other import TrainableTokensWrapper
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from periln.runkit.checkpoints import damage_of, write_checkpoint
-from periln.runkit.control_tokens import END_OF_TURN, ROLES
+from periln.runkit.control_tokens import ROLES
 from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import read_json
 from periln.sft.base import is_adapter, load_float32, quiet_peft
 from periln.sft.recipe import Lora
+from periln.sft.tokens import stop_at_turns, turn_end
 
 PROBE = (2, 16)  # rows and tokens of the batch on which a merged model is compared
 TOLERANCE = 1e-5  # of the largest logit, or of 1
@@ -72,7 +73,7 @@ def stops_at_turns(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> bool
     """Whether generation from this checkpoint, and so from an adapter on it, ends where a turn ends."""
     file = checkpoint / "generation_config.json"
     ends = read_json(file).get("eos_token_id") if file.exists() else None
-    return tokenizer.convert_tokens_to_ids(END_OF_TURN) in (ends if isinstance(ends, list) else [ends])
+    return turn_end(tokenizer) in (ends if isinstance(ends, list) else [ends])
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
@@ -132,6 +133,7 @@ def merge(checkpoint: Path, out: Path) -> tuple[float, float]:
     difference, largest = (merged(input_ids=ids).logits - before).abs().max().item(), before.abs().max().item()
     if not difference <= TOLERANCE * max(1.0, largest):
         raise UserError(f"{checkpoint}: merged in, it changes a logit by {difference:.1e}; {out} is not written")
+    stop_at_turns(merged, tokenizer)
     with write_checkpoint(out, merged, tokenizer):
         pass
     damage = damage_of(out)

@@ -17,7 +17,7 @@ class Lora:
     target_modules: list[str] | None = None  # null: PEFT's own for the model's type (q_proj and v_proj for ours)
     modules_to_save: list[str] | None = None  # trained whole, and saved with the adapter
     # Rows that are trained, by the name of their module (a list: of the embedding alone, as in PEFT). `auto`: those of
-    # the turn tokens, in embedding and head, where the checkpoint has seen no conversation yet; null: none.
+    # our turn tokens, in embedding and head, where the checkpoint has seen no conversation yet; null: none.
     trainable_token_indices: Literal["auto"] | list[int] | dict[str, list[int]] | None = setting("auto", before=None)
 
     def check(self) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from transformers.utils.import_utils import is_serve_available
 
 from modeling_periln import PeriLlamaForCausalLM
-from periln.runkit.control_tokens import END_OF_TURN
+from periln.runkit.control_tokens import END_OF_TURN, ROLES
 from periln.runkit.errors import UsageError
 from periln.runkit.models import check_loadable, find_model, is_local
 
@@ -53,7 +53,7 @@ def warn_of_old_template(words: list[str]) -> None:
     """Warn on stderr of an old chat template of ours, which parses contents and has no system turn."""
     file = Path(words[0]) / "chat_template.jinja" if words else Path()
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if END_OF_TURN in text and "raise_exception" not in text:
+    if ROLES[0] in text and END_OF_TURN in text and "raise_exception" not in text:
         print(
             f"{file} was written by an earlier version: a message that spells a control token becomes that token, and "
             "a system message is taken for a user's. Fine-tune again, or replace it by the template of "

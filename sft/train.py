@@ -23,18 +23,19 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 import modeling_periln  # noqa: F401 (registers PeriLlama with the auto classes)
 from periln.runkit.checkpoints import chosen_checkpoint, damage_of
 from periln.runkit.errors import StoppedBySignal, UsageError, UserError
 from periln.runkit.folder import RunFolder, called, read_json, room_for, weights_hash, write_json
 from periln.runkit.fp16 import make_fp16_real
-from periln.runkit.models import check_loadable, find_model, load_causal_lm
+from periln.runkit.models import check_loadable, find_model, load_causal_lm, to_stderr
 from periln.runkit.process import StopRequest, need_device, quiet_transformers, start_stage
 from periln.runkit.progress import progress_bar
 from periln.runkit.recipes import apply_overrides, from_mapping, read_yaml
@@ -45,8 +46,9 @@ from periln.sft.base import name_base_again
 from periln.sft.before_after import record_before_after
 from periln.sft.checkpointing import latest_resumable
 from periln.sft.conversations import Conversations, load_conversations
+from periln.sft.own_template import own_template
 from periln.sft.recipe import Lora, Recipe
-from periln.sft.tokens import Tokens, chat_tokenizer, knows_turns, marked, tokenize
+from periln.sft.tokens import Tokens, chat_tokenizer, knows_turns, marked, stop_at_turns, tokenize
 from periln.sft.trainer import ExactTrainer, Recorder, arguments
 
 
@@ -62,6 +64,12 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
 
     @property
+    def template(self) -> dict[str, Any]:
+        """For data.json and summary.json: the tokenizer's own chat template, where it is trained with."""
+        own = own_template(self.tokenizer)
+        return {} if own is None else {"chat_template": own.described()}
+
+    @property
     def steps(self) -> int:
         """Exact without packing."""
         return self.recipe.epochs * math.ceil(len(self.tokens.ids) / self.recipe.batch_size)
@@ -71,7 +79,13 @@ def _build_trainer(job: Job, recorder_bar: tqdm, stop: StopRequest, scratch: str
     recipe = job.recipe
     # An absolute path, as an adapter names its base by it.
     model = load_causal_lm(job.checkpoint.resolve(), torch.float32)
-    model.config.residual_dtype = recipe.residual_dtype
+    if hasattr(model.config, "residual_dtype"):
+        model.config.residual_dtype = recipe.residual_dtype
+    stop_at_turns(model, job.tokenizer)
+    own = own_template(job.tokenizer)
+    data: dict[str, Any] = {"messages": job.conversations.messages}
+    if own is not None:
+        data = {"input_ids": job.tokens.ids, "labels": job.tokens.labels}
     if recipe.peft is not None:
         model = lora.add_adapters(model, recipe.peft, recipe.seed)
     trainer = ExactTrainer(
@@ -80,8 +94,8 @@ def _build_trainer(job: Job, recorder_bar: tqdm, stop: StopRequest, scratch: str
         Recorder(job.run, model, recorder_bar),
         stop,
         model=model,
-        args=arguments(recipe, scratch),
-        train_dataset=Dataset.from_dict({"messages": job.conversations.messages}),
+        args=arguments(recipe, scratch, labelled=own is not None),
+        train_dataset=Dataset.from_dict(data),
         processing_class=job.tokenizer,
     )
     if not recipe.packing and len(trainer.train_dataset) != len(job.tokens.ids):
@@ -98,7 +112,7 @@ def fine_tune(job: Job, bar: tqdm, stop: StopRequest) -> None:
     run, recipe = job.run, job.recipe
     rows = {"truncated_rows": job.tokens.truncated, "dropped_rows": job.tokens.dropped}
     of = {"name": job.conversations.name, "revision": job.conversations.revision, "sha256": job.conversations.sha256}
-    write_json(run.path / "data.json", of | job.tokens.counts() | rows)
+    write_json(run.path / "data.json", of | job.tokens.counts() | rows | job.template)
     checkpoint = latest_resumable(run, tqdm.write)
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
@@ -134,6 +148,7 @@ def fine_tune(job: Job, bar: tqdm, stop: StopRequest) -> None:
         last_loss=records[-1]["loss"] if records else None,
         skipped_steps=recorder.skips,
         **job.tokens.counts(),
+        **job.template,
         parameters=sum(p.numel() for p in model.parameters()),
         parameters_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
@@ -201,14 +216,14 @@ def plan(recipe: Recipe, path: Path, conversations: Conversations, name: str) ->
         lora.check_adapters(config, peft)
         recipe = dataclasses.replace(recipe, peft=peft)
     mine = dataclasses.replace(
-        recipe,
+        _with_a_stream(recipe, config, checkpoint),
         model=weights_hash(checkpoint),
         placement=read_json(checkpoint / "config.json").get("norm_placement", ""),
         data_revision=conversations.revision,
         data_sha256=conversations.sha256,
     )
     run = RunFolder(folder)
-    return Job(
+    job = Job(
         run.check_claim(mine).recipe,
         checkpoint,
         run,
@@ -216,6 +231,32 @@ def plan(recipe: Recipe, path: Path, conversations: Conversations, name: str) ->
         tokenize(conversations, tokenizer, recipe.max_length),
         tokenizer,
     )
+    if joined := job.tokens.joined:
+        to_stderr(
+            f"{checkpoint}: {len(joined)} of {len(conversations)} rows are left out, because the tokenizer joins "
+            f"the beginning of an answer (white space, mostly) with the prompt: {', '.join(map(str, joined))}"
+        )
+    before = read_json(run.path / "data.json") if (run.path / "data.json").exists() else job.template
+    if before.get("chat_template") != job.template.get("chat_template"):
+        raise UserError(f"{run.path} was begun with another chat template than {checkpoint} has now: give --name")
+    return job
+
+
+def _with_a_stream(recipe: Recipe, config: PreTrainedConfig, checkpoint: Path) -> Recipe:
+    """The recipe without `residual_dtype` where the model has no such field; the default is left out and said.
+
+    Raises:
+        UsageError: another dtype than the default was asked for.
+    """
+    if hasattr(config, "residual_dtype") or recipe.residual_dtype is None:
+        return recipe
+    kind, default = config.model_type, Recipe.residual_dtype
+    if recipe.residual_dtype != default:
+        raise UsageError(
+            f"residual_dtype {recipe.residual_dtype}: a {kind} ({checkpoint}) has the stream of its own code; give null"
+        )
+    to_stderr(f"{checkpoint}: a {kind} has the stream of its own code, so residual_dtype is null and not {default}")
+    return dataclasses.replace(recipe, residual_dtype=None)
 
 
 def _is_over(run: RunFolder) -> bool:

@@ -34,8 +34,11 @@ CHECKPOINTING = next(
 )
 
 
-def arguments(recipe: Recipe, scratch: str) -> SFTConfig:
-    """TRL's settings. `scratch` stays empty: checkpoints go to the run folder."""
+def arguments(recipe: Recipe, scratch: str, labelled: bool = False) -> SFTConfig:
+    """TRL's settings. `scratch` stays empty: checkpoints go to the run folder.
+
+    `labelled`: the data are tokens with labels, which TRL pads and packs and otherwise leaves as they are.
+    """
     micro = recipe.micro_batch_size or recipe.batch_size
     config = SFTConfig(
         output_dir=scratch,
@@ -50,7 +53,7 @@ def arguments(recipe: Recipe, scratch: str) -> SFTConfig:
         max_length=recipe.max_length,
         fp16=recipe.precision == "fp16",
         bf16=recipe.precision == "bf16",
-        assistant_only_loss=True,
+        assistant_only_loss=not labelled,
         packing=recipe.packing,
         use_cpu=recipe.device == "cpu",
         dataloader_pin_memory=False,

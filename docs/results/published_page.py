@@ -120,6 +120,7 @@ MISSING = """
 - A GPU: FP16 kernels other than vLLM's on a CPU, and vLLM's own class for Gemma 3.
 - llama.cpp in F16.
 - All items of the five tasks.
+- More than 20 steps of fine-tuning.
 - More than 4 (Gemma 3) or 16 samples in the table of number formats, and more than two seeds of the tiny models.
 """
 
@@ -128,5 +129,6 @@ LEFT_OUT = {  # by record: what `make test-published` measures too, where it was
     "bench_gemma3-fp16": "The quick bench of the cured Gemma 3.",
     "smollm2_margin": "SmolLM2's cure with `--margin 4`.",
     "smollm2_tasks": "SmolLM2's scores beside those of the `lm_eval` command.",
-    "smollm2_sft": "Fine-tuning SmolLM2 on LIMA: `periln sft` needs its turns' tokens in the vocabulary, and refuses.",
+    "smollm2_sft_full": "Fine-tuning all weights of SmolLM2 on LIMA.",
+    "smollm2_sft_lora": "Fine-tuning SmolLM2 on LIMA with LoRA.",
 }

@@ -237,7 +237,29 @@ def smollm2_words() -> str:
             f"- `periln benchmarks` on the first {scores['limit']} items of the five tasks gives the scores of the "
             f"`lm_eval` command, equal in all {len(scores['rows'])} (acc: {rows})."
         )
+    lines += fine_tuned_words()
     return "\n".join(lines) or "Not measured."
+
+
+def fine_tuned_words() -> list[str]:
+    """SmolLM2 on LIMA: losses before and after, and how many answers end by themselves."""
+    kinds = {"with LoRA (rank 16)": maybe("smollm2_sft_lora"), "with all weights": maybe("smollm2_sft_full")}
+    found = {said: record for said, record in kinds.items() if record}
+    if not found:
+        return []
+    one = next(iter(found.values()))
+    fits = f", {one['cut']} of them cut at" if one["cut"] else " that have at most"
+    falls = " and ".join(
+        f"from {r['before']:.3f} to {r['after']:.3f} nats a token {said} at a rate of {r['learning_rate']:g}"
+        for said, r in found.items()
+    )
+    ends = ", ".join(f"{sum(a['ended'] for a in r['answers'])} {said}" for said, r in found.items())
+    return [
+        f"- `periln sft` trains it in FP16 with its own ChatML template: {len(one['losses'])} steps on the first "
+        f"{one['rows']} conversations of LIMA{fits} {one['max_length']} tokens. The loss of their answers "
+        f"falls {falls}. Of {len(one['answers'])} greedy answers to other questions, these end by themselves within "
+        f"{one['new_tokens']} tokens: {ends}.{' An answer that is cut has no end to learn.' if one['cut'] else ''}"
+    ]
 
 
 def scaled(exponents: dict[str, int]) -> str:

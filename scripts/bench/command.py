@@ -40,6 +40,8 @@ from periln.runkit.folder import read_json, write_json, write_text
 from periln.runkit.process import python_m, start_stage
 from periln.runkit.progress import progress_bar
 from periln.scripts.arguments.bench import check
+from periln.scripts.bench.recorder_pair import ITSELF, recorder_pair
+from periln.scripts.bench.recorder_pair import SIZES as RECORDED
 from periln.scripts.bench.results import interval_of_ratio, table
 from periln.scripts.bench.results import verdict as verdict
 from periln.scripts.bench.trainer_pair import BARE, HF, SIZES, trainer_pair
@@ -190,6 +192,13 @@ def _cases() -> Iterator[Case]:
                 what = f"the trainer's step, {size.upper()}, {dtype.upper()}, {how}"
                 yield Case(f"{name}-hf", what, HF, 1.0, tokens, trainer_pair, **shared)
                 yield Case(f"{name}-bare", what, BARE, 0.0, tokens, trainer_pair, **shared)
+    for dtype in ("fp32", "fp16"):
+        for how in ("eager", "compiled"):
+            shared = {"dtype": dtype, "compiled": how == "compiled", "sizes": RECORDED}
+            what = f"the step with the recorder, d 256, {dtype.upper()}, {how}, CPU time"
+            yield Case(f"recorder-{dtype}-{how}", what, "without it", 0.99, (8, 128), recorder_pair, **shared)
+            what = what.replace("with the", "without the")
+            yield Case(f"recorder-{dtype}-{how}-same", what, ITSELF, 0.0, (8, 128), recorder_pair, **shared)
 
 
 MEMORY_CASE = "memory"
@@ -350,7 +359,7 @@ def main(args: argparse.Namespace) -> None:
             raise UsageError(f"{file} was measured on another machine or version: give another --out, or --again")
     for name in wanted:
         case = CASES.get(name)
-        if case and args.tokens and case.build in (training_pair, trainer_pair):
+        if case and args.tokens and case.build in (training_pair, trainer_pair, recorder_pair):
             case = replace(case, tokens=tuple(args.tokens))
         old = record["cases"].get(name)
         if old and not args.again and is_enough(old, case, args):

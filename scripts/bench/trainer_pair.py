@@ -3,7 +3,8 @@
 The same weights (the same tensors), tokens read the same way, precision, clipping and fused AdamW. Ours has every
 instrument on: recorder, statistics, records on the disk. HF `Trainer` is as its defaults make it, without saving. On a
 CPU its `fp16=True` computes in FP32 without a word, so it is given this project's FP16 arithmetic; the dtypes of all
-linear layers' outputs are compared. A call of a side is a few steps, and gives the seconds of one.
+linear layers' outputs are compared. A call of a side is one step that does not count, in which HF `Trainer` sets itself
+up and a side's code and memory become warm again, and a few that do; it gives the seconds of one.
 """
 
 import json
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import transformers
@@ -58,13 +59,24 @@ class Windows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-class Ours:
-    """Calls make `STEPS` steps of the project's trainer."""
+def seconds_a_step(step: Callable[[], torch.Tensor | None]) -> float:
+    """Of `STEPS`, after one that does not count; a step may return what is to be waited for."""
+    step()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        last = step()
+    if last is not None:
+        last.item()
+    return (time.perf_counter() - start) / STEPS
 
-    def __init__(self, case: Any, device: torch.device, folder: Path, tokens: RandomTokens):
+
+class Ours:
+    """Calls make steps of the project's trainer; `more` are fields of its recipe."""
+
+    def __init__(self, case: Any, device: torch.device, folder: Path, tokens: RandomTokens, **more: Any):
         batch, length = case.tokens
         fp16 = case.dtype == "fp16"
-        recipe = {
+        recipe: dict[str, Any] = {
             "name": "ours", "data": str(folder / "data"), "steps": 10**6, "batch_size": batch,
             "sequence_length": length, "model": case.sizes | {"norm_placement": "pre"}, "device": device.type,
             "compile": case.compiled, "trackers": [], "optimizer": {"schedule": "constant", "warmup": 0.0},
@@ -72,18 +84,18 @@ class Ours:
         }  # fmt: skip
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        self.trainer = Trainer(from_mapping(Recipe, recipe), RunFolder(folder / "ours"), tokens)
+        self.trainer = Trainer(from_mapping(Recipe, recipe | more), RunFolder(folder / "ours"), tokens)
         self.trainer.run.path.mkdir(parents=True, exist_ok=True)
 
     def __call__(self) -> float:
-        start = time.perf_counter()
         with open(self.trainer.run.metrics_path, "a") as metrics:
-            for _ in range(STEPS):
-                record = self.trainer._train_step(witness=self.trainer.step == 0)
-                metrics.write(json.dumps(record, allow_nan=False) + "\n")
-                metrics.flush()
-                self.trainer.step += 1
-        return (time.perf_counter() - start) / STEPS
+            return seconds_a_step(lambda: self._step(metrics))
+
+    def _step(self, metrics: IO[str]) -> None:
+        record = self.trainer._train_step(witness=self.trainer.step == 0)
+        metrics.write(json.dumps(record, allow_nan=False) + "\n")
+        metrics.flush()
+        self.trainer.step += 1
 
 
 class Clock(TrainerCallback):
@@ -112,7 +124,7 @@ class EmulatedTrainer(transformers.Trainer):
 
 
 class Theirs:
-    """Calls make one step of HF `Trainer` that does not count, in which it sets itself up, and `STEPS` that do."""
+    """Calls make steps of HF `Trainer`, each time from its beginning."""
 
     def __init__(self, case: Any, device: torch.device, folder: Path, tokens: RandomTokens, model: PreTrainedModel):
         self.clock = Clock()
@@ -133,7 +145,7 @@ class Theirs:
 
 
 class Bare:
-    """Calls make `STEPS` steps of a loop that a user writes in ten lines."""
+    """Calls make steps of a loop that a user writes in ten lines."""
 
     def __init__(self, case: Any, device: torch.device, folder: Path, tokens: RandomTokens, model: PreTrainedModel):
         self.case, self.device, self.model, self.number = case, device, model, 0
@@ -149,21 +161,21 @@ class Bare:
         return stack
 
     def __call__(self) -> float:
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            rows = range(self.number, self.number + self.case.tokens[0])
-            self.number += len(rows)
-            ids = torch.stack([self.data[i]["input_ids"] for i in rows]).to(self.device)
-            with self._arithmetic():
-                loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
-                self.scaler.scale(loss).backward()
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad()
-        loss.item()
-        return (time.perf_counter() - start) / STEPS
+        return seconds_a_step(self._step)
+
+    def _step(self) -> torch.Tensor:
+        rows = range(self.number, self.number + self.case.tokens[0])
+        self.number += len(rows)
+        ids = torch.stack([self.data[i]["input_ids"] for i in rows]).to(self.device)
+        with self._arithmetic():
+            loss: torch.Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+            self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return loss
 
 
 def stock_llama(ours: Any) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
@@ -119,6 +120,7 @@ class Engine:
         )
         self.half_products = make_fp16_real(self.accelerator, scaler)
         self._zero_scaler = None
+        self._clip: tuple[float, torch.Tensor] | None = None  # that a step waits for, and the norm
         if self.zero:
             self.zero.adopt(self.accelerator)
             if precision.mode == "fp16":
@@ -191,7 +193,10 @@ class Engine:
         """Wrap model and optimizer. The model's own modules and names stay what they are."""
         if recipe.activation_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), self.recomputing())})
+            how: dict[str, Any] = {"use_reentrant": False}
+            if not recipe.compile:  # the compiler recomputes no statistics: nothing reads them in the backward graph
+                how["context_fn"] = lambda: (nullcontext(), self.recomputing())
+            enable(how)
         base = model.model
         self._compiled = [base.embed_norm, *base.layers, base.final_norm] if recipe.compile else []
         if recipe.compile:
@@ -262,7 +267,7 @@ class Engine:
 
     # --- the update --------------------------------------------------------------------------------------
     def gradient_norm(self, clip: float | None) -> torch.Tensor:
-        """Unscale the gradients; their 2-norm over the whole model, before they are clipped to `clip`, on the device.
+        """Unscale the gradients; their 2-norm over the whole model, on the device. `step` will clip them to `clip`.
 
         `gradient_norms` has that of every parameter afterwards.
         """
@@ -274,7 +279,7 @@ class Engine:
         parameters = [p for _, p in self.parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
         norm = torch.linalg.vector_norm(norms)
-        nn.utils.clip_grads_with_norm_(parameters, math.inf if clip is None else clip, norm)
+        self._clip = None if clip is None else (clip, norm)
         self.gradient_norms = whole(norms).detach()
         return whole(norm).detach()
 
@@ -327,12 +332,26 @@ class Engine:
         loss, norm, scale, found, flag = values.tolist()
         return StepNumbers(loss, norm, scale, found > 0, int(flag))
 
-    def step(self, skipped: bool) -> None:
-        """Update the weights unless the step is skipped; either way the scale, and no gradients are left."""
+    def _clip_gradients(self, norm: float) -> None:
+        """As `torch.nn.utils.clip_grad_norm_`, but where the factor is 1 no gradient is read and written."""
+        if self._clip is None:
+            return
+        (clip, total), self._clip = self._clip, None
+        if 1 / (np.float32(norm) + np.float32(1e-6)) * np.float32(clip) >= 1:  # torch's own factor, to the last bit
+            return
+        gradients = [p for _, p in self.parameters() if p.grad is not None]
+        nn.utils.clip_grads_with_norm_(gradients, clip, total)
+
+    def step(self, skipped: bool, norm: float = math.inf) -> None:
+        """Update the weights unless the step is skipped; either way the scale, and no gradients are left.
+
+        `norm`: the gradients', as `read` gave it, so that the host need not wait for it again.
+        """
         if self.zero:
             return
         # Not through the scaler nor Accelerate's wrapper: they would read `found_inf` once more.
         if not skipped:
+            self._clip_gradients(norm)
             self.optimizer.optimizer.step()
         if self.scaler is not None:
             self.scaler.update()

@@ -180,6 +180,11 @@ class LayerStats:
     def attach(self) -> None:
         self._handles += [module.register_forward_hook(_observe) for module in self._modules]
 
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks for the time of the block."""
@@ -187,9 +192,7 @@ class LayerStats:
         try:
             yield
         finally:
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
+            self.detach()
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:

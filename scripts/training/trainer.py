@@ -161,7 +161,7 @@ class Trainer:
             self.recorder.keep(step, self.layer_stats.take(), engine.gradient_norms)
         numbers = engine.read(loss, norm, stop)
         loss, norm, scale, found_inf, self.stopped = dataclasses.astuple(numbers)
-        engine.step(found_inf)
+        engine.step(found_inf, norm)
         kind, spike = self.book.record(loss, found_inf, scale), self.book.spike(norm)
         module = self._first_nonfinite(batches) if kind == "forward" else None
         tokens, seconds = recipe.batch_size * recipe.sequence_length, time.perf_counter() - start

@@ -61,7 +61,7 @@ def check_zero(recipe: Recipe, processes: int) -> None:
     if recipe.deterministic:
         raise UsageError("deterministic: not with DeepSpeed, whose reductions are its own")
     if recipe.compile:
-        raise UsageError("compile: not with DeepSpeed, whose hooks stand inside the compiled layers")
+        raise UsageError("compile: not with DeepSpeed, whose hooks are inside the compiled layers: --set compile=false")
 
 
 class Zero:

@@ -425,6 +425,25 @@ def test_a_scale_that_the_loss_was_not_told_is_still_right():
     assert_same((states.grad / 3, head.weight.grad / 3), expected[1:])
 
 
+class Products(TorchDispatchMode):
+    """Counts the products in place with a factor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ == "mul_"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("factor", "count"), [(4.0, 0), (3.0, 2)])
+def test_a_scale_that_the_loss_was_told_multiplies_no_gradient_again(factor, count):
+    states, head, targets = problem()
+    loss = one_pass(states, head, targets, loss_scale=4.0) * factor
+    with Products() as seen:
+        loss.backward()
+    assert seen.count == count
+
+
 def test_the_heads_gradient_is_summed_in_fp32():
     """A sum over many chunks: in FP16 it would come to a stop where a chunk's part is less than half a unit of it."""
     states = torch.ones(4096, 1).half().requires_grad_()

@@ -30,14 +30,14 @@ def fresh_compiler():
 
 @pytest.fixture
 def quick_compiler(monkeypatch, fresh_compiler):
-    """Graphs as always, run by the eager operators: what is traced is the same, and it takes no minute."""
+    """Graphs as always, forward and backward, run by the eager operators: it takes no minute."""
     whole, plain = nn.Module.compile, torch.compile
 
     def compile_module(self, dynamic, options):
-        return whole(self, dynamic=dynamic, backend="eager")
+        return whole(self, dynamic=dynamic, backend="aot_eager")
 
     def compile_function(function=None, *, options=None, **kwargs):
-        return plain(function, **kwargs | {"backend": "eager"})
+        return plain(function, **kwargs | {"backend": "aot_eager"})
 
     monkeypatch.setattr(nn.Module, "compile", compile_module)
     monkeypatch.setattr(torch, "compile", compile_function)

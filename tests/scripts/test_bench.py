@@ -231,3 +231,19 @@ def test_what_a_pair_tells_of_itself_is_in_the_result(tiny_cases, tmp_path):
     result = run(tmp_path, "--cases", name, "--pairs", "2")["cases"][name]
     assert len(result["tokens_per_second"]) == 2 and result["linear_output_dtypes"] is None
     assert result["attainable_flops"] > 1e8
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate", "quick_compiler")
+@pytest.mark.parametrize("name", ["recorder-fp32-eager", "recorder-fp16-eager-same", "recorder-fp32-compiled"])
+def test_the_recorders_pair_differs_by_the_recorder_alone(name):
+    first, second = bench.CASES[name].build(tiny(name), CPU)
+    for side in (first, second, second, first):
+        before = first.trainer.model.lm_head.weight.detach().clone()
+        assert 0 < bench.seconds_of(side, CPU) < 60
+        assert not torch.equal(second.trainer.model.lm_head.weight, before)
+    assert [len(side.trainer.run.metrics()) for side in (first, second)] == [2, 2]
+    recorded = not name.endswith("same")
+    assert [bool(side.trainer.recorder) for side in (first, second)] == [recorded, False]
+    seen = [bool(side.trainer.layer_stats.take().sums.any()) for side in (first, second)]
+    assert seen == [recorded, False]

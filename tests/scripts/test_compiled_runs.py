@@ -66,6 +66,19 @@ def test_statistics_steps_are_compiled_without_the_recorder_too(tmp_path, data, 
     assert np.allclose(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("size", ["400m", "3.2b"])
+def test_a_shipped_recipe_of_a_gpu_compiles_when_its_model_is_small(tmp_path, data, quick_compiler, size):
+    shipped = ROOT / "scripts" / "recipes" / f"{size}-peri.yaml"
+    small = ["steps=3", "batch_size=2", "micro_batch_size=1", "sequence_length=16", "device=cpu", "heldout_every=null"]
+    small += [f"model.{name}={value}" for name, value in MODEL.items()] + ["model.vocab_size=512", f"data={data}"]
+    recipe, tokens = load_recipe(shipped, small)
+    trainer = Trainer(recipe, RunFolder(tmp_path / "run"), tokens)
+    trainer._train_step(witness=True)
+    # The layers, the hook of the first norm, and that norm (of the embedding, FP32) apart from the last (FP16).
+    assert counters["stats"]["unique_graphs"] == 4
+    assert trainer.layer_stats.take().sums[:, 3].min() > 0
+
+
 @pytest.mark.parametrize("mode", ["fp32", "fp16"])
 def test_a_compiled_run_that_is_killed_ends_as_if_untouched(tmp_path, data, mode):
     precision = FP32 if mode == "fp32" else {"mode": "fp16"}

@@ -32,6 +32,11 @@ def test_every_recipe_loads_and_has_the_size_of_its_name(name):
     assert abs(count_parameters(recipe.model_config()).non_embedding / meant - 1) < 0.02
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_recipes_of_gpus_are_compiled(name):
+    assert load(name).compile == (SIZES[name.split("-")[0]] >= 400e6)
+
+
 def test_the_papers_protocol_is_the_papers():
     for size, layers, heads, width, head_dim in (
         ("400m", 24, 8, 1024, 128),

@@ -12,6 +12,7 @@ import pytest
 from tiny import ROOT, called, make_data, write_recipe
 
 from periln.runkit.folder import RunFolder, write_json
+from periln.runkit.recipes import read_yaml
 
 pytestmark = pytest.mark.slow
 
@@ -115,6 +116,14 @@ def test_losses_and_norms_are_those_of_one_process(runs, engine):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         assert ours.get("heldout_loss") == pytest.approx(theirs.get("heldout_loss"), abs=1e-5)
     assert sum("heldout_loss" in r for r in runs[engine, "fp32"].metrics()) == STEPS // 10
+
+
+def test_compiled_and_checkpointed_layers_are_sharded_too(place, runs):
+    """As the shipped recipe of 3.2B parameters runs."""
+    fields = read_yaml(place / "run_fp16.yaml") | {"compile": True, "activation_checkpointing": True}
+    file = write_recipe(place, fields.pop("data"), **fields | {"name": "compiled"})
+    start("fsdp2", "--config", file, "--runs", place / "fsdp2")
+    assert difference(RunFolder(place / "fsdp2" / "compiled"), runs["single", "fp16"]) < 1e-3
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -2,14 +2,17 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from modeling_periln import PeriLlamaConfig, PeriLlamaForCausalLM
 from periln.runkit.errors import UsageError
 from periln.runkit.recipes import from_mapping
 from periln.scripts.recipe import Divergence, NormDecay, Optimizer, Recipe
+from periln.scripts.training.engine import Engine
 from periln.scripts.training.steps import StepBook, learning_rate, make_optimizer
 
 
@@ -186,3 +189,24 @@ def test_a_negative_decay_is_refused_by_name():
     ):
         with pytest.raises(UsageError, match=message):
             from_mapping(Recipe, mapping | {"optimizer": {"norm_decay": norm_decay}}).check()
+
+
+@pytest.mark.parametrize("clip", [None, 1e9, 0.01])
+def test_gradients_are_clipped_as_torch_does_and_left_alone_where_the_factor_is_one(clip):
+    gradient, weight = torch.randn(4, 3), nn.Parameter(torch.zeros(4, 3))
+    weight.grad = gradient.clone()
+    expected = nn.Parameter(torch.zeros(4, 3))
+    expected.grad = gradient.clone()
+    nn.utils.clip_grad_norm_([expected], math.inf if clip is None else clip)
+    engine = Engine.__new__(Engine)
+    engine.zero, engine.accelerator = None, SimpleNamespace(scaler=None)
+    engine._zero_scaler = None
+    engine.model = nn.ParameterDict({"weight": weight})
+    seen = []
+    step = SimpleNamespace(step=lambda: seen.append((weight.grad.clone(), weight.grad._version)))
+    engine.optimizer = SimpleNamespace(optimizer=step, zero_grad=lambda set_to_none: None)
+    norm = engine.gradient_norm(clip)
+    assert norm == torch.linalg.vector_norm(gradient)
+    engine.step(False, norm.item())
+    assert torch.equal(seen[0][0], expected.grad)
+    assert (seen[0][1] == 0) == (clip != 0.01)

@@ -39,8 +39,9 @@ def trainer_of(tmp_path, data, **fields) -> Trainer:
 
 def test_compiling_and_checkpointing_change_no_loss(tmp_path, data):
     plain = train(tmp_path, data, steps=20, precision=FP32, layer_stats_every=7)
-    for switch in ("activation_checkpointing", "compile"):
-        other = train(tmp_path, data, name=switch, steps=20, precision=FP32, layer_stats_every=7, **{switch: True})
+    for switches in (["activation_checkpointing"], ["compile"], ["activation_checkpointing", "compile"]):
+        fields = dict.fromkeys(switches, True)
+        other = train(tmp_path, data, name="-".join(switches), steps=20, precision=FP32, layer_stats_every=7, **fields)
         assert np.abs(np.subtract(losses(other), losses(plain))).max() < 1e-5
         for file in (plain.path / "layers").iterdir():  # hooks that stay are compiled with the layers
             ours, theirs = (pd.read_parquet(r.path / "layers" / file.name).value for r in (other, plain))
