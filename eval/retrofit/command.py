@@ -22,7 +22,7 @@ from periln.eval.targets import Model, find_measured
 from periln.eval.text_table import to_csv, to_markdown, to_terminal
 from periln.eval.texts.samples import Samples, find_samples, sample_sizes
 from periln.runkit.environment import describe_environment
-from periln.runkit.errors import UsageError
+from periln.runkit.errors import UsageError, UserError
 from periln.runkit.folder import json_number, write_bytes, write_folder, write_json, write_text
 from periln.runkit.process import start_stage
 
@@ -72,7 +72,11 @@ def main(args: argparse.Namespace) -> None:
         print(f"{model.name}: loss {measured.record['loss']:.4f}", file=sys.stderr)
         del network
         if tasks is not None:
-            measured.record["tasks"] = tasks.of(model.asked)
+            try:
+                measured.record["tasks"] = tasks.of(model.asked)
+            except UserError as error:  # what was measured of it is kept, and the others are still to come
+                measured.record["tasks_failed"] = str(error)
+                print(f"{model.name} has no scores: {error}", file=sys.stderr)
     _write(args, samples, found)
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 
 from periln.eval.text_table import Table, signed
 
+GOLD = "gold_bits_per_byte"  # lm-eval's name of no metric: our own, of every multiple-choice task
 COLUMNS = ("model", "placement", "loss", "rise", "KL to the source", "same top token", "bits left in FP16", "massive")
 
 
@@ -35,21 +36,29 @@ def report_table(records: list[dict[str, Any]], notes: list[str]) -> Table:
         ]
         asked = {name: shown for name, (_, shown) in scores(record).items()}
         rows.append(dict(zip(COLUMNS, row, strict=True)) | {f["row"]: _rise(f) for f in record["formats"]} | asked)
+    notes = [*notes, *(f"{r['name']} has no scores: {r['tasks_failed']}" for r in records if "tasks_failed" in r)]
     text, frame = pd.DataFrame(rows).fillna(""), pd.DataFrame(numbers)
     text.insert(0, "", "What became of the source")
     return Table("Retrofit", text, frame, tuple(notes), csv=frame)
 
 
 def scores(record: dict[str, Any]) -> dict[str, tuple[float | None, str]]:
-    """By column: accuracy of each task with its standard error, and the mean of the right answers' bits a byte."""
+    """By column: each task's score with its standard error, and the mean of the right answers' bits a byte.
+
+    The score is the accuracy, in percent; of a task without one, its first metric, which the column names.
+    """
     found: dict[str, tuple[float | None, str]] = {}
     rows = record.get("tasks", [])
-    for row in rows:
-        if row["metric"] == "acc":
-            error = "" if row["stderr"] is None else f" ± {100 * row['stderr']:.1f}"
-            shown = "not finite" if row["value"] is None else f"{100 * row['value']:.1f}{error} %"
-            found[row["task"]] = row["value"], shown
-    bits = [row["value"] for row in rows if row["metric"] == "gold_bits_per_byte"]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of = [row for row in rows if row["task"] == task and row["metric"] != GOLD]
+        row = next((row for row in of if row["metric"] == "acc"), of[0] if of else None)
+        if row is None:
+            continue
+        scale, unit = (100, " %") if row["metric"] == "acc" else (1, "")
+        error = "" if row["stderr"] is None else f" ± {scale * row['stderr']:.3g}"
+        shown = "not finite" if row["value"] is None else f"{scale * row['value']:.4g}{error}{unit}"
+        found[task if unit else f"{task}, {row['metric']}"] = row["value"], shown
+    bits = [row["value"] for row in rows if row["metric"] == GOLD]
     if bits:
         mean = None if None in bits else fmean(bits)
         found["right answers, bits a byte"] = mean, "not finite" if mean is None else f"{mean:.3f}"

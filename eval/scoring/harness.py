@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from periln.eval.arguments.shared import SCORINGS
+from periln.eval.arguments.shared import SCORINGS, check_limit
 from periln.eval.scoring import gold
 from periln.eval.scoring.own_tasks import OwnTasks
 from periln.eval.targets import Target
@@ -58,9 +58,7 @@ class Settings:
 
     def check(self) -> None:
         """Raise UsageError for a value that cannot be; names it."""
-        if self.limit is not None and (self.limit <= 0 or (self.limit >= 1 and self.limit != int(self.limit))):
-            shown = f"{self.limit:g}"
-            raise UsageError(f"limit must be at least 1 item a task, or a share of them below 1, not {shown}")
+        check_limit(self.limit)
         if self.num_fewshot < 0:
             raise UsageError(f"num_fewshot must be at least 0, not {self.num_fewshot}")
         if isinstance(self.batch_size, int) and self.batch_size < 1:

@@ -126,6 +126,31 @@ def test_the_tasks_are_lm_evals_for_each_model(tmp_path):
     assert "± " in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_a_model_that_cannot_be_scored_keeps_the_rest_of_the_report(tmp_path, monkeypatch):
+    tokenizer, models = make_tokenizer(), [tmp_path / name for name in ("one", "other")]
+    for model in models:
+        make_model(tokenizer).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+
+    def score(self, target, *rest):
+        if target.name == "other":
+            raise UserError("an item is too long")
+        rows = [("mine", "exact_match", 0.5), ("mine", "gold_bits_per_byte", 1.5), ("piqa", "acc", 0.25)]
+        return {"results": [{"task": t, "metric": m, "value": v, "stderr": None} for t, m, v in rows]}
+
+    monkeypatch.setattr(Benchmarks, "score", score)
+    words = ["--out", str(tmp_path / "out"), "--data", "random", "--samples", "2", "--tokens", "16", "--rows", "none"]
+    args = parse([*map(str, models), *words, "--tasks", "mini_piqa"])
+    check(args)
+    main(args)
+    frame = pd.read_csv(tmp_path / "out" / "report.csv")
+    assert frame["mine, exact_match"][0] == 0.5 and frame["piqa"][0] == 0.25
+    assert frame["right answers, bits a byte"][0] == 1.5
+    assert frame.loss.notna().all() and frame["piqa"].isna()[1]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "other has no scores: an item is too long" in text and "25 %" in text
+
+
 def test_what_it_refuses(tmp_path, folder):
     with pytest.raises(UsageError, match="--limit is of --tasks"):
         run(folder, tmp_path / "out", "--limit", "4")
