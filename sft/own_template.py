@@ -98,6 +98,7 @@ class OwnTemplate:
         self._no_clock = {"strftime_now": ""} if "strftime_now" in self.template else {}
         self.more = {"date_string": DATE} if self._no_clock and "date_string" in self.template else {}
         self._sequences: dict[tuple[str, ...], list[int]] = {}
+        self.always_joined = False
         self.end = -1  # until the probe is read
         ids, spans = self._read(PROBE, "")
         self.end = self._end_of(ids[slice(*spans[0])], "")
@@ -179,6 +180,10 @@ class OwnTemplate:
     def _refusal(self, where: str, why: str, what_to_do: str) -> UserError:
         return UserError(f"{where + ': ' if where else ''}the chat template of {self.name} {why}: {what_to_do}")
 
+    def _joined(self, where: str, number: int) -> AnswerJoined:
+        why = "joins the beginning of an answer and the generation prompt in one token"
+        return AnswerJoined(str(self._refusal(where, why, f"begin turn {number} with a letter")))
+
     def _render(self, messages: Messages, where: str, prompt: bool = False) -> str:
         try:
             return self.tokenizer.apply_chat_template(
@@ -245,6 +250,12 @@ class OwnTemplate:
         said = [(number, one["content"]) for number, one in enumerate(chat, start=1) if one["role"] == "assistant"]
         places = reader(whole, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         for (number, content), (start, stop) in zip(said, spans, strict=True):
+            prompt = self._render(chat[: number - 1], where, prompt=True)
+            before = _ids(reader, prompt) if whole.startswith(prompt) else []
+            if ids[: len(before)] != before:
+                if self.end >= 0 and not self.always_joined:
+                    raise self._joined(where, number)
+                self.always_joined = True  # so it is with every answer, and the marks are believed
             if content.strip() not in whole[places[start][0] : places[stop - 1][1]]:
                 raise self._refusal(where, f"marks something else as generated than answer {number}", MARK)
         return spans
@@ -272,8 +283,7 @@ class OwnTemplate:
             if ids[:start] != before:
                 if self.end < 0:  # so it is with every answer
                     raise self._refusal(where, "has a generation prompt that ends inside a token of the answer", MARK)
-                why = "joins the beginning of an answer and the generation prompt in one token"
-                raise AnswerJoined(str(self._refusal(where, why, f"begin turn {turn + 1} with a letter")))
+                raise self._joined(where, turn + 1)
             stop = next((n for n in range(start, len(ids)) if ids[n] in self.control), None)
             if stop is None:
                 raise self._refusal(where, "ends an answer without a control token", f"write one in {FILE}")

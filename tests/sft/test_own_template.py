@@ -215,6 +215,18 @@ def test_a_template_that_is_not_certain_is_refused_in_one_sentence(broken, tmp_p
     assert message in said and f"the chat template of {tmp_path / 'model'} " in said and "\n" not in said
 
 
+def test_marks_do_not_begin_inside_a_token_of_the_prompt():
+    """Two more line ends make one token with the prompt's: the marks would have the prompt's own trained on."""
+    marks = chatml("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n")
+    with pytest.raises(UserError, match="row 7: .* joins the beginning of an answer and the generation prompt"):
+        read(family("chatml", marks), turns("u", "\n\nb"))
+    both = Conversations([turns("u", "\n\nb"), turns("u", "\tb")], [7, 8], "talk")
+    assert tokenize(both, family("chatml", marks), 10_000).joined == [7]
+    always = "{% generation %}{{ '\n' + m.content }}<|im_end|>{% endgeneration %}\n"
+    always = chatml(always).replace("assistant\n{% endif", "assistant\n\n{% endif")
+    assert len(read(family("chatml", always), turns("u", "b")).ids) == 1
+
+
 def test_a_clock_that_is_read_in_some_conversations_alone_is_refused_there():
     clock = "{# date_string #}{% if messages[0].role == 'system' %}{{ strftime_now('%Y') }}{% endif %}"
     tokenizer = family("chatml", chatml(before=clock))
