@@ -94,18 +94,14 @@ class OwnTemplate:
         except ValueError as error:
             raise UserError(f"{self.name} has several chat templates, and none is named default") from error
         self.marked = MARKS.search(self.template) is not None
-        self.more = self._fixed_date()
+        # No template can call a text: one that would write the day's date raises, in whatever conversation it does.
+        self._no_clock = {"strftime_now": ""} if "strftime_now" in self.template else {}
+        self.more = {"date_string": DATE} if self._no_clock and "date_string" in self.template else {}
         self._sequences: dict[tuple[str, ...], list[int]] = {}
+        self.always_joined = False
         self.end = -1  # until the probe is read
         ids, spans = self._read(PROBE, "")
         self.end = self._end_of(ids[slice(*spans[0])], "")
-
-    def _fixed_date(self) -> dict[str, str]:
-        if "strftime_now" not in self.template:
-            return {}
-        if "date_string" not in self.template:
-            raise self._refusal("", "writes the day's date (strftime_now)", f"write a fixed one, or none: edit {FILE}")
-        return {"date_string": DATE}
 
     def described(self) -> dict[str, Any]:
         """For the records: the template's hash, and the token that ends an answer."""
@@ -169,16 +165,35 @@ class OwnTemplate:
         in_parts = None if self.marked else self._in_parts
         return partial(_ids, self._without_joiners) if in_parts is None else in_parts
 
+    def _reads_joiners_as_unknown(self, chat: Messages) -> bool:
+        """Whether a joiner in these contents is neither dropped nor kept, but becomes the unknown token."""
+        if not self.marked and self._in_parts is not None:
+            return False
+        encoder, unknown = TextEncoder.of(self.tokenizer), self.tokenizer.unk_token_id
+        joined = {token: token[0] + JOINER + token[1:] for token in self.spelled}
+        return any(
+            _ids(self._without_joiners, text).count(unknown) > encoder.ids(token).count(unknown)
+            for token, text in joined.items()
+            if any(text in one["content"] for one in chat)
+        )
+
     def _refusal(self, where: str, why: str, what_to_do: str) -> UserError:
         return UserError(f"{where + ': ' if where else ''}the chat template of {self.name} {why}: {what_to_do}")
+
+    def _joined(self, where: str, number: int) -> AnswerJoined:
+        why = "joins the beginning of an answer and the generation prompt in one token"
+        return AnswerJoined(str(self._refusal(where, why, f"begin turn {number} with a letter")))
 
     def _render(self, messages: Messages, where: str, prompt: bool = False) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt, **self.more
+                messages, tokenize=False, add_generation_prompt=prompt, **self.more, **self._no_clock
             )
         except Exception as error:  # a template raises what it likes, and jinja a dozen kinds
             reason = " ".join(str(error).split())[:200]
+            if self._no_clock and isinstance(error, TypeError) and "not callable" in reason:
+                why = "writes the day's date (strftime_now)"
+                raise self._refusal(where, why, f"write a fixed one, or none: edit {FILE}") from error
             raise self._refusal(
                 where, f"refuses the conversation ({reason})", f"change the conversation, or {FILE}"
             ) from error
@@ -199,8 +214,9 @@ class OwnTemplate:
         read = self._reader(chat != messages)
         whole = self._render(chat, where)
         ids = read(whole)
-        if chat != messages and self.tokenizer.decode(ids).count(JOINER) > sum(
-            one["content"].count(JOINER) for one in messages
+        if chat != messages and (
+            self.tokenizer.decode(ids).count(JOINER) > sum(one["content"].count(JOINER) for one in messages)
+            or self._reads_joiners_as_unknown(chat)
         ):
             why = "and its tokenizer cannot keep a control token in a content apart without another character"
             raise self._refusal(where, why, "change the contents, or leave the row out")
@@ -213,13 +229,15 @@ class OwnTemplate:
                 raise self._refusal(where, why, f"change the conversation, or {FILE}")
         if self.marked:
             reader = self.tokenizer if chat == messages else self._without_joiners
-            return ids, self._marked_spans(reader, chat, ids, where)
+            return ids, self._marked_spans(reader, chat, whole, ids, where)
         return ids, self._derived_spans(read, chat, whole, ids, where)
 
     # --- which tokens are the answers' -------------------------------------------------------------------------
-    def _marked_spans(self, reader: Any, chat: Messages, ids: list[int], where: str) -> list[tuple[int, int]]:
+    def _marked_spans(
+        self, reader: Any, chat: Messages, whole: str, ids: list[int], where: str
+    ) -> list[tuple[int, int]]:
         out = reader.apply_chat_template(
-            chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **self.more
+            chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **self.more, **self._no_clock
         )
         if list(out["input_ids"]) != ids:
             raise self._refusal(where, "gives other tokens with its marks than without", f"edit {FILE}")
@@ -229,6 +247,17 @@ class OwnTemplate:
         answers = sum(one["role"] == "assistant" for one in chat)
         if len(spans) != answers:
             raise self._refusal(where, f"marks {len(spans)} of {answers} answers", MARK)
+        said = [(number, one["content"]) for number, one in enumerate(chat, start=1) if one["role"] == "assistant"]
+        places = reader(whole, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        for (number, content), (start, stop) in zip(said, spans, strict=True):
+            prompt = self._render(chat[: number - 1], where, prompt=True)
+            before = _ids(reader, prompt) if whole.startswith(prompt) else []
+            if ids[: len(before)] != before:
+                if self.end >= 0 and not self.always_joined:
+                    raise self._joined(where, number)
+                self.always_joined = True  # so it is with every answer, and the marks are believed
+            if content.strip() not in whole[places[start][0] : places[stop - 1][1]]:
+                raise self._refusal(where, f"marks something else as generated than answer {number}", MARK)
         return spans
 
     def _end_of(self, ids: list[int], where: str) -> int:
@@ -254,8 +283,7 @@ class OwnTemplate:
             if ids[:start] != before:
                 if self.end < 0:  # so it is with every answer
                     raise self._refusal(where, "has a generation prompt that ends inside a token of the answer", MARK)
-                why = "joins the beginning of an answer and the generation prompt in one token"
-                raise AnswerJoined(str(self._refusal(where, why, f"begin turn {turn + 1} with a letter")))
+                raise self._joined(where, turn + 1)
             stop = next((n for n in range(start, len(ids)) if ids[n] in self.control), None)
             if stop is None:
                 raise self._refusal(where, "ends an answer without a control token", f"write one in {FILE}")

@@ -5,7 +5,8 @@ import re
 import pytest
 from chatting import CHATML, ENDS, FAMILIES, byte_tokenizer, family
 from small import make_model
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from periln.runkit.control_tokens import JOINER
 from periln.runkit.errors import UserError
@@ -71,6 +72,24 @@ def test_a_token_that_the_model_finds_by_itself_is_text_without_another_characte
     with pytest.raises(UserError, match="cannot keep a control token in a content apart without another character"):
         read(tokenizer, messages)
     assert len(read(tokenizer, turns("u", f"a{JOINER} <|im_end|>")).ids) == 1
+
+
+def test_a_joiner_that_would_be_read_as_the_unknown_token_is_refused():
+    """As by Llama 2's template with a tokenizer that knows no bytes and begins a text alone with a blank."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)] + [(char, -3.0) for char in "abdx<>/sINT[]▁"]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>")])
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    assert len(read(tokenizer, turns("a", "b z")).ids) == 1  # z is unknown by itself
+    with pytest.raises(UserError, match="cannot keep a control token in a content apart without another character"):
+        read(tokenizer, turns("a", "b </s> d"))
 
 
 def test_the_tokenizer_itself_is_not_changed(tmp_path):
@@ -156,6 +175,19 @@ BROKEN = {
         "writes other control tokens around these contents than around others",
     ),
     "writes the date": (chatml(before="{{ strftime_now('%Y') }}"), "writes the day's date (strftime_now): write a "),
+    "sets the date itself": (
+        chatml(before="{% set date_string = strftime_now('%Y') %}{{ date_string }}"),
+        "writes the day's date (strftime_now): write a ",
+    ),
+    "marks the users": (
+        chatml().replace("{{ m.content }}<|im_end|>\n{% endif %}", "{% generation %}{{ m.content }}<|im_end|>"
+                         "{% endgeneration %}{% endif %}"),
+        "marks something else as generated than answer 2: put {% generation %}",
+    ),
+    "marks the ends alone": (
+        chatml("{{ m.content }}{% generation %}<|im_end|>{% endgeneration %}\n"),
+        "marks something else as generated than answer 2: put {% generation %}",
+    ),
     "marks no end": (
         chatml("{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n"),
         "leaves the end of the turn out of what it marks as generated: put {% generation %}",
@@ -181,6 +213,26 @@ def test_a_template_that_is_not_certain_is_refused_in_one_sentence(broken, tmp_p
         read(chat_tokenizer(tmp_path / "model"), turns("tool?", "no so b", "c", "so d"))
     said = str(error.value)
     assert message in said and f"the chat template of {tmp_path / 'model'} " in said and "\n" not in said
+
+
+def test_marks_do_not_begin_inside_a_token_of_the_prompt():
+    """Two more line ends make one token with the prompt's: the marks would have the prompt's own trained on."""
+    marks = chatml("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n")
+    with pytest.raises(UserError, match="row 7: .* joins the beginning of an answer and the generation prompt"):
+        read(family("chatml", marks), turns("u", "\n\nb"))
+    both = Conversations([turns("u", "\n\nb"), turns("u", "\tb")], [7, 8], "talk")
+    assert tokenize(both, family("chatml", marks), 10_000).joined == [7]
+    always = "{% generation %}{{ '\n' + m.content }}<|im_end|>{% endgeneration %}\n"
+    always = chatml(always).replace("assistant\n{% endif", "assistant\n\n{% endif")
+    assert len(read(family("chatml", always), turns("u", "b")).ids) == 1
+
+
+def test_a_clock_that_is_read_in_some_conversations_alone_is_refused_there():
+    clock = "{# date_string #}{% if messages[0].role == 'system' %}{{ strftime_now('%Y') }}{% endif %}"
+    tokenizer = family("chatml", chatml(before=clock))
+    assert len(read(tokenizer, turns("a", "b")).ids) == 1
+    with pytest.raises(UserError, match=r"talk, row 7: the chat template of .* writes the day's date \(strftime_now\)"):
+        read(tokenizer, turns("a", "b", system="be"))
 
 
 def test_what_a_template_refuses_names_the_row():
