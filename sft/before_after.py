@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from periln.runkit.folder import RunFolder, read_json, weights_hash, write_json
 from periln.sft.base import load_float32
+from periln.sft.own_template import own_template
 from periln.sft.tokens import IGNORED, Tokens, turn_end
 
 FILE = "before_after.json"
@@ -43,11 +44,14 @@ def conversation_loss(model: PreTrainedModel, tokens: Tokens, pulse: Callable[[]
 @torch.no_grad()
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pulse: Callable[[], None]) -> list[dict]:
     """The greedy answer to each of the five questions."""
+    own = own_template(tokenizer)
+    more = own.more if own is not None else {}  # the date that was trained with, not the day's
     out, ends = [], [end for end in (tokenizer.eos_token_id, turn_end(tokenizer)) if end is not None]
     for question in QUESTIONS:
         pulse()
         turns = [{"role": "user", "content": question}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        said = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", **more)
+        ids = said["input_ids"]
         ids = ids.to(model.device)
         answer = model.generate(
             ids,

@@ -258,6 +258,9 @@ class OwnTemplate:
                 self.always_joined = True  # so it is with every answer, and the marks are believed
             if content.strip() not in whole[places[start][0] : places[stop - 1][1]]:
                 raise self._refusal(where, f"marks something else as generated than answer {number}", MARK)
+            asked = self._render(chat[: number - 1], where) if number > 1 else ""
+            if whole.startswith(asked) and places[start][0] < len(asked.rstrip()):
+                raise self._refusal(where, f"marks what comes before answer {number} as generated", MARK)
         return spans
 
     def _end_of(self, ids: list[int], where: str) -> int:

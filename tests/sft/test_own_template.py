@@ -1,6 +1,7 @@
 """A tokenizer's own chat template: what the loss counts, what stays text, and which templates are refused."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from chatting import CHATML, ENDS, FAMILIES, byte_tokenizer, family
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from periln.runkit.control_tokens import JOINER
 from periln.runkit.errors import UserError
+from periln.sft.before_after import answers
 from periln.sft.chat_template import CHAT_TEMPLATE
 from periln.sft.conversations import Conversations
 from periln.sft.own_template import own_template
@@ -254,6 +256,28 @@ def test_marks_are_used_as_they_are():
         "<|im_start|>assistant\nb<|im_start|><|im_end|>\n",
         "<|im_start|>assistant\nd<|im_end|>\n",
     ]
+
+
+def test_marks_around_a_whole_conversation_are_not_believed():
+    """With one exchange there are as many marks as answers, and the answer is within them."""
+    tokenizer = family("chatml", "{% generation %}" + chatml() + "{% endgeneration %}")
+    with pytest.raises(UserError, match="marks what comes before answer 2 as generated: put {% generation %}"):
+        read(tokenizer, turns("a", "b"))
+
+
+def test_the_questions_before_and_after_have_the_date_that_was_trained_with(monkeypatch):
+    template = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + CHATML
+    tokenizer, asked = family("chatml", template), []
+
+    class Model:
+        device, config = "cpu", SimpleNamespace(max_position_embeddings=500)
+
+        def generate(self, ids, **more):
+            asked.append(tokenizer.decode(ids[0]))
+            return ids
+
+    assert len(answers(Model(), tokenizer, lambda: None)) == len(asked) > 1
+    assert [text[:23] for text in asked] == ["26 Jul 2024<|im_start|>"] * len(asked)
 
 
 def test_a_fixed_date_is_written_where_the_template_takes_one():
