@@ -52,6 +52,8 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore
+        if ctx.gradient is None:
+            raise RuntimeError("the gradient of the divergence was made in its forward pass, and has been used already")
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(scale).to(ctx.dtype), None, None
 

@@ -98,12 +98,14 @@ def test_the_divergence_and_its_gradient_are_torchs_own(dtype, scale):
     (scale * expected / 10).backward()
     with torch.autocast("cpu", kind, enabled=dtype != "float32"):  # as in a step: products would be in half precision
         divergence, entropy = _Divergence.apply(mine, wanted.clone(), targets)
-    (scale * divergence / 10).backward()
+    (scale * divergence / 10).backward(retain_graph=True)
     torch.testing.assert_close(divergence, expected)
     torch.testing.assert_close(entropy, F.nll_loss(student.detach().flatten(0, 1), targets.flatten(), reduction="sum"))
     assert mine.grad.dtype == kind
     torch.testing.assert_close(mine.grad, theirs.grad)
     assert mine.grad.abs().min() > 0
+    with pytest.raises(RuntimeError, match="has been used already"):
+        divergence.backward()
 
 
 @pytest.mark.parametrize("precision", [FP32, {}])

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from peft import AutoPeftModelForCausalLM
 from small import make_run, timeless, tune, write_recipe
 
@@ -20,17 +19,8 @@ from periln.sft import trainer
 from periln.sft.base import base_of, load_float32
 from periln.sft.lora import merge
 
+pytestmark = pytest.mark.usefixtures("own_process")
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
-
-
-@pytest.fixture(autouse=True)
-def _signals():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def stop_at(step: int, monkeypatch) -> None:

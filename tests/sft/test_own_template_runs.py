@@ -7,7 +7,6 @@ import signal
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from chatting import ENDS, family, tiny_llama
 from datasets import Dataset
 from small import timeless, write_recipe
@@ -23,18 +22,8 @@ from periln.sft.conversations import load_conversations
 from periln.sft.recipe import Recipe
 from periln.sft.tokens import IGNORED, tokenize, turn_end
 
+pytestmark = pytest.mark.usefixtures("own_process")
 PLAIN = {"precision": "fp32", "residual_dtype": None}
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    """The signals of the process, and Accelerate's one precision, as they were."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def tune(model, recipe, *more: str) -> int:

@@ -146,7 +146,7 @@ def test_one_forward_pass_of_a_single_batch_serves_every_scale(model):
     scale, beyond = passes.largest_scale()
     assert len(seen) == 1 and scale == every_scale(model, ids)
     passes.close()
-    # Each by itself is the same: of two batches no graph is kept, and other passes know nothing of the scales above.
+    # A pass of its own gives the same: no graph of two batches is kept, and it knows nothing of the scales above.
     twice = HalfPasses(anatomy, [ids, ids])
     again = forwards_of(twice.half)
     assert twice.forward() is None and twice.backward(1.0) == [None] and len(again) == 4
