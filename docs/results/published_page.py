@@ -12,8 +12,8 @@ powers of two. In FP32 the copy is the same function to the bit, and it runs in 
 
 **Caveat.** The weights are quantized ones, widened to FP32 with `periln widen`: the package index carries Gemma 3
 270M as Q4_K_M and SmolLM2-135M-Instruct as Q4_1. The original weights may give other numbers. FP16 is emulated on a
-CPU (FP16 operands, sums in FP32, results rounded to FP16, as a tensor core has it), except in vLLM, whose own kernels
-ran.
+CPU (FP16 operands, sums in FP32, results rounded to FP16, as a tensor core has it), except in vLLM and
+llama.cpp, whose own kernels ran.
 
 ## What was found
 
@@ -55,6 +55,10 @@ By KL the cured model in FP16 is {nearer:.0f} times nearer to FP32 than the orig
 ## vLLM in float16
 
 {vllm}
+
+## llama.cpp in F16
+
+{llama_cpp}
 
 ## SmolLM2-135M
 
@@ -118,7 +122,7 @@ MISSING = """
 - The bench's default of 1,000 samples: `--quick` has 16, and misses rarer peaks.
 - The weights as they were published, in BF16.
 - A GPU: FP16 kernels other than vLLM's on a CPU, and vLLM's own class for Gemma 3.
-- llama.cpp in F16.
+- llama.cpp on a GPU, where its sums and its stream may be FP16.
 - All items of the five tasks.
 - More than 20 steps of fine-tuning.
 - More than 4 (Gemma 3) or 16 samples in the table of number formats, and more than two seeds of the tiny models.

@@ -188,7 +188,34 @@ def summary() -> str:
     if vllm:
         same, count = sum(vllm["same_tokens"]), vllm["of"] * len(vllm["same_tokens"])
         rows.append(["vLLM in float16", "refused", f"{same} of {count} greedy tokens as in FP32"])
+    if both := llama_cpp("gemma3", "gemma3_fp16"):
+        rows.append(["llama.cpp in F16 (its stream is FP32)", *(f"{found} greedy tokens as in FP32" for found in both)])
     return table(["Gemma 3 270M", "before", "after `periln cure`"], rows)
+
+
+def llama_cpp(*names: str) -> list[str]:
+    """For each model how many greedy tokens are FP32's, or nothing where one was not run."""
+    found = [maybe(f"{name}_llama_cpp") for name in names]
+    return [f"{sum(f['same_tokens'])} of {f['of'] * len(f['same_tokens'])}" for f in found if f and all(found)]
+
+
+def llama_cpp_words() -> str:
+    names = ("smollm2", "gemma3", "gemma3_fp16")
+    same = llama_cpp(*names)
+    if not same:
+        return "Not measured."
+    found = [read(f"{name}_llama_cpp") for name in names]
+    largest = max(one["largest_difference"] for one in found)
+    first = found[0]
+    asked = f"{first['of']} after each of {len(first['same_tokens'])} prompts of {first['prompt_tokens']} tokens"
+    return f"""    python llama.cpp/convert_hf_to_gguf.py gemma3-fp16 --outfile gemma3-fp16.gguf --outtype f16
+
+llama.cpp's converter takes all three as they are. xllamacpp {first["xllamacpp"]} ran them on a CPU: of the greedy
+tokens, {asked}, {same[0]} (SmolLM2), {same[1]} (Gemma 3) and {same[2]}
+(Gemma 3, cured) are those of the original in FP32 with Transformers, and the log-probabilities of these tokens differ
+by at most {largest:.3f}. Every prompt of Gemma 3 begins with `<bos>`, where its stream passes 65504. So llama.cpp needs
+no cure on a CPU: there F16 is the weights, the operands of products and the KV cache, and the stream is FP32. It was given
+token ids, not text: the converter had no `tokenizer.model` to read Gemma's vocabulary from."""
 
 
 def most(name: str, key: str) -> float:
@@ -314,6 +341,7 @@ def page() -> str:
         "limit": tasks["limit"] if tasks else "",
         "tasks": tasks_words(tasks),
         "vllm": vllm_words(),
+        "llama_cpp": llama_cpp_words(),
         "smollm2": smollm2_words(),
         "format_samples": of_formats.samples(),
         "published_formats": of_formats.published_formats(),
