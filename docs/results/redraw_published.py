@@ -214,8 +214,8 @@ llama.cpp's converter takes all three as they are. xllamacpp {first["xllamacpp"]
 tokens, {asked}, {same[0]} (SmolLM2), {same[1]} (Gemma 3) and {same[2]}
 (Gemma 3, cured) are those of the original in FP32 with Transformers, and the log-probabilities of these tokens differ
 by at most {largest:.3f}. Every prompt of Gemma 3 begins with `<bos>`, where its stream passes 65504. So llama.cpp needs
-no cure on a CPU: there F16 is the weights, the operands of products and the KV cache, and the stream is FP32. It was given
-token ids, not text: the converter had no `tokenizer.model` to read Gemma's vocabulary from."""
+no cure on a CPU: there F16 is the weights, the operands of products and the KV cache, and the stream is FP32. It was
+given token ids, not text: the converter had no `tokenizer.model` to read Gemma's vocabulary from."""
 
 
 def most(name: str, key: str) -> float:
