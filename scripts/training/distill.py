@@ -1,10 +1,12 @@
 """Training on another model's predictions (Hinton et al., 1503.02531, at temperature 1), and of some modules alone.
 
 The loss of `distill_from` is the mean over tokens of KL(teacher || model), over the whole vocabulary. The teacher is in
-every process, in FP32, and computes what the model does on the same tokens: nothing of it is in a checkpoint.
+every process, with FP32 weights, and reads the same tokens: nothing of it is in a checkpoint. Beside a model in BF16 it
+computes in BF16; beside one in FP16 in FP32, since a source may pass FP16's range.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -79,6 +81,7 @@ class Teacher:
         model = load_weights(origin, "distill_from")
         model.config.residual_dtype = None
         self.model = model.requires_grad_(False).to(engine.device)
+        self._in_fp32 = recipe.precision.mode == "fp16"
         self._sum = torch.zeros((), device=engine.device)
 
     def losses(self, prepared: Callable[..., Any], arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +94,8 @@ class Teacher:
         inputs = {name: value for name, value in arguments.items() if name not in _OF_THE_LOSS}
         targets, items = arguments["shift_labels"], arguments["num_items_in_batch"]
         logits = prepared(**inputs).logits
-        with torch.no_grad():
+        precision = torch.autocast(logits.device.type, enabled=False) if self._in_fp32 else nullcontext()
+        with torch.no_grad(), precision:
             wanted = self.model(**inputs).logits.float()
         divergence, entropy = _Divergence.apply(logits, wanted, targets)
         divergence = divergence / items

@@ -78,6 +78,27 @@ def test_the_distillation_is_the_divergence_from_the_source_and_falls(tmp_path, 
     assert records[-1]["distillation"] < 0.8 * records[0]["distillation"]
 
 
+def test_a_source_beyond_fp16_teaches_a_model_in_fp16(tmp_path, data, models):
+    """Its stream is infinite in FP16; what it teaches is what it says in FP32."""
+    source = AutoModelForCausalLM.from_pretrained(models[0])
+    for layer in source.model.layers:
+        layer.mlp.down_proj.weight.data *= 1e5
+    source.save_pretrained(tmp_path / "source")
+    shutil.copy(models[0] / "tokenizer.json", tmp_path / "source")
+    asked = fields(models, distill_from=str(tmp_path / "source"), precision={})
+    run = train(tmp_path, data, steps=2, **asked)
+    recipe, tokens = load_recipe(tmp_path / "run.yaml", runs=tmp_path / "runs")
+    inputs = torch.from_numpy(Trainer(recipe, run, tokens).order.batch(0)[0])
+    with torch.no_grad():
+        p = source(inputs).logits.double().log_softmax(-1)
+        q = AutoModelForCausalLM.from_pretrained(models[1])(inputs).logits.double().log_softmax(-1)
+        stream = source.model(inputs, output_hidden_states=True).hidden_states[-2]
+    assert stream.abs().max() > 65504
+    first = run.metrics()[0]
+    assert not first["found_inf"]
+    assert first["distillation"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+
+
 def test_the_gradient_is_that_of_the_divergence(tmp_path, data, models):
     """Two micro batches a step are the same step as one: each counts by its tokens."""
     runs = [train(tmp_path, data, name=f"m{m}", steps=3, micro_batch_size=m, **fields(models)) for m in (4, 2)]
