@@ -12,13 +12,15 @@ Statistics of activations are over batch, position and channel, in FP32: mean |x
 not finite in a tensor makes its statistics inf or NaN.
 
 A hook adds to a row of one buffer on the device, in place: nothing is allocated for a step, nothing waits, and
-torch.compile makes it part of the layer's kernels.
+torch.compile makes it part of the layer's kernels. Each row also counts what it has seen: statistics of a tensor that
+was seen twice, or in part, are refused.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -64,7 +66,7 @@ class Activations:
 
     Attributes:
         entries: entries of one tensor, over all its forward passes.
-        sums: (tensors, 4): sum of |x|, sum of x, sum of x^2, max |x|; on the device.
+        sums: (tensors, 5): sum of |x|, sum of x, sum of x^2, max |x|, share of `entries` seen; on the device.
     """
 
     entries: int
@@ -81,12 +83,12 @@ class Later:
     MOST = 8  # that wait: they are kept alive meanwhile
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[tuple[torch.Tensor, ...], torch.Tensor, int]] = []
+        self._waiting: list[tuple[tuple[torch.Tensor, ...], torch.Tensor, float, int]] = []
         self._room = torch.empty(0)
 
-    def add(self, row: tuple[torch.Tensor, ...], found: torch.Tensor) -> None:
-        """`row`: the four numbers of the place's row, each a view."""
-        self._waiting.append((row, found, found._version))
+    def add(self, row: tuple[torch.Tensor, ...], found: torch.Tensor, share: float) -> None:
+        """`row`: the five numbers of the place's row, each a view; `share`: of the step's entries."""
+        self._waiting.append((row, found, share, found._version))
         if len(self._waiting) >= self.MOST:
             self.flush()
 
@@ -100,14 +102,14 @@ class Later:
             RuntimeError: a tensor was changed in place since.
         """
         with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]  # no products: nothing for `HalfMatmul`
-            for row, found, version in self._waiting:
+            for row, found, share, version in self._waiting:
                 if found._version != version:
                     raise RuntimeError("a module's output was changed in place before its statistics were taken")
-                self._take(row, found.reshape(-1))
+                self._take(row, found.reshape(-1), share)
         self._waiting.clear()
 
-    def _take(self, row: tuple[torch.Tensor, ...], x: torch.Tensor) -> None:
-        absolute, total, square, peak = row
+    def _take(self, row: tuple[torch.Tensor, ...], x: torch.Tensor, share: float) -> None:
+        absolute, total, square, peak, seen = row
         if self._room.numel() != x.numel():
             self._room = torch.empty(x.numel())
         room = self._room
@@ -118,21 +120,24 @@ class Later:
         torch.abs(x, out=room)
         absolute.add_(room.sum())
         torch.maximum(peak, room.amax(), out=peak)
+        seen.add_(share)
 
 
-def _observe(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+def _observe(module: Any, args: tuple, output: torch.Tensor | tuple) -> None:
     """The forward hook of every place. It finds its row through the module: as one function for all of them it is
     compiled once for a class of layers, where a closure would be compiled for each layer.
     """
     found = (output[0] if isinstance(output, tuple) else output).detach()
+    share = found.numel() / module.stats_entries
     if type(found) is torch.Tensor and found.is_cpu and not torch.compiler.is_compiling():
-        module.stats_later.add(module.stats_row, found)
+        module.stats_later.add(module.stats_row, found, share)
         return
     x = found.float()
     total, norm = x.sum(), torch.linalg.vector_norm(x)
     size = x.abs() if found.dtype == torch.float32 else x.abs_()  # a copy of ours: no second one
     module.stats_sums.add_(torch.stack([size.sum(), total, norm.square()]))
     module.stats_peak.copy_(torch.maximum(module.stats_peak, size.amax()))
+    module.stats_seen.add_(share)
 
 
 class LayerStats:
@@ -149,7 +154,7 @@ class LayerStats:
     def __init__(self, engine: Engine, entries: int):
         self.engine, self.entries = engine, entries
         self.places: list[tuple[int, str, str]] = []
-        self._modules: list[nn.Module] = []  # that have a hook
+        self._modules: list[Any] = []  # that have a hook
         self._sources: list[int] = []  # of each place: which of them tells of it
         base = engine.model.model
         self._place(base.embed_norm, 0, "embedding", "stream")
@@ -160,11 +165,11 @@ class LayerStats:
             self._place(layer.mlp, l, "mlp", "branch")
             self._place(layer.mlp_residual, l, "mlp", "residual_add")
             self._place(layer.mlp_residual_norm, l, "mlp", "stream")
-        self._buffer = torch.zeros(len(self._modules), 4, device=engine.device)
+        self._buffer = torch.zeros(len(self._modules), 5, device=engine.device)
         self._later = Later()
         for module, row in zip(self._modules, self._buffer, strict=True):
-            module.stats_sums, module.stats_peak = row[:3], row[3]
-            module.stats_row, module.stats_later = tuple(row), self._later
+            module.stats_sums, module.stats_peak, module.stats_seen = row[:3], row[3], row[4]
+            module.stats_row, module.stats_later, module.stats_entries = tuple(row), self._later, entries
         self._index = torch.tensor(self._sources, device=engine.device)
         self._handles: list = []
         engine.recomputing = self._unchanged
@@ -216,20 +221,37 @@ class LayerStats:
 
     # --- rows --------------------------------------------------------------------------------------------
     def activation_rows(self, steps: list[int], seen: list[Activations]) -> Iterator[tuple]:
-        """Rows of all ranks' activations in `steps`; a collective call, one for all steps."""
+        """Rows of all ranks' activations in `steps`; a collective call, one for all steps.
+
+        Raises:
+            RuntimeError: a tensor was not seen exactly once in a step.
+        """
         sums = torch.stack([s.sums for s in seen])
-        ranks = [sums]
+        gathered = [sums]
         if dist.is_initialized() and dist.get_world_size() > 1:
-            ranks = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
-            dist.all_gather(ranks, sums)
-        ranks = torch.stack(ranks).cpu().double()
-        totals = torch.cat([ranks[..., :3].sum(0), ranks[..., 3:].amax(0)], dim=-1).tolist()
+            gathered = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
+            dist.all_gather(gathered, sums)
+        ranks = torch.stack(gathered).cpu().double()
+        self._check(steps, ranks[..., 4])
+        totals = torch.cat([ranks[..., :3].sum(0), ranks[..., 3:4].amax(0)], dim=-1).tolist()
         for step, part, places in zip(steps, seen, totals, strict=True):
             entries = part.entries * len(ranks)
             for place, (absolute, total, square, largest) in zip(self.places, places, strict=True):
                 yield step, *place, "mean_abs", absolute / entries
                 yield step, *place, "variance", square / entries - (total / entries) ** 2
                 yield step, *place, "max_abs", largest
+
+    def _check(self, steps: list[int], seen: torch.Tensor) -> None:
+        """`seen`: (ranks, steps, places), the share of each place's entries."""
+        wrong = ((seen - 1).abs() > 1e-3).nonzero().tolist()
+        if wrong:
+            rank, step, place = wrong[0]
+            layer, sublayer, tensor = self.places[place]
+            times = f"{seen[rank, step, place]:.3g} times"
+            raise RuntimeError(
+                f"the hooks saw the {tensor} of layer {layer} ({sublayer}) {times} in step {steps[step]}, not once: "
+                "its statistics would be wrong. Where compile and activation_checkpointing are true, set one to false"
+            )
 
     @torch.no_grad()
     def parameter_rows(self, step: int, loss_scale: float) -> Iterator[tuple]:

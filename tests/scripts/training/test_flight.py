@@ -167,6 +167,20 @@ def test_a_layer_that_is_computed_again_in_the_backward_pass_counts_once(tmp_pat
     assert both[0][:, 3].min() > 0
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_tensor_that_is_seen_twice_is_not_recorded(tmp_path, data, compiled, monkeypatch):
+    trainer = trainer_of(tmp_path, data, precision=FP32, compile=compiled)
+    layer = trainer.model.model.layers[1]
+
+    def forward(hidden_states, *args, whole=layer.forward, **more):
+        layer.mlp(hidden_states)
+        return whole(hidden_states, *args, **more)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    with pytest.raises(RuntimeError, match=r"the branch of layer 2 \(mlp\) 2 times in step 0"):
+        trainer._train_step(witness=False)
+
+
 @pytest.mark.parametrize(("placement", "hooks"), [("pre", 1 + 4 * 2), ("post", 1 + 6 * 2)])
 def test_a_stream_without_a_norm_is_the_sum_and_is_read_once(tmp_path, data, placement, hooks):
     trainer = trainer_of(tmp_path, data, placement=placement)

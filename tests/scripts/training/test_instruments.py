@@ -79,28 +79,28 @@ def test_a_wait_would_be_counted(tmp_path, data, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_statistics_that_wait_are_those_of_each_tensor(dtype):
-    later, rows, tensors = Later(), [tuple(torch.zeros(4)) for _ in range(3)], []
+    later, rows, tensors = Later(), [tuple(torch.zeros(5)) for _ in range(3)], []
     for i in range(2 * Later.MOST + 3):
         tensors.append(torch.randn(7, 5, generator=torch.Generator().manual_seed(i)).to(dtype))
-        later.add(rows[i % 3], tensors[-1])
+        later.add(rows[i % 3], tensors[-1], 0.25)
     later.flush()
     for i, row in enumerate(rows):
         x = torch.stack(tensors[i::3]).double()
-        expected = [x.abs().sum(), x.sum(), x.square().sum(), x.abs().max()]
+        expected = [x.abs().sum(), x.sum(), x.square().sum(), x.abs().max(), torch.tensor(0.25 * len(x))]
         assert [n.item() for n in row] == pytest.approx([n.item() for n in expected], rel=1e-5)
-    later.add(rows[0], torch.tensor([float("inf"), 1.0], dtype=dtype))
-    later.add(rows[1], torch.tensor([float("nan"), 1.0], dtype=dtype))
+    later.add(rows[0], torch.tensor([float("inf"), 1.0], dtype=dtype), 0.25)
+    later.add(rows[1], torch.tensor([float("nan"), 1.0], dtype=dtype), 0.25)
     later.flush()
-    assert all(n == float("inf") for n in rows[0]) and all(n.isnan() for n in rows[1])
+    assert all(n == float("inf") for n in rows[0][:4]) and all(n.isnan() for n in rows[1][:4])
 
 
 def test_an_output_that_changes_while_it_waits_is_refused_and_a_dropped_one_is_not_counted():
-    later, row, x = Later(), tuple(torch.zeros(4)), torch.ones(3)
-    later.add(row, x)
+    later, row, x = Later(), tuple(torch.zeros(5)), torch.ones(3)
+    later.add(row, x, 1.0)
     later.drop()
     later.flush()
     assert all(n == 0 for n in row)
-    later.add(row, x)
+    later.add(row, x, 1.0)
     x.mul_(2)
     with pytest.raises(RuntimeError, match="was changed in place before its statistics were taken"):
         later.flush()
