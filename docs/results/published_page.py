@@ -22,7 +22,7 @@ llama.cpp, whose own kernels ran.
 {depth}
 
 {bench_time}
-
+{thousand}
 ## The command
 
     periln cure gemma3 gemma3-fp16 --data wikitext-validation.txt
@@ -119,7 +119,6 @@ transformers {transformers}. This page is drawn from `docs/results/records/publi
 `docs/results/records/formats/` by `docs/results/redraw_published.py`. """
 
 MISSING = """
-- The bench's default of 1,000 samples: `--quick` has 16, and misses rarer peaks.
 - The weights as they were published, in BF16.
 - A GPU: FP16 kernels other than vLLM's on a CPU, and vLLM's own class for Gemma 3.
 - llama.cpp on a GPU, where its sums and its stream may be FP16.

@@ -147,6 +147,37 @@ def bench_time() -> str:
 one sample, the start of the program, loading and the certificate included."""
 
 
+def thousand() -> str:
+    """What the bench finds in 1,000 samples beside what it finds in 16."""
+    names = [one for one in (("gemma3", "Gemma 3"), ("smollm2", "SmolLM2")) if maybe(f"full_bench_{one[0]}")]
+    if not names:
+        return ""
+    rows: dict[str, list[str]] = {}
+    for name, _ in names:
+        for found in (read(f"bench_{name}"), read(f"full_bench_{name}")):
+            massive = max(found["massive_activations"], key=lambda one: one["largest"]["value"])
+            fits, speed = found["fits"]["variance"], found.get("speed")
+            scale = found["fp16"]["largest_finite_loss_scale"]
+            for row, cell in {
+                "largest value of its massive activation": f"{massive['largest']['value']:,.0f}",
+                "its channel": str(massive["channel"]),
+                "FP16 stops being finite at": (found["fp16"]["forward"] or {}).get("where", "nothing"),
+                "largest finite loss scale": "" if scale is None else f"{scale:g}",
+                "stream's variance, exponential in depth: R²": f"{fits['exponential']['r2']:.3f}",
+                "linear in depth: R²": f"{fits['linear']['r2']:.3f}",
+                "processor time, plain passes": f"{speed['processor_seconds'] / speed['plain_pass_seconds']:,.0f}",
+            }.items():
+                rows.setdefault(row, []).append(cell)
+    head = [f"{said}, {count}" for _, said in names for count in ("16 samples", "1,000 samples")]
+    shown = table(["", *head], [[row, *cells] for row, cells in rows.items()])
+    return f"""
+The bench's default is 1,000 samples: `periln bench MODEL --no-quick --data wikitext-test.txt`. It has 32 samples with a
+backward pass, and 16 for the loss without each layer. The 16 samples are of the validation split, as above:
+
+{shown}
+"""
+
+
 def cure_time() -> str:
     """Processor time of the cure, in plain passes."""
     speed = read("gemma3_cure").get("speed")
@@ -321,6 +352,7 @@ def page() -> str:
         "bench": found(),
         "depth": depth(),
         "bench_time": bench_time(),
+        "thousand": thousand(),
         "cure_time": cure_time(),
         "compared": sum(read(f"gemma3_{text}")["rows"]["cured FP16"]["tokens"] for text in TEXTS),
         "scaled": scaled(cure["exponents"]),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from doors import (
+    FULL_BENCH,
     LENGTH,
     TEXTS,
     VALIDATION,
@@ -67,17 +68,31 @@ def name(request, cured) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def benched(name, text_file) -> dict:
-    out = CACHE / "bench"  # kept, for figures
+def bench(name: str, how: str, text: str, file: Path, out: Path) -> dict:
+    """What the bench says of a model, recorded; a folder that is there is taken as it is, without its time."""
     started, measured = processor_seconds(), (out / name).exists()
-    periln("bench", CACHE / name, "--quick", "--data", text_file, "--out", out)
+    periln("bench", CACHE / name, how, "--data", file, "--out", out)
     (entry,) = json.loads((out / name / "stability.json").read_text())["checkpoints"]
     kept = ("verdict", "fp16", "fits", "massive_activations", "seconds")
     speed = {"processor_seconds": processor_seconds() - started, "plain_pass_seconds": plain_pass(CACHE / name)}
-    more = {"text": VALIDATION} if measured else {"text": VALIDATION, "speed": speed}
-    record(f"bench_{name}", {key: entry[key] for key in kept} | more)
+    more = {"text": text} if measured else {"text": text, "speed": speed}
+    record(f"{out.name}_{name}", {key: entry[key] for key in kept} | more | {"samples": entry["data"]["samples"]})
     return entry
+
+
+@pytest.fixture(scope="module")
+def benched(name, text_file) -> dict:
+    return bench(name, "--quick", VALIDATION, text_file, CACHE / "bench")  # kept, for figures
+
+
+@pytest.mark.skipif(not FULL_BENCH, reason="PUBLISHED_FULL_BENCH is not set: 1,000 samples take an hour a model")
+def test_a_thousand_samples_say_what_sixteen_do(name, benched, tmp_path):
+    file = tmp_path / "wikitext.txt"
+    file.write_text("".join(texts("WikiText-2")))
+    entry = bench(name, "--no-quick", "WikiText-2", file, CACHE / "full_bench")
+    channels = [max(one["massive_activations"], key=lambda m: m["largest"]["value"]) for one in (benched, entry)]
+    assert channels[0]["channel"] == channels[1]["channel"]
+    assert [one["fp16"]["forward"] is None for one in (benched, entry)] == [name != "gemma3"] * 2
 
 
 def test_the_bench_says_what_is_known_of_each(name, benched):
