@@ -33,13 +33,22 @@ def export(study: Study, results: dict[str, dict[str, Any]], verdicts: list[Verd
         write_json(out / "frozen.json", frozen)
     write_text(out / CELLS, text)
     write_json(out / "verdicts.json", [verdict.record() for verdict in verdicts])
-    index = study.path / study.plan["data"]["path"] / "index.json"
-    if index.exists():
-        data = read_json(index)
-        kept = ("tokens", "documents", "bytes", "heldout_documents", "heldout_bytes", "fingerprint", "skipped")
-        source = {k: v for k, v in data["source"].items() if k in ("rule", "mixture", "near_duplicates", "listing")}
-        write_json(out / "data.json", {name: data.get(name) for name in kept} | {"source": source})
+    _write_texts(study, out / "data.json")
     return len(text)
+
+
+def _write_texts(study: Study, file: Path) -> None:
+    """What the study's text is, in the list of the texts that its cells read; another machine may have made another."""
+    index = study.path / study.plan["data"]["path"] / "index.json"
+    if not index.exists():
+        return
+    data = read_json(index)
+    kept = ("tokens", "documents", "bytes", "heldout_documents", "heldout_bytes", "fingerprint", "skipped")
+    source = {k: v for k, v in data["source"].items() if k in ("rule", "mixture", "near_duplicates", "listing")}
+    this = {name: data.get(name) for name in kept} | {"source": source}
+    known = read_json(file) if file.exists() else []
+    known = known if isinstance(known, list) else [known]  # one text, as written before there could be more
+    write_json(file, [text for text in known if text["fingerprint"] != this["fingerprint"]] + [this])
 
 
 def _same(new: Any, old: Any) -> bool:

@@ -117,6 +117,16 @@ def test_export_and_check(study, tmp_path, capsys):
         command.main(parse(["check", str(records)]))
 
 
+def test_the_records_keep_every_text_that_cells_read(study, tmp_path):
+    records, index = tmp_path / "records", study.path / study.plan["data"]["path"] / "index.json"
+    index.parent.mkdir(exist_ok=True)
+    for tokens, fingerprint in ((7, "a"), (8, "b"), (9, "b")):  # a second machine's text, and that text again
+        index.write_text(json.dumps({"tokens": tokens, "fingerprint": fingerprint, "source": {"path": "/home/me"}}))
+        command.main(parse(["export", str(study.path), "--records", str(records)]))
+    texts = json.loads((records / "data.json").read_text())
+    assert [(text["fingerprint"], text["tokens"], text["source"]) for text in texts] == [("a", 7, {}), ("b", 9, {})]
+
+
 def test_a_changed_plan_or_claim_is_refused(study):
     with open(study.path / "claims.yaml", "a") as file:
         file.write("# a threshold\n")
