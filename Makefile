@@ -67,7 +67,8 @@ test-newest: ## the model family on the newest versions on the package index, in
 	@rm -rf "$(VENV)-newest"
 	$(call test-end,newest)
 
-# $(1): which end; $(2): what pip is told of versions. The fast tests, and a checkpoint's own code through generate().
+# $(1): which end; $(2): what pip is told of versions. The fast tests, a checkpoint's own code through generate(), and the
+# trainer where it meets Transformers' checkpointing.
 define test-end
 	@$(PYTHON) -m venv $(VENV)-$(1)
 	$(VENV)-$(1)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
@@ -77,6 +78,7 @@ define test-end
 	@grep -iE '^(torch|transformers|tokenizers|huggingface_hub|safetensors|accelerate|peft|trl|numpy)==' $(VENV)-$(1)/versions.txt
 	$(VENV)-$(1)/bin/python -m pytest -m 'not slow' $(PARALLEL) tests/modeling_periln tests/test_versions.py $(PYTEST_ARGS)
 	$(VENV)-$(1)/bin/python -m pytest tests/modeling_periln/test_remote_generation.py $(PYTEST_ARGS)
+	$(VENV)-$(1)/bin/python -m pytest tests/scripts/training/test_trainer.py -k checkpointing $(PYTEST_ARGS)
 endef
 
 # Their markers are not ours, hence no strict ones; and the reasons of their skips come counted.

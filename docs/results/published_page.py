@@ -130,6 +130,9 @@ MISSING = """
 LEFT_OUT = {  # by record: what `make test-published` measures too, where it was not run for the page
     "bench_smollm2": "The quick bench of SmolLM2 with today's code.",
     "bench_gemma3-fp16": "The quick bench of the cured Gemma 3.",
+    "full_bench_smollm2": "The bench of SmolLM2 on 1,000 samples.",
+    "full_bench_gemma3": "The bench of Gemma 3 on 1,000 samples.",
+    "full_bench_gemma3-fp16": "The bench of the cured Gemma 3 on 1,000 samples.",
     "smollm2_margin": "SmolLM2's cure with `--margin 4`.",
     "smollm2_tasks": "SmolLM2's scores beside those of the `lm_eval` command.",
     "smollm2_sft_full": "Fine-tuning all weights of SmolLM2 on LIMA.",

@@ -147,6 +147,10 @@ def bench_time() -> str:
 one sample, the start of the program, loading and the certificate included."""
 
 
+def passes(speed: dict[str, float] | None) -> str:
+    return f"{speed['processor_seconds'] / speed['plain_pass_seconds']:,.0f}" if speed else ""
+
+
 def thousand() -> str:
     """What the bench finds in 1,000 samples beside what it finds in 16."""
     names = [one for one in (("gemma3", "Gemma 3"), ("smollm2", "SmolLM2")) if maybe(f"full_bench_{one[0]}")]
@@ -165,14 +169,14 @@ def thousand() -> str:
                 "largest finite loss scale": "" if scale is None else f"{scale:g}",
                 "stream's variance, exponential in depth: R²": f"{fits['exponential']['r2']:.3f}",
                 "linear in depth: R²": f"{fits['linear']['r2']:.3f}",
-                "processor time, plain passes": f"{speed['processor_seconds'] / speed['plain_pass_seconds']:,.0f}",
+                "processor time, plain passes": passes(speed),
             }.items():
                 rows.setdefault(row, []).append(cell)
     head = [f"{said}, {count}" for _, said in names for count in ("16 samples", "1,000 samples")]
     shown = table(["", *head], [[row, *cells] for row, cells in rows.items()])
     return f"""
-The bench's default is 1,000 samples: `periln bench MODEL --no-quick --data wikitext-test.txt`. It has 32 samples with a
-backward pass, and 16 for the loss without each layer. The 16 samples are of the validation split, as above:
+With `--no-quick` the bench reads 1,000 samples, here of the test split: 32 with a backward pass, 16 for the loss
+without each layer, and 4 in FP16, those with the largest values. `--quick` has one of each:
 
 {shown}
 """
@@ -220,7 +224,7 @@ def summary() -> str:
         same, count = sum(vllm["same_tokens"]), vllm["of"] * len(vllm["same_tokens"])
         rows.append(["vLLM in float16", "refused", f"{same} of {count} greedy tokens as in FP32"])
     if both := llama_cpp("gemma3", "gemma3_fp16"):
-        rows.append(["llama.cpp in F16 (its stream is FP32)", *(f"{found} greedy tokens as in FP32" for found in both)])
+        rows.append(["llama.cpp in F16 (its stream is not)", *(f"{found} greedy tokens as in FP32" for found in both)])
     return table(["Gemma 3 270M", "before", "after `periln cure`"], rows)
 
 
@@ -244,9 +248,9 @@ def llama_cpp_words() -> str:
 llama.cpp's converter takes all three as they are. xllamacpp {first["xllamacpp"]} ran them on a CPU: of the greedy
 tokens, {asked}, {same[0]} (SmolLM2), {same[1]} (Gemma 3) and {same[2]}
 (Gemma 3, cured) are those of the original in FP32 with Transformers, and the log-probabilities of these tokens differ
-by at most {largest:.3f}. Every prompt of Gemma 3 begins with `<bos>`, where its stream passes 65504. So llama.cpp needs
-no cure on a CPU: there F16 is the weights, the operands of products and the KV cache, and the stream is FP32. It was
-given token ids, not text: the converter had no `tokenizer.model` to read Gemma's vocabulary from."""
+by at most {largest:.3f}. Every prompt of Gemma 3 begins with `<bos>`, where its stream passes 65504, so llama.cpp's
+stream is wider than FP16, and it needs no cure on a CPU. It was given token ids. The converter took Gemma's
+vocabulary from `tokenizer.json`, under another model's name; what llama.cpp makes of text was not compared."""
 
 
 def most(name: str, key: str) -> float:

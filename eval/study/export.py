@@ -33,22 +33,22 @@ def export(study: Study, results: dict[str, dict[str, Any]], verdicts: list[Verd
         write_json(out / "frozen.json", frozen)
     write_text(out / CELLS, text)
     write_json(out / "verdicts.json", [verdict.record() for verdict in verdicts])
-    _write_texts(study, out / "data.json")
+    _write_texts(study, {result["data"] for result in results.values()}, out / "data.json")
     return len(text)
 
 
-def _write_texts(study: Study, file: Path) -> None:
-    """What the study's text is, in the list of the texts that its cells read; another machine may have made another."""
-    index = study.path / study.plan["data"]["path"] / "index.json"
-    if not index.exists():
-        return
-    data = read_json(index)
-    kept = ("tokens", "documents", "bytes", "heldout_documents", "heldout_bytes", "fingerprint", "skipped")
-    source = {k: v for k, v in data["source"].items() if k in ("rule", "mixture", "near_duplicates", "listing")}
-    this = {name: data.get(name) for name in kept} | {"source": source}
+def _write_texts(study: Study, read: set[str], file: Path) -> None:
+    """Add this machine's text to the list of texts that cells have read; machines may have prepared different ones."""
     known = read_json(file) if file.exists() else []
-    known = known if isinstance(known, list) else [known]  # one text, as written before there could be more
-    write_json(file, [text for text in known if text["fingerprint"] != this["fingerprint"]] + [this])
+    texts = {text["fingerprint"]: text for text in (known if isinstance(known, list) else [known])}  # before: one alone
+    index = study.path / study.plan["data"]["path"] / "index.json"
+    if index.exists():
+        data = read_json(index)
+        kept = ("tokens", "documents", "bytes", "heldout_documents", "heldout_bytes", "fingerprint", "skipped")
+        source = {k: v for k, v in data["source"].items() if k in ("rule", "mixture", "near_duplicates", "listing")}
+        texts[data["fingerprint"]] = {name: data.get(name) for name in kept} | {"source": source}
+    if texts:
+        write_json(file, [texts[fingerprint] for fingerprint in sorted(texts) if fingerprint in read])
 
 
 def _same(new: Any, old: Any) -> bool:

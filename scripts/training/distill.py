@@ -1,12 +1,13 @@
 """Training on another model's predictions (Hinton et al., 1503.02531, at temperature 1), and of some modules alone.
 
 The loss of `distill_from` is the mean over tokens of KL(teacher || model), over the whole vocabulary. The teacher is in
-every process, with FP32 weights, and reads the same tokens: nothing of it is in a checkpoint. Beside a model in BF16 it
-computes in BF16; beside one in FP16 in FP32, since a source may pass FP16's range.
+every process, with FP32 weights, and reads the same tokens: nothing of it is in a checkpoint. It computes in the
+model's precision, except beside a model in FP16, which the source may overflow: there in BF16 on a GPU that has it, and
+otherwise in FP32.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ class Teacher:
         model = load_weights(origin, "distill_from")
         model.config.residual_dtype = None
         self.model = model.requires_grad_(False).to(engine.device)
-        self._in_fp32 = recipe.precision.mode == "fp16"
+        self._wide = recipe.precision.mode == "fp16"
+        self._bf16 = engine.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self._sum = torch.zeros((), device=engine.device)
 
     def losses(self, prepared: Callable[..., Any], arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,13 +96,15 @@ class Teacher:
         inputs = {name: value for name, value in arguments.items() if name not in _OF_THE_LOSS}
         targets, items = arguments["shift_labels"], arguments["num_items_in_batch"]
         logits = prepared(**inputs).logits
-        precision = torch.autocast(logits.device.type, enabled=False) if self._in_fp32 else nullcontext()
-        with torch.no_grad(), precision:
+        with torch.no_grad(), self._precision(logits.device.type):
             wanted = self.model(**inputs).logits.float()
         divergence, entropy = _Divergence.apply(logits, wanted, targets)
         divergence = divergence / items
         self._sum += divergence.detach()
         return divergence, entropy / items
+
+    def _precision(self, device: str) -> AbstractContextManager:
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self._bf16) if self._wide else nullcontext()
 
     def take(self) -> torch.Tensor:
         """The divergence summed since it was last taken."""

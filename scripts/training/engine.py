@@ -32,6 +32,7 @@ from accelerate.utils import (
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modeling_periln import PeriLlamaForCausalLM
 from modeling_periln.loss import softmax_part
@@ -194,7 +195,9 @@ class Engine:
         if recipe.activation_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             how: dict[str, Any] = {"use_reentrant": False}
-            if not recipe.compile:  # the compiler recomputes no statistics: nothing reads them in the backward graph
+            # A compiled layer that checkpoints its `forward` recomputes no statistics: nothing in the backward graph
+            # reads them. Before Transformers 5.23 `__call__` was checkpointed: the compiled layer, hooks included.
+            if not recipe.compile or "__call__" in vars(GradientCheckpointingLayer):
                 how["context_fn"] = lambda: (nullcontext(), self.recomputing())
             enable(how)
         base = model.model

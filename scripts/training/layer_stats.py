@@ -182,6 +182,10 @@ class LayerStats:
         self._sources.append(len(self._modules) - 1)
 
     # --- collecting --------------------------------------------------------------------------------------
+    @property
+    def is_attached(self) -> bool:
+        return bool(self._handles)
+
     def attach(self) -> None:
         self._handles += [module.register_forward_hook(_observe) for module in self._modules]
 
@@ -250,7 +254,7 @@ class LayerStats:
             times = f"{seen[rank, step, place]:.3g} times"
             raise RuntimeError(
                 f"the hooks saw the {tensor} of layer {layer} ({sublayer}) {times} in step {steps[step]}, not once: "
-                "its statistics would be wrong. Where compile and activation_checkpointing are true, set one to false"
+                "its statistics would be wrong. If compile and activation_checkpointing are both true, turn one off"
             )
 
     @torch.no_grad()

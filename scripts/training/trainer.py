@@ -203,8 +203,7 @@ class Trainer:
     def _watched(self, observe: bool) -> AbstractContextManager:
         """Around a forward and backward pass: the layers' statistics are collected where they are wanted."""
         self.layer_stats.clear()
-        attached = self.recorder or self.recipe.compile
-        return self.layer_stats.attached() if observe and not attached else nullcontext()
+        return self.layer_stats.attached() if observe and not self.layer_stats.is_attached else nullcontext()
 
     def _write_layer_stats(self, step: int, scale: float) -> None:
         rows = [*self.layer_stats.activation_rows([step], [self.layer_stats.take()])]

@@ -27,7 +27,7 @@ TOKENS = int(os.environ.get("PUBLISHED_TOKENS", "512"))
 MOST = 40000  # tokens of a text from which windows are drawn
 LENGTH = int(os.environ.get("PUBLISHED_LENGTH", "1024"))
 LIMIT = os.environ.get("PUBLISHED_LIMIT", "8")
-FULL_BENCH = bool(os.environ.get("PUBLISHED_FULL_BENCH"))
+FULL_BENCH = os.environ.get("PUBLISHED_FULL_BENCH") == "1"
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 RECORDS = os.environ.get("PUBLISHED_RECORDS")
 DATA = Path(os.environ.get("PUBLISHED_DATA", ROOT / "data"))

@@ -69,7 +69,7 @@ def name(request, cured) -> str:
 
 
 def bench(name: str, how: str, text: str, file: Path, out: Path) -> dict:
-    """What the bench says of a model, recorded; a folder that is there is taken as it is, without its time."""
+    """What the bench says of a model, recorded; an existing folder is reused, and no time is recorded."""
     started, measured = processor_seconds(), (out / name).exists()
     periln("bench", CACHE / name, how, "--data", file, "--out", out)
     (entry,) = json.loads((out / name / "stability.json").read_text())["checkpoints"]
@@ -85,7 +85,7 @@ def benched(name, text_file) -> dict:
     return bench(name, "--quick", VALIDATION, text_file, CACHE / "bench")  # kept, for figures
 
 
-@pytest.mark.skipif(not FULL_BENCH, reason="PUBLISHED_FULL_BENCH is not set: 1,000 samples take an hour a model")
+@pytest.mark.skipif(not FULL_BENCH, reason="PUBLISHED_FULL_BENCH is not 1: 1,000 samples take an hour a model")
 def test_a_thousand_samples_say_what_sixteen_do(name, benched, tmp_path):
     file = tmp_path / "wikitext.txt"
     file.write_text("".join(texts("WikiText-2")))

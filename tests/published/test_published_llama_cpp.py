@@ -1,6 +1,7 @@
 """The published checkpoints in llama.cpp, in F16: its own converter as it is, and xllamacpp as the runtime."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def test_llama_cpp_in_f16_continues_as_the_original_in_fp32(name, source, surrou
     same, largest = [], 0.0
     for prompt, tokens, theirs in zip(prompts, found["tokens"], found["log_probabilities"], strict=True):
         greedy, ours = in_fp32(original, prompt, tokens)
+        assert all(map(math.isfinite, ours + theirs))
         same.append(sum(a == b for a, b in zip(greedy, tokens, strict=True)))
         largest = max(largest, *(abs(a - b) for a, b in zip(ours, theirs, strict=True)))
     kept = {"same_tokens": same, "of": NEW, "prompt_tokens": PROMPT, "largest_difference": largest}

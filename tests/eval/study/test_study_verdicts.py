@@ -120,11 +120,18 @@ def test_export_and_check(study, tmp_path, capsys):
 def test_the_records_keep_every_text_that_cells_read(study, tmp_path):
     records, index = tmp_path / "records", study.path / study.plan["data"]["path"] / "index.json"
     index.parent.mkdir(exist_ok=True)
-    for tokens, fingerprint in ((7, "a"), (8, "b"), (9, "b")):  # a second machine's text, and that text again
-        index.write_text(json.dumps({"tokens": tokens, "fingerprint": fingerprint, "source": {"path": "/home/me"}}))
+    (mine,) = {json.loads(line)["data"] for line in (study.path / CELLS).read_text().splitlines()}
+    (records / "data.json").parent.mkdir()
+    (records / "data.json").write_text(json.dumps({"fingerprint": mine, "tokens": 7}))  # as it was for one text
+    other = mine + "0"
+    for expected in ([(mine, 7)], [(mine, 7), (other, 9)]):
+        index.write_text(json.dumps({"tokens": 9, "fingerprint": other, "source": {"path": "/home/me"}}))
         command.main(parse(["export", str(study.path), "--records", str(records)]))
-    texts = json.loads((records / "data.json").read_text())
-    assert [(text["fingerprint"], text["tokens"], text["source"]) for text in texts] == [("a", 7, {}), ("b", 9, {})]
+        texts = json.loads((records / "data.json").read_text())
+        assert [(text["fingerprint"], text["tokens"]) for text in texts] == expected
+        cells = (records / CELLS).read_text()  # one of them now comes from the second machine
+        (records / CELLS).write_text(cells.replace(f'"data": "{mine}"', f'"data": "{other}"', 1))
+    assert texts[1]["source"] == {}
 
 
 def test_a_changed_plan_or_claim_is_refused(study):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from tiny import timeless, train, write_recipe
+from torch._dynamo.utils import counters
 
 from periln.runkit.folder import RunFolder, weights_hash
 from periln.scripts.pretrain import load_recipe
@@ -168,7 +169,7 @@ def test_a_layer_that_is_computed_again_in_the_backward_pass_counts_once(tmp_pat
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_tensor_that_is_seen_twice_is_not_recorded(tmp_path, data, compiled, monkeypatch):
+def test_a_tensor_that_is_seen_twice_is_not_recorded(tmp_path, data, compiled, monkeypatch, quick_compiler):
     trainer = trainer_of(tmp_path, data, precision=FP32, compile=compiled)
     layer = trainer.model.model.layers[1]
 
@@ -178,6 +179,14 @@ def test_a_tensor_that_is_seen_twice_is_not_recorded(tmp_path, data, compiled, m
 
     monkeypatch.setattr(layer, "forward", forward)
     with pytest.raises(RuntimeError, match=r"the branch of layer 2 \(mlp\) 2 times in step 0"):
+        trainer._train_step(witness=False)
+    assert bool(counters["stats"]["unique_graphs"]) == compiled
+
+
+def test_a_tensor_that_is_not_seen_is_not_recorded(tmp_path, data):
+    trainer = trainer_of(tmp_path, data, precision=FP32)
+    trainer.layer_stats._handles.pop(1).remove()
+    with pytest.raises(RuntimeError, match=r"the branch of layer 1 \(attn\) 0 times in step 0"):
         trainer._train_step(witness=False)
 
 
