@@ -114,8 +114,8 @@ neither support nor contradict either statement.
 
 fetches both checkpoints with pip into `.published/` and measures them; [the tests' README](repo:tests/README.md)
 lists the variables that raise how much. Here they were PUBLISHED_TOKENS=33536, PUBLISHED_LENGTH=4096,
-PUBLISHED_LIMIT={limit} and PUBLISHED_FULL_BENCH=1, with VLLM_PYTHON and LLAMA_CPP. Measured on {dates} on one thread of a
-shared 2-core AMD EPYC CPU with torch {torch} and transformers {transformers}. This page is drawn from
+PUBLISHED_LIMIT={limit} and PUBLISHED_FULL_BENCH=1, with VLLM_PYTHON and LLAMA_CPP. Measured on {dates} on one thread of
+a shared 2-core AMD EPYC CPU with torch {torch} and transformers {transformers}. This page is drawn from
 `docs/results/records/published/` and `docs/results/records/formats/` by `docs/results/redraw_published.py`. """
 
 MISSING = """
