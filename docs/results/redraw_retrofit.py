@@ -136,6 +136,23 @@ def report_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def tasks_table(name: str) -> str:
+    """A report's models: accuracy in each task in percent, with its standard error, and right answers' bits a byte."""
+    models = read(name)["models"]
+    tasks = list(dict.fromkeys(row["task"] for row in models[0]["tasks"]))
+    lines = [
+        "| " + " | ".join(["model", *(f"`{task}`" for task in tasks), "right answers, bits a byte"]) + " |",
+        "|---|" + "---:|" * (len(tasks) + 1),
+    ]
+    for model in models:
+        by = {(row["task"], row["metric"]): row for row in model["tasks"]}
+        found = [by[task, "acc"] for task in tasks]
+        cells = [f"{100 * row['value']:.0f} ± {100 * row['stderr']:.0f}" for row in found]
+        bits = statistics.mean(by[task, "gold_bits_per_byte"]["value"] for task in tasks)
+        lines.append("| " + " | ".join([NAMES.get(model["name"], model["name"]), *cells, f"{bits:.3f}"]) + " |")
+    return "\n".join(lines)
+
+
 SEEDS = (1, 2, 3)
 BECAME = {
     "pre-300": "the source, `pre`",
@@ -205,25 +222,30 @@ def around() -> str:
     return f"{AROUND.format(**numbers)}\n\n{report_table('smollm2-report')}"
 
 
-def smollm2_healing() -> str:
-    """SmolLM2 with five layers kept, after its healing so far."""
+def smollm2_healing() -> dict[str, Any]:
+    """The numbers of SmolLM2's healing with five layers kept."""
     models = {model["name"]: model for model in read("smollm2-heal")["models"]}
-    source, before, gains = models["smollm2"], models["sandwich-keep"], models["gains"]
-    last, more = gains, ""
-    if whole := models.get("all"):
-        last = whole
-        more = (
-            f", and {whole['step'] * 1024 / 1000:.0f} thousand for everything {gains['loss'] - whole['loss']:.2f} more"
-        )
-    return SMOLLM2_HEALED.format(
-        table=report_table("smollm2-heal"),
-        gains_tokens=f"{gains['step'] * 1024 / 1000:.0f}",
-        gains_back=before["loss"] - gains["loss"],
-        price=before["loss"] - source["loss"],
-        more=more,
-        bits=last["largest"]["headroom_bits"],
-        source_bits=source["largest"]["headroom_bits"],
-    )
+    source, kept, gains, healed = (models[name] for name in ("smollm2", "sandwich-keep", "gains", "all"))
+
+    def massive(model: dict[str, Any]) -> float:
+        return max(found["largest"]["value"] for found in model["massive_activations"])
+
+    def costs(row: str) -> str:
+        found = [{f["row"]: f for f in model["formats"]}[row]["rise_share"] for model in (source, kept, healed)]
+        return ", ".join(f"{100 * share:.1f} %" for share in found)
+
+    bits = {name: model["largest"]["headroom_bits"] for name, model in models.items()}
+    return {
+        **{"gains_tokens": gains["step"] * 1024 // 1000, "all_tokens": healed["step"] * 1024 // 1000, "again": 12},
+        **{"price": kept["loss"] - source["loss"], "gains_back": kept["loss"] - gains["loss"]},
+        **{"back": kept["loss"] - healed["loss"], "left": healed["loss"] - source["loss"], "kl": healed["kl"]},
+        **{"source_massive": massive(source), "kept_massive": massive(kept), "massive": massive(healed)},
+        **{"source_bits": bits["smollm2"], "kept_bits": bits["sandwich-keep"], "bits": bits["all"]},
+        "bits_left": bits["all"] - bits["smollm2"],
+        **{"int8": costs("activations: INT8 per tensor"), "mxfp4": costs("recipes: MXFP4 W4A4")},
+        "limit": healed["tasks"][0]["n"],
+        **{"table": report_table("smollm2-heal"), "tasks": tasks_table("smollm2-heal")},
+    }
 
 
 def dial() -> dict[str, Any]:
@@ -280,7 +302,8 @@ def page() -> str:
         median=statistics.median(error for errors in rule["errors"].values() for error in errors),
         large=large_places("smollm2-sandwich", "least-squares"),
         around=around(),
-        smollm2_healing=smollm2_healing(),
+        smollm2_healing=SMOLLM2_HEALED.format(**smollm2_healing()),
+        healed_rise=smollm2_healing()["left"],
         variants=variants_table(),
         **dial(),
         tiny_rules=rules_table({"tiny-peri": "`peri`", "tiny-output": "`output`"}),
