@@ -105,13 +105,16 @@ class _Measurement:
         self.rows += skip_losses(self.anatomy, loss, self.step, lambda: part.done(1 / layers))
 
     def in_fp16(self, part: Part) -> None:
-        """On the samples that hold the peaks of the stream and the branches, then on the first ones."""
+        """On the samples that hold the peaks of the stream and the branches, then on the first ones.
+
+        One at a time: each needs memory for its graph and for the gradient of its logits.
+        """
         peaks = sorted((m.peak for m in self.probe.moments.values() if m.peak.sample >= 0), key=lambda p: -p.value)
         count = self.options.fp16_samples
         chosen = list(dict.fromkeys([*(p.sample for p in peaks[:2]), *range(len(self.samples.ids))]))[:count]
-        batches = [self.samples.ids[chosen].to(self.device)]
-        scale = self.options.loss_scale
-        self.fp16 = first_non_finite(self.anatomy, batches, scale, self.in_place, lambda: part.done(1 / 4))
+        batches = [self.samples.ids[[number]].to(self.device) for number in chosen]
+        scale, each = self.options.loss_scale, 1 / (4 * len(batches))
+        self.fp16 = first_non_finite(self.anatomy, batches, scale, self.in_place, lambda: part.done(each))
 
     def run(self) -> str | None:
         """Run every part of the plan; returns the one in which it was interrupted.
