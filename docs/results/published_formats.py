@@ -9,7 +9,10 @@ from typing import Any
 FORMATS = Path(__file__).parent / "records" / "formats"
 PUBLISHED = {("smollm2-135m", "as it is"): "SmolLM2", ("gemma-3-270m", "as it is"): "Gemma 3"}
 CURED = ("gemma-3-270m", "cured")
-TINY = ("pre", "peri", "output", "pre_post", "post", "lns", "deepnorm")
+TINY = (
+    *("pre", "peri", "sandwich", "output", "lns", "sub_ln", "normformer", "hybrid", "hybrid_star", "keel"),
+    *("keel_first", "deepnorm", "pre_post", "mix", "post", "learned_residual", "none"),
+)
 LOW_BIT = {  # the rows that the two statements are tested on
     "activations": (
         *("FP8 E4M3 per tensor", "FP8 E4M3 per token", "MXFP8", "INT8 per tensor", "INT8 per token"),
@@ -80,14 +83,15 @@ def kl(model: str, group: str, row: str) -> float | None:
 
 
 def tiny_formats() -> str:
-    """KL against FP32 of the tiny models, a column a placement."""
-    rows = [
-        [f"{PLACES[group]}: {row}", *(number(kl(f"tiny-{name}", group, row), ".1e") for name in TINY)]
-        for group, names in LOW_BIT.items()
-        for row in names
-    ]
-    rows.append(["loss in FP32, bits a byte", *(f"{base(f'tiny-{name}'):.2f}" for name in TINY)])
-    return table(["KL from FP32, nats", *(f"`{name}`" for name in TINY)], rows)
+    """KL against FP32 of the tiny models, a row a placement, and their loss."""
+    tables = []
+    for group, names in LOW_BIT.items():
+        rows = []
+        for name in TINY:
+            cells = [number(kl(f"tiny-{name}", group, row), ".1e") for row in names]
+            rows.append([f"`{name}`", f"{base(f'tiny-{name}'):.2f}", *cells])
+        tables.append(table([PLACES[group], "loss", *names], rows))
+    return "\n\n".join(tables)
 
 
 def ratios(group: str) -> dict[str, list[float]]:
