@@ -176,7 +176,8 @@ def thousand() -> str:
     shown = table(["", *head], [[row, *cells] for row, cells in rows.items()])
     return f"""
 With `--no-quick` the bench reads 1,000 samples, here of the test split: 32 with a backward pass, 16 for the loss
-without each layer, and 4 in FP16, those with the largest values. `--quick` has one of each:
+without each layer, and 4 in FP16, the one or two that hold the two largest values and then the first ones. `--quick`
+has one of each:
 
 {shown}
 """

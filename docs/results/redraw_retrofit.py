@@ -241,7 +241,7 @@ def smollm2_healing() -> dict[str, Any]:
         **{"back": kept["loss"] - healed["loss"], "left": healed["loss"] - source["loss"], "kl": healed["kl"]},
         **{"source_massive": massive(source), "kept_massive": massive(kept), "massive": massive(healed)},
         **{"source_bits": bits["smollm2"], "kept_bits": bits["sandwich-keep"], "bits": bits["all"]},
-        "bits_left": bits["all"] - bits["smollm2"],
+        **{"bits_left": bits["all"] - bits["smollm2"], "bits_won": bits["sandwich-keep"] - bits["smollm2"]},
         **{"int8": costs("activations: INT8 per tensor"), "mxfp4": costs("recipes: MXFP4 W4A4")},
         "limit": healed["tasks"][0]["n"],
         **{"table": report_table("smollm2-heal"), "tasks": tasks_table("smollm2-heal")},

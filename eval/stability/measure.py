@@ -107,7 +107,8 @@ class _Measurement:
     def in_fp16(self, part: Part) -> None:
         """On the samples that hold the peaks of the stream and the branches, then on the first ones.
 
-        One at a time: each needs memory for its graph and for the gradient of its logits.
+        One at a time, since each needs memory for its graph and for the gradient of its logits. What is reported as
+        first is the first in the first of these samples that overflows.
         """
         peaks = sorted((m.peak for m in self.probe.moments.values() if m.peak.sample >= 0), key=lambda p: -p.value)
         count = self.options.fp16_samples

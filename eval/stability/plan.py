@@ -20,7 +20,7 @@ LOGITS = 2**27  # numbers of a batch's logits at most: 512 MiB
 # The plain passes of a sample that a part takes for each of its samples.
 PROBED = 1.55
 BACKWARD = 4.2  # streams, a layer at a time forward and backward, sums in FP64
-FP16_FORWARD, FP16_BACKWARD = 1.5, 9.0
+FP16_FORWARD, FP16_BACKWARD = 1.5, 9.0  # of one sample; of several, each runs its forward pass three times
 CERTIFICATE = 6.0
 STEPS = 1000  # in which the bar moves
 
@@ -87,7 +87,8 @@ class Plan:
         add(o.backward_samples, "backward", "backward", BACKWARD * o.backward_samples)
         tokens = samples.ids.shape[1]
         add(o.skip_samples, "skipped layers", "skips", o.skip_samples * min(1.0, (o.skip_tokens or tokens) / tokens))
-        add(o.fp16_samples, "FP16", "in_fp16", (FP16_FORWARD + FP16_BACKWARD) * o.fp16_samples)
+        forwards = 3 if o.fp16_samples > 1 else 1
+        add(o.fp16_samples, "FP16", "in_fp16", (forwards * FP16_FORWARD + FP16_BACKWARD) * o.fp16_samples)
         return plan
 
     @torch.no_grad()
