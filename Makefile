@@ -59,11 +59,11 @@ test-published: $(STAMP) ## two published checkpoints, bench and cure; fetches 4
 test-fast: $(STAMP) ## the tests that train nothing and start nothing
 	$(BIN)/python -m pytest -m 'not slow and not notebooks and not published' $(PARALLEL) $(PYTEST_ARGS)
 
-test-oldest: ## the model family on the oldest versions that pyproject.toml admits, in an environment made anew
+test-oldest: ## the model family, and the trainer's checkpointing, on the oldest versions that pyproject.toml admits, in an environment made anew
 	@rm -rf "$(VENV)-oldest"
 	$(call test-end,oldest,--constraint constraints-oldest.txt)
 
-test-newest: ## the model family on the newest versions on the package index, in an environment made anew
+test-newest: ## the model family, and the trainer's checkpointing, on the newest versions on the package index, in an environment made anew
 	@rm -rf "$(VENV)-newest"
 	$(call test-end,newest)
 
