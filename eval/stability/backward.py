@@ -1,13 +1,13 @@
 """The backward pass at a checkpoint: gradients of every sublayer, and whether the loss knows its weights' scale."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
+from periln.eval.stability.layer_gradients import layer_by_layer
 from periln.eval.structure.anatomy import Anatomy, Sublayer
-from periln.eval.structure.stages import LayerCall, Stages
+from periln.eval.structure.stages import Stages
 from periln.eval.texts.windows import token_loss
 
 PIECE = 2**22  # entries in float64 at once
@@ -148,50 +148,3 @@ def _order(row: tuple) -> tuple:
 def _shared_between_layers(anatomy: Anatomy) -> bool:
     seen = [id(p) for _, layer in anatomy.layers for p in layer.parameters()]
     return len(seen) > len(set(seen)) or any(id(p) in set(seen) for p in anatomy.embedding.parameters())
-
-
-def layer_by_layer(
-    stages: Stages,
-    batches: list[torch.Tensor],
-    tokens: int,
-    visit: Callable[[int | None], None],
-    tell: Callable[[], None] = lambda: None,
-) -> None:
-    """The gradient of the mean loss over `tokens` predictions, one layer's at a time, the last first.
-
-    `visit` is called when the gradients of the model's end (None), of a layer (its number) and of its start (0) are
-    complete; those that no later piece adds to are then freed. Of a batch (ids (B, S)) its streams are kept.
-    """
-    model, layers = stages.anatomy.model, stages.anatomy.layers
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    model.zero_grad(set_to_none=True)
-    begins = {id(p) for p in stages.anatomy.embedding.parameters()}  # a tied table belongs to both ends
-    passes: list[tuple[torch.Tensor, list[torch.Tensor], list[LayerCall]]] = []
-    grads: list[Any] = []
-    for ids in batches:
-        streams, calls = stages.streams(ids)
-        leaf = streams.pop().requires_grad_()
-        (token_loss(stages.end(ids, leaf.clone()), ids) / tokens).backward()
-        grads.append(leaf.grad)
-        passes.append((ids, streams, calls))
-        tell()
-    visit(None)
-    _free(model, begins)
-    for number in range(len(layers), 0, -1):
-        for i, (_, streams, calls) in enumerate(passes):
-            leaf = streams.pop().requires_grad_()
-            calls[number - 1](leaf.clone()).backward(grads[i])
-            grads[i] = leaf.grad
-            tell()
-        visit(number)
-        _free(layers[number - 1][1], begins)
-    for (ids, _, _), grad in zip(passes, grads, strict=True):
-        stages.begin(ids)[0].backward(grad)
-    visit(0)
-
-
-def _free(module: nn.Module, kept: set[int]) -> None:
-    for parameter in module.parameters():
-        if id(parameter) not in kept:
-            parameter.grad = None

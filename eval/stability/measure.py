@@ -15,7 +15,7 @@ from periln.eval.stability.backward import backward_rows
 from periln.eval.stability.fits import fit_growth
 from periln.eval.stability.massive import massive_activations, outlier
 from periln.eval.stability.overflow import first_non_finite
-from periln.eval.stability.plan import Options, Part, Plan, samples_at_once
+from periln.eval.stability.plan import Options, Part, Plan, samples_at_once, samples_backward
 from periln.eval.stability.probe import Probe
 from periln.eval.stability.redundancy import skip_losses, staged_skip_losses
 from periln.eval.stability.verdict import checkpoint_verdict, depth_profile
@@ -25,7 +25,7 @@ from periln.eval.structure.words import describe
 from periln.eval.texts.samples import Samples
 from periln.eval.texts.windows import token_loss
 from periln.runkit.folder import json_number
-from periln.runkit.process import peak_rss
+from periln.runkit.process import peak_rss, return_freed_memory
 
 COLUMNS = ["step", "layer", "sublayer", "tensor", "stat", "value"]
 ANGLE_COLUMNS = ["step", "layer", "other", "value"]
@@ -81,7 +81,8 @@ class _Measurement:
         self.certificate = certify(self.model, peaks, self.anatomy, lambda: part.done(1 / of))
 
     def backward(self, part: Part) -> None:
-        batches = self.batches(max(1, self.options.batch_size // 2), self.options.backward_samples)
+        size = samples_backward(self.options, self.anatomy, self.samples.ids.shape[1])
+        batches = self.batches(size, self.options.backward_samples)
         of = len(batches) * (self.anatomy.num_layers + 1)
         self.rows += backward_rows(self.anatomy, batches, self.step, self.stages, lambda: part.done(1 / of))
 
@@ -124,6 +125,7 @@ class _Measurement:
             KeyboardInterrupt: before anything was measured.
         """
         for part in self.plan.parts:
+            return_freed_memory()  # the text's tokens, and what the part before needed
             try:
                 getattr(self, part.does)(part)
                 part.finish()
@@ -192,5 +194,5 @@ def measure(
     model.eval()
     plan = Plan.of(options, samples, tell)
     measurement = _Measurement(model, samples, options, step, in_place, plan)
-    plan.measure(measurement.anatomy, samples, measurement.stages is not None, in_place, options.batch_size)
+    plan.measure(measurement.anatomy, samples, measurement.stages is not None, in_place, options)
     return measurement.measured(started, token_text, measurement.run())

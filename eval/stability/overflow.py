@@ -64,10 +64,11 @@ class _Graph:
     loss: torch.Tensor | None = None
 
     def loss_of(self, ids: torch.Tensor) -> torch.Tensor:
-        """Nats a token of the batch `ids`; computed once."""
+        """Nats a token of the batch `ids`; computed once, and the logits are then let go."""
         if self.loss is None:
             assert self.logits is not None
             self.loss = token_loss(self.logits, ids) / ids[:, 1:].numel()
+            self.logits = None
         return self.loss
 
 
@@ -77,7 +78,8 @@ class HalfPasses:
     One forward pass of a batch serves the scales of a call of `backward`; where there is a single batch, the pass of
     `forward` serves them all, and its graph is held until `close`.
 
-    `weights`: those that FP16 cannot hold; `logits` (B, S, V) in FP32: of the first batch, once `forward` is done.
+    `weights`: those that FP16 cannot hold; `logits` (B, S, V) in FP32: of the first batch, once `forward` is done, if
+    they are to be kept.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class HalfPasses:
         batches: list[torch.Tensor],
         in_place: bool = False,
         tell: Callable[[], None] = lambda: None,
+        keep_logits: bool = True,
     ):
         if in_place:
             self.half, self.weights = anatomy.model, to_half(anatomy.model)
@@ -97,6 +100,8 @@ class HalfPasses:
         self.exact = True
         self.largest: dict[float, float] = {}
         self.logits: torch.Tensor | None = None
+        self._keep_logits = keep_logits
+        self._ran = False
         self._first: NonFinite | None = None
         self._graph: _Graph | None = None
         self._tried: dict[float, NonFinite | None] = {}
@@ -118,8 +123,8 @@ class HalfPasses:
 
     def forward(self) -> NonFinite | None:
         """The first that is not finite in the forward passes."""
-        if self.logits is None and self._first is None:
-            self._first = self._exactly(self._forward)
+        if not self._ran:
+            self._first, self._ran = self._exactly(self._forward), True
         return self._first
 
     def _forward(self) -> NonFinite | None:
@@ -130,7 +135,7 @@ class HalfPasses:
                 except Overflow:
                     self.close()
                     break
-                if self.logits is None:
+                if self._keep_logits and self.logits is None:
                     self.logits = logits.detach().float().cpu()
                 self.tell()
         return watch.first
@@ -234,7 +239,7 @@ def first_non_finite(
         2^16, at which all gradients are finite, None if there is none; `backward_beyond`: what overflows at twice that
         (None if it is 2^16). `weights`: parameters that FP16 cannot hold.
     """
-    passes = HalfPasses(anatomy, batches, in_place, tell)
+    passes = HalfPasses(anatomy, batches, in_place, tell, keep_logits=False)
     forward, backward, beyond, scale = passes.forward(), None, None, None
     if forward is None:
         backward = passes.backward(loss_scale)[0]

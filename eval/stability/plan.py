@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from periln.eval.stability.layer_gradients import kept_streams
 from periln.eval.structure.anatomy import Anatomy
 from periln.eval.texts.samples import Samples
+from periln.eval.texts.windows import PIECE
 
 GIB = 2.0**30
 PROCESS = 3 * 2**28  # bytes of Python, its libraries and what the allocator keeps: 0.6 to 0.7 GiB were seen
-LOGITS = 2**27  # numbers of a batch's logits at most: 512 MiB
+LOGITS = 2**26  # numbers of a batch's logits at most: 256 MiB
 # The plain passes of a sample that a part takes for each of its samples.
 PROBED = 1.55
 BACKWARD = 4.2  # streams, a layer at a time forward and backward, sums in FP64
@@ -92,7 +94,7 @@ class Plan:
         return plan
 
     @torch.no_grad()
-    def measure(self, anatomy: Anatomy, samples: Samples, staged: bool, in_place: bool, batch_size: int) -> None:
+    def measure(self, anatomy: Anatomy, samples: Samples, staged: bool, in_place: bool, options: Options) -> None:
         """Time a plain pass, and compute from the model's sizes what depends on them."""
         self.time(anatomy, samples.ids[:1])
         head = anatomy.lm_head.weight.numel() / sum(p.numel() for p in _matrices(anatomy))
@@ -100,7 +102,7 @@ class Plan:
             if part.does == "skips":
                 each = head + (1 - head) / 2 if staged else 1.0
                 part.passes *= anatomy.num_layers * each + 1
-        self.memory = memory(anatomy, samples.ids.shape[1], self.parts, in_place, batch_size)
+        self.memory = memory(anatomy, samples.ids.shape[1], self.parts, staged, in_place, options)
         self.parts[0].tell()
 
     @torch.no_grad()
@@ -140,26 +142,40 @@ def _matrices(anatomy: Anatomy) -> list[torch.nn.Parameter]:
     return [*inside.values(), anatomy.lm_head.weight]
 
 
-def memory(anatomy: Anatomy, tokens: int, parts: list[Part], in_place: bool, batch_size: int) -> int:
+def memory(anatomy: Anatomy, tokens: int, parts: list[Part], staged: bool, in_place: bool, options: Options) -> int:
     """Bytes at the peak: the weights, and the most that any part holds in addition."""
     parameters = list(anatomy.model.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
     largest = max(p.numel() for p in parameters)
-    logits = 4 * tokens * anatomy.lm_head.weight.shape[0]
+    vocabulary = anatomy.lm_head.weight.shape[0]
+    logits = 4 * tokens * vocabulary
     layer = max(sum(p.numel() for p in layer.parameters()) for _, layer in anatomy.layers)
-    stream = 4 * tokens * anatomy.hidden_size * (anatomy.num_layers + 1)
+    of_layer = 4 * tokens * anatomy.hidden_size
+    stream = of_layer * (anatomy.num_layers + 1)
     half = sum(p.numel() * 2 for p in parameters)
-    batch = min(batch_size, samples_at_once(anatomy, tokens))
+    batch = min(options.batch_size, samples_at_once(anatomy, tokens))
+    backward = samples_backward(options, anatomy, tokens)
     # In FP16 the head's product is taken in FP32, its gradient as well; all gradients are there at the end.
-    in_fp16 = max(half + 8 * largest + 4 * logits, 2 * half) + 16 * stream
+    in_fp16 = max(half + 8 * largest + 3 * logits, 2 * half) + 16 * stream
+    if staged:
+        kept = kept_streams(anatomy.num_layers, options.backward_samples, of_layer)[1]
+        in_layers = 4 * layer + 32 * backward * of_layer
+        gradients = 4 * largest + kept * of_layer + max(backward * logits + 8 * PIECE * vocabulary, in_layers)
+    else:
+        gradients = 4 * sum(p.numel() for p in parameters) + backward * (4 * logits + 16 * stream)
     beside = {
         "forward": batch * (2 * logits + 8 * stream),
-        "certify": 4 * 8 * layer,
-        "backward": 4 * largest + 4 * layer + 4 * logits + 4 * stream,
+        "certify": max(2 * 8 * layer, 2**28),
+        "backward": gradients,
         "skips": batch * (3 * logits + stream),
         "in_fp16": in_fp16 - (weights if in_place else 0),
     }
     return PROCESS + weights + max(beside[part.does] for part in parts)
+
+
+def samples_backward(options: Options, anatomy: Anatomy, tokens: int) -> int:
+    """The samples of a batch whose gradients are taken: half as many as without."""
+    return max(1, min(options.batch_size, samples_at_once(anatomy, tokens)) // 2)
 
 
 def samples_at_once(anatomy: Anatomy, tokens: int) -> int:

@@ -17,6 +17,7 @@ from periln.runkit.errors import UsageError
 from periln.runkit.texts import usable
 
 NO_DOCUMENT = -1  # the owner of a target that is not scored
+PIECE = 32  # positions whose softmax is there at once, where its gradient is taken
 
 
 def read_texts(path: Path) -> list[str]:
@@ -159,3 +160,17 @@ def token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Sum of the next-token cross entropy (nats) over a batch; logits (B, S, V), in FP32 a row at a time."""
     rows = (F.cross_entropy(row[:-1].float(), to[1:], reduction="sum") for row, to in zip(logits, ids, strict=True))
     return torch.stack(list(rows)).sum()
+
+
+@torch.no_grad()
+def loss_gradient(logits: torch.Tensor, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Gradient of `token_loss(logits, ids) / tokens` in place of the logits (B, S, V), in FP32 a piece at a time."""
+    if logits.shape[:2] != ids.shape:
+        raise ValueError(f"logits of {tuple(logits.shape[:2])} tokens for {tuple(ids.shape)} ids")
+    for row, of in zip(logits, ids, strict=True):
+        row[-1] = 0
+        for piece, to in zip(row[:-1].split(PIECE), of[1:].split(PIECE), strict=True):
+            share = piece.float().softmax(-1)
+            share[torch.arange(len(to), device=to.device), to] -= 1
+            piece.copy_(share / tokens)
+    return logits

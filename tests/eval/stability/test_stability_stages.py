@@ -10,13 +10,14 @@ import torch
 from stability_families import FAMILIES, VOCABULARY, build
 
 from periln.eval.stability.backward import accumulate_gradients, backward_rows
+from periln.eval.stability.layer_gradients import kept_streams, layer_by_layer
 from periln.eval.stability.measure import Options, measure
 from periln.eval.stability.overflow import LEAST, MOST, HalfPasses, first_non_finite, half_copy
 from periln.eval.stability.redundancy import skip_losses, staged_skip_losses
 from periln.eval.structure.anatomy import find_anatomy
 from periln.eval.structure.stages import find_stages
 from periln.eval.texts.samples import random_samples
-from periln.eval.texts.windows import token_loss
+from periln.eval.texts.windows import loss_gradient, token_loss
 from periln.runkit.fp16 import HalfMatmul
 
 SAMPLES = random_samples(VOCABULARY, 5, 12, seed=3)
@@ -52,8 +53,55 @@ def test_gradients_a_layer_at_a_time_are_those_of_the_whole(model, anatomy):
     fast = {row[:5]: row[5] for row in backward_rows(anatomy, BATCHES, 0, find_stages(anatomy))}
     assert fast.keys() == slow.keys() and {key[2] for key in fast} >= {"embedding", "attn", "mlp", "layer", "final"}
     for key, value in slow.items():
-        assert fast[key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
+        beside = 1e-7 if key[4] == "scale_freedom" else 1e-9  # that is a cosine
+        assert fast[key] == pytest.approx(value, rel=1e-5, abs=beside), key
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_streams_that_are_computed_again_give_the_same_bits(anatomy, monkeypatch):
+    stages, begun = find_stages(anatomy), []
+    kept = backward_rows(anatomy, BATCHES, 0, stages)
+    monkeypatch.setattr("periln.eval.stability.layer_gradients.kept_streams", lambda *a: (2, begun.append(a)))
+    assert backward_rows(anatomy, BATCHES, 0, stages) == kept
+    assert begun == [(anatomy.num_layers, 5, 12 * anatomy.hidden_size * 4)]
+
+
+@pytest.mark.parametrize(("layers", "samples", "kept"), [(18, 1, (1, 19)), (18, 32, (3, 288)), (26, 32, (4, 352))])
+def test_streams_beyond_the_bound_are_computed_again(layers, samples, kept):
+    """Of Gemma 3 270M (0.625 MiB a stream of 256 tokens) and 1B (1.125 MiB)."""
+    assert kept_streams(layers, samples, 2**20 * (layers - 8) // 16) == kept
+
+
+def test_the_tables_gradients_are_added_in_place(model, anatomy):
+    """What `backward_rows` leaves at its last visit is autograd's, and no second batch has made another table."""
+    stages, table, found = find_stages(anatomy), anatomy.embedding.weight, {}
+    tokens = sum(ids[:, 1:].numel() for ids in BATCHES)
+
+    def visit(number):
+        if number in (None, 0):
+            found[number] = {id(p): (p.grad.data_ptr(), p.grad.clone()) for p in ends if p.grad is not None}
+
+    ends = [table, anatomy.lm_head.weight]
+    layer_by_layer(stages, BATCHES, tokens, visit)
+    assert not anatomy.embedding.sparse and "forward" not in vars(anatomy.lm_head)
+    accumulate_gradients(model, BATCHES, tokens)
+    assert anatomy.tied == (table is anatomy.lm_head.weight)
+    for parameter, number in ((anatomy.lm_head.weight, 0 if anatomy.tied else None), (table, 0)):
+        torch.testing.assert_close(found[number][id(parameter)][1], parameter.grad, rtol=1e-4, atol=1e-7)
+    if anatomy.tied:
+        assert found[None][id(table)][0] == found[0][id(table)][0]
+    model.zero_grad(set_to_none=True)
+
+
+def test_the_losss_gradient_in_place_is_autograds():
+    ids = torch.randint(VOCABULARY, (2, 70), generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(2, 70, VOCABULARY, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    (token_loss(logits, ids) / 138).backward()
+    found = logits.detach().clone()
+    assert loss_gradient(found, ids, 138) is found
+    torch.testing.assert_close(found, logits.grad, rtol=1e-5, atol=1e-8)
+    with pytest.raises(ValueError, match="69"):
+        loss_gradient(found[:, 1:], ids, 138)
 
 
 def test_their_norm_is_that_of_plain_autograd(model, anatomy):
