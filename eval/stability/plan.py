@@ -102,6 +102,10 @@ class Plan:
             if part.does == "skips":
                 each = head + (1 - head) / 2 if staged else 1.0
                 part.passes *= anatomy.num_layers * each + 1
+            if part.does == "backward" and staged:
+                stream = 4 * samples.ids.shape[1] * anatomy.hidden_size
+                every, _ = kept_streams(anatomy.num_layers, options.backward_samples, stream)
+                part.passes += options.backward_samples * (1 - 1 / every)
         self.memory = memory(anatomy, samples.ids.shape[1], self.parts, staged, in_place, options)
         self.parts[0].tell()
 
