@@ -122,7 +122,7 @@ def backward_rows(
     tokens = sum(ids[:, 1:].numel() for ids in batches)
     found: list[tuple] = []
     try:
-        if stages is None or _shared_between_layers(anatomy):
+        if stages is None or shared_between_layers(anatomy):
             accumulate_gradients(anatomy.model, batches, tokens)
             found = _rows(anatomy, step, lambda layer, sublayer: True)
         else:
@@ -145,6 +145,7 @@ def _order(row: tuple) -> tuple:
     return row[1], ("embedding", "attn", "mlp", "layer", "final").index(row[2])
 
 
-def _shared_between_layers(anatomy: Anatomy) -> bool:
+def shared_between_layers(anatomy: Anatomy) -> bool:
+    """Whether a parameter belongs to two layers, or to a layer and the embedding."""
     seen = [id(p) for _, layer in anatomy.layers for p in layer.parameters()]
     return len(seen) > len(set(seen)) or any(id(p) in set(seen) for p in anatomy.embedding.parameters())

@@ -1,4 +1,4 @@
-"""Gradients a layer at a time, in little memory: no table has two gradients at once, no logits stand beside theirs."""
+"""Gradients a layer at a time, in little memory."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,25 +8,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from periln.eval.structure.anatomy import Anatomy
 from periln.eval.structure.stages import LayerCall, Stages
 from periln.eval.texts.windows import loss_gradient
 
-STREAMS = 2**27  # bytes of streams that are kept, if every layer's do not fit: 128 MiB
+STREAMS = 2**27  # bytes: where the streams of all layers take more than 128 MiB, some are computed again
 
 
 def kept_streams(layers: int, samples: int, size: int) -> tuple[int, int]:
     """Which streams of `size` bytes are kept: every how many layers', and how many there are at most, with gradients.
 
-    The others are computed again, from one that was kept: of a model of L layers some 2 sqrt(L) a sample are there at
-    once where all of them would not fit into `STREAMS` bytes.
+    The others are computed again, from one that was kept. Where those of all L layers take more than `STREAMS` bytes,
+    some 2 sqrt(L) a sample are there at once.
     """
 
     def most(every: int) -> int:
         return samples * (-(-layers // every) + every)
 
-    every = 1
-    while most(every) * size > STREAMS and most(every + 1) < most(every):
-        every += 1
+    every = 1 if most(1) * size <= STREAMS else min(range(1, layers + 1), key=most)
     return every, most(every)
 
 
@@ -95,8 +94,7 @@ def _from_the_end(stages: Stages, ids: torch.Tensor, tokens: int, every: int) ->
     leaf = x.requires_grad_()
     with _head(stages.anatomy.lm_head) as products:
         logits = stages.end(ids, leaf.clone())
-        in_place = products == [logits.data_ptr()]
-        gradient = logits.detach() if in_place else logits.detach().clone()
+        gradient = logits.detach() if products == [logits.data_ptr()] else logits.detach().clone()
         logits.backward(loss_gradient(gradient, ids, tokens))
     return _Pass(ids, calls, kept, [], _gradient(leaf))
 
@@ -134,7 +132,10 @@ class _Product(torch.autograd.Function):
 
 @contextmanager
 def _head(head: nn.Module) -> Iterator[list[int]]:
-    """Adds to a gradient that the head has in place; gives where the products lie that no backward pass reads."""
+    """Adds in place to a gradient that the head has; gives the addresses of its products, which no backward pass reads.
+
+    For `nn.Linear` alone: the product of another head may be read again, and nothing is given then.
+    """
     products: list[int] = []
     if type(head) is not nn.Linear:
         yield products
@@ -151,13 +152,23 @@ def _head(head: nn.Module) -> Iterator[list[int]]:
             vars(head).pop("forward", None)
 
 
+@torch.no_grad()
+def in_place(anatomy: Anatomy, ids: torch.Tensor) -> tuple[bool, bool]:
+    """Whether the gradient of the logits takes their place, and whether the head's weight has one alone."""
+    head = anatomy.lm_head
+    with _head(head) as products:
+        logits = anatomy.model(input_ids=ids, use_cache=False).logits
+    return products == [logits.data_ptr()], type(head) is nn.Linear and head.bias is None
+
+
 @contextmanager
 def _rows_where_added(embedding: nn.Module) -> Iterator[None]:
     """The gradient of a table that has one already comes as the rows that were read, not as a second table.
 
-    The gradient of a tied head is there before that of the table, and each batch but the first adds to it.
+    The gradient of a tied head is there before that of the table, and each batch but the first adds to it. In FP32
+    alone: in half precision a frequent token's rows would be lost one by one, where their sum is not.
     """
-    table = embedding if isinstance(embedding, nn.Embedding) else None
+    table = embedding if isinstance(embedding, nn.Embedding) and embedding.weight.dtype == torch.float32 else None
     if table is None or table.sparse or table.scale_grad_by_freq or table.weight.grad is None:
         yield
         return

@@ -11,7 +11,7 @@ from torch import nn
 
 from periln.eval.bounds.certificate import certify
 from periln.eval.stability.attention import AttentionProbe
-from periln.eval.stability.backward import backward_rows
+from periln.eval.stability.backward import backward_rows, shared_between_layers
 from periln.eval.stability.fits import fit_growth
 from periln.eval.stability.massive import massive_activations, outlier
 from periln.eval.stability.overflow import first_non_finite
@@ -125,8 +125,8 @@ class _Measurement:
             KeyboardInterrupt: before anything was measured.
         """
         for part in self.plan.parts:
-            return_freed_memory()  # the text's tokens, and what the part before needed
             try:
+                return_freed_memory()  # the text's tokens, and what the part before needed
                 getattr(self, part.does)(part)
                 part.finish()
             except KeyboardInterrupt:
@@ -194,5 +194,6 @@ def measure(
     model.eval()
     plan = Plan.of(options, samples, tell)
     measurement = _Measurement(model, samples, options, step, in_place, plan)
-    plan.measure(measurement.anatomy, samples, measurement.stages is not None, in_place, options)
+    staged = measurement.stages is not None and not shared_between_layers(measurement.anatomy)
+    plan.measure(measurement.anatomy, samples, staged, in_place, options)
     return measurement.measured(started, token_text, measurement.run())

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from periln.eval.stability.layer_gradients import in_place as logits_and_head_in_place
 from periln.eval.stability.layer_gradients import kept_streams
 from periln.eval.structure.anatomy import Anatomy
 from periln.eval.texts.samples import Samples
@@ -21,7 +22,7 @@ PROCESS = 3 * 2**28  # bytes of Python, its libraries and what the allocator kee
 LOGITS = 2**26  # numbers of a batch's logits at most: 256 MiB
 # The plain passes of a sample that a part takes for each of its samples.
 PROBED = 1.55
-BACKWARD = 4.2  # streams, a layer at a time forward and backward, sums in FP64
+BACKWARD = 3.7  # streams, a layer at a time forward and backward, sums in FP64
 FP16_FORWARD, FP16_BACKWARD = 1.5, 9.0  # of one sample; of several, each runs its forward pass three times
 CERTIFICATE = 6.0
 STEPS = 1000  # in which the bar moves
@@ -106,7 +107,8 @@ class Plan:
                 stream = 4 * samples.ids.shape[1] * anatomy.hidden_size
                 every, _ = kept_streams(anatomy.num_layers, options.backward_samples, stream)
                 part.passes += options.backward_samples * (1 - 1 / every)
-        self.memory = memory(anatomy, samples.ids.shape[1], self.parts, staged, in_place, options)
+        ends = logits_and_head_in_place(anatomy, samples.ids[:1, :16].to(anatomy.lm_head.weight.device))
+        self.memory = memory(anatomy, samples.ids.shape[1], self.parts, staged, in_place, options, ends)
         self.parts[0].tell()
 
     @torch.no_grad()
@@ -146,8 +148,19 @@ def _matrices(anatomy: Anatomy) -> list[torch.nn.Parameter]:
     return [*inside.values(), anatomy.lm_head.weight]
 
 
-def memory(anatomy: Anatomy, tokens: int, parts: list[Part], staged: bool, in_place: bool, options: Options) -> int:
-    """Bytes at the peak: the weights, and the most that any part holds in addition."""
+def memory(
+    anatomy: Anatomy,
+    tokens: int,
+    parts: list[Part],
+    staged: bool,
+    in_place: bool,
+    options: Options,
+    ends: tuple[bool, bool] = (True, True),
+) -> int:
+    """Bytes at the peak, about: the weights, and the most that any part holds in addition.
+
+    `ends`: whether the gradient of the logits takes their place, and whether the head's weight has one gradient only.
+    """
     parameters = list(anatomy.model.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
     largest = max(p.numel() for p in parameters)
@@ -164,7 +177,9 @@ def memory(anatomy: Anatomy, tokens: int, parts: list[Part], staged: bool, in_pl
     if staged:
         kept = kept_streams(anatomy.num_layers, options.backward_samples, of_layer)[1]
         in_layers = 4 * layer + 32 * backward * of_layer
-        gradients = 4 * largest + kept * of_layer + max(backward * logits + 8 * PIECE * vocabulary, in_layers)
+        at_logits = backward * (1 if ends[0] else 4) * logits + 8 * PIECE * vocabulary
+        twice = 0 if ends[1] or options.backward_samples <= backward else 4 * anatomy.lm_head.weight.numel()
+        gradients = 4 * largest + kept * of_layer + max(at_logits + twice, in_layers)
     else:
         gradients = 4 * sum(p.numel() for p in parameters) + backward * (4 * logits + 16 * stream)
     beside = {

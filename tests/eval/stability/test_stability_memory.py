@@ -32,7 +32,7 @@ QUICK = Options(backward_samples=1, skip_samples=1, fp16_samples=1, certificate=
 
 @pytest.mark.parametrize("config", [GEMMA_3_1B, LLAMA_32_1B], ids=["gemma-3-1b", "llama-3.2-1b"])
 @pytest.mark.parametrize(("options", "above"), [(QUICK, 0.0), (Options(certificate=True), 0.05)], ids=["quick", "full"])
-def test_a_billion_parameters_take_their_weights_one_gradient_and_less_than_two_gib(config, options, above):
+def test_a_billion_parameters_are_announced_with_little_beside_weights_and_one_gradient(config, options, above):
     """At most 1.5 GiB beside the FP32 weights and the gradient of the largest parameter; of all samples 0.05 more."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -3,14 +3,14 @@
 import dataclasses
 import gc
 import weakref
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
 from stability_families import FAMILIES, VOCABULARY, build
 
 from periln.eval.stability.backward import accumulate_gradients, backward_rows
-from periln.eval.stability.layer_gradients import kept_streams, layer_by_layer
+from periln.eval.stability.layer_gradients import in_place, kept_streams, layer_by_layer
 from periln.eval.stability.measure import Options, measure
 from periln.eval.stability.overflow import LEAST, MOST, HalfPasses, first_non_finite, half_copy
 from periln.eval.stability.redundancy import skip_losses, staged_skip_losses
@@ -59,47 +59,104 @@ def test_gradients_a_layer_at_a_time_are_those_of_the_whole(model, anatomy):
 
 
 def test_streams_that_are_computed_again_give_the_same_bits(anatomy, monkeypatch):
-    stages, begun = find_stages(anatomy), []
+    stages, asked = find_stages(anatomy), []
     kept = backward_rows(anatomy, BATCHES, 0, stages)
-    monkeypatch.setattr("periln.eval.stability.layer_gradients.kept_streams", lambda *a: (2, begun.append(a)))
+    monkeypatch.setattr("periln.eval.stability.layer_gradients.kept_streams", lambda *a: (2, asked.append(a)))
     assert backward_rows(anatomy, BATCHES, 0, stages) == kept
-    assert begun == [(anatomy.num_layers, 5, 12 * anatomy.hidden_size * 4)]
+    assert asked == [(anatomy.num_layers, 5, 12 * anatomy.hidden_size * 4)]
 
 
-@pytest.mark.parametrize(("layers", "samples", "kept"), [(18, 1, (1, 19)), (18, 32, (3, 288)), (26, 32, (4, 352))])
-def test_streams_beyond_the_bound_are_computed_again(layers, samples, kept):
-    """Of Gemma 3 270M (0.625 MiB a stream of 256 tokens) and 1B (1.125 MiB)."""
-    assert kept_streams(layers, samples, 2**20 * (layers - 8) // 16) == kept
+@pytest.mark.parametrize(
+    ("layers", "samples", "mib", "kept"),
+    [(18, 1, 0.625, (1, 19)), (18, 32, 0.625, (3, 288)), (26, 32, 1.125, (4, 352)), (64, 32, 2, (8, 512))],
+)
+def test_streams_beyond_the_bound_are_computed_again(layers, samples, mib, kept):
+    """Of Gemma 3 270M, 1B, and of a deep model; a stream of 256 tokens."""
+    assert kept_streams(layers, samples, int(mib * 2**20)) == kept
 
 
-def test_the_tables_gradients_are_added_in_place(model, anatomy):
-    """What `backward_rows` leaves at its last visit is autograd's, and no second batch has made another table."""
-    stages, table, found = find_stages(anatomy), anatomy.embedding.weight, {}
-    tokens = sum(ids[:, 1:].numel() for ids in BATCHES)
+def test_a_table_has_one_gradient_and_the_logits_are_replaced_by_theirs(model, anatomy, monkeypatch):
+    """What arrives at the tables: whole gradients once, then rows, and nothing from the head that added its own."""
+    stages, table, head = find_stages(anatomy), anatomy.embedding.weight, anatomy.lm_head
+    tokens, gradients, arrived = sum(ids[:, 1:].numel() for ids in BATCHES), {}, []
+    products, filled = [], []
 
     def visit(number):
         if number in (None, 0):
-            found[number] = {id(p): (p.grad.data_ptr(), p.grad.clone()) for p in ends if p.grad is not None}
+            gradients[number] = {id(p): p.grad.clone() for p in (table, head.weight) if p.grad is not None}
 
-    ends = [table, anatomy.lm_head.weight]
-    layer_by_layer(stages, BATCHES, tokens, visit)
-    assert not anatomy.embedding.sparse and "forward" not in vars(anatomy.lm_head)
-    accumulate_gradients(model, BATCHES, tokens)
-    assert anatomy.tied == (table is anatomy.lm_head.weight)
-    for parameter, number in ((anatomy.lm_head.weight, 0 if anatomy.tied else None), (table, 0)):
-        torch.testing.assert_close(found[number][id(parameter)][1], parameter.grad, rtol=1e-4, atol=1e-7)
+    def fill(logits, ids, tokens):
+        filled.append(logits.data_ptr())
+        return loss_gradient(logits, ids, tokens)
+
+    monkeypatch.setattr("periln.eval.stability.layer_gradients.loss_gradient", fill)
+
+    def arrive(name):
+        return lambda grad: arrived.append((name, "rows" if grad.is_sparse else "whole") if grad is not None else None)
+
+    table.requires_grad_(True)
+    with ExitStack() as stack:
+        hooks = [
+            table.register_hook(arrive("table")),
+            head.register_forward_hook(lambda m, args, out: products.append(out.data_ptr())),
+        ]
+        if not anatomy.tied:
+            hooks.append(head.weight.register_hook(arrive("head")))
+        for hook in hooks:
+            stack.callback(hook.remove)
+        layer_by_layer(stages, BATCHES, tokens, visit)
     if anatomy.tied:
-        assert found[None][id(table)][0] == found[0][id(table)][0]
+        assert arrived == [("table", "whole"), None, None, *[("table", "rows")] * 3]
+    else:
+        assert arrived == [("head", "whole"), None, None, ("table", "whole"), *[("table", "rows")] * 2]
+    plain, _ = in_place(anatomy, BATCHES[0])
+    assert (products == filled) == plain
+    assert not anatomy.embedding.sparse and "forward" not in vars(head)
+    accumulate_gradients(model, BATCHES, tokens)
+    for parameter, number in ((head.weight, 0 if anatomy.tied else None), (table, 0)):
+        torch.testing.assert_close(gradients[number][id(parameter)], parameter.grad, rtol=1e-4, atol=1e-7)
     model.zero_grad(set_to_none=True)
 
 
-def test_the_losss_gradient_in_place_is_autograds():
+def test_where_the_logits_are_not_the_product_their_gradient_is_a_copy():
+    plain = {family: in_place(find_anatomy(build(family).eval()), BATCHES[0])[0] for family in ("llama", "gemma2")}
+    assert plain == {"llama": True, "gemma2": False}  # Gemma 2 caps them
+
+
+@pytest.mark.parametrize("head", ["bias", "subclass", "bf16"])
+def test_other_heads_have_the_gradients_of_autograd(head):
+    class Head(torch.nn.Linear):
+        """A head that is more than the product."""
+
+        def forward(self, x):
+            return super().forward(x).tanh() * 3
+
+    model = build("llama").eval()
+    if head == "bf16":
+        model.to(torch.bfloat16)
+    else:
+        weight = model.lm_head.weight
+        model.lm_head = (Head if head == "subclass" else torch.nn.Linear)(*reversed(weight.shape), bias=head == "bias")
+    anatomy, tokens = find_anatomy(model), sum(ids[:, 1:].numel() for ids in BATCHES)
+    found = {}
+    layer_by_layer(
+        find_stages(anatomy), BATCHES, tokens, lambda number: found.setdefault(number, anatomy.lm_head.weight.grad)
+    )
+    accumulate_gradients(model, BATCHES, tokens)
+    beside = {"rtol": 0.05, "atol": 1e-3} if head == "bf16" else {"rtol": 1e-4, "atol": 1e-7}
+    torch.testing.assert_close(found[None], anatomy.lm_head.weight.grad, **beside)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_the_gradient_of_the_loss_is_autograds(value):
     ids = torch.randint(VOCABULARY, (2, 70), generator=torch.Generator().manual_seed(0))
-    logits = torch.randn(2, 70, VOCABULARY, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    logits = torch.randn(2, 70, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    logits[1, 40, 3] = value
+    logits.requires_grad_()
     (token_loss(logits, ids) / 138).backward()
     found = logits.detach().clone()
     assert loss_gradient(found, ids, 138) is found
-    torch.testing.assert_close(found, logits.grad, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(found, logits.grad, rtol=1e-5, atol=1e-8, equal_nan=True)
     with pytest.raises(ValueError, match="69"):
         loss_gradient(found[:, 1:], ids, 138)
 
