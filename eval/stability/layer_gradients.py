@@ -1,7 +1,7 @@
 """Gradients a layer at a time, in little memory."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,14 +87,15 @@ def _from_the_end(stages: Stages, ids: torch.Tensor, tokens: int, every: int) ->
     kept = []
     with torch.no_grad():
         x, calls = stages.begin(ids)
+        x = x.clone()
         for number, call in enumerate(calls):
             if number % every == 0:
-                kept.append(x.clone())
+                kept.append(x)
             x = call(x.clone())  # a layer may change its input in place
     leaf = x.requires_grad_()
-    with _head(stages.anatomy.lm_head) as products:
+    with _head(stages.anatomy.lm_head) as head:
         logits = stages.end(ids, leaf.clone())
-        gradient = logits.detach() if products == [logits.data_ptr()] else logits.detach().clone()
+        gradient = logits.detach() if head.gave(logits) else logits.detach().clone()
         logits.backward(loss_gradient(gradient, ids, tokens))
     return _Pass(ids, calls, kept, [], _gradient(leaf))
 
@@ -130,35 +131,49 @@ class _Product(torch.autograd.Function):
         return grads[0] @ weight, None
 
 
-@contextmanager
-def _head(head: nn.Module) -> Iterator[list[int]]:
-    """Adds in place to a gradient that the head has; gives the addresses of its products, which no backward pass reads.
+@dataclass
+class _Head:
+    """What a head that is `nn.Linear` and nothing else gave: no backward pass reads that product again."""
 
-    For `nn.Linear` alone: the product of another head may be read again, and nothing is given then.
-    """
-    products: list[int] = []
+    products: list[tuple[torch.Tensor, int]]
+
+    def gave(self, logits: torch.Tensor) -> bool:
+        """Whether these are its product, called once and not changed since; it is then let go."""
+        found = len(self.products) == 1 and self.products[0][0] is logits and self.products[0][1] == logits._version
+        self.products.clear()
+        return found
+
+
+@contextmanager
+def _head(head: nn.Module) -> Iterator[_Head]:
+    """Adds in place to a gradient that the head has, and watches what it gives."""
+    seen = _Head([])
     if type(head) is not nn.Linear:
-        yield products
+        yield seen
         return
-    own = vars(head).get("forward")
-    if head.bias is None and head.weight.grad is not None and own is None:
-        head.forward = lambda x: _Product.apply(x, head.weight)
-    hook = head.register_forward_hook(lambda m, args, out: products.append(out.data_ptr()))
+    hooks = ExitStack()
     try:
-        yield products
+        hook = head.register_forward_hook(lambda m, args, out: seen.products.append((out, out._version)))
+        hooks.callback(hook.remove)
+        if _adds_in_place(head) and head.weight.grad is not None:
+            hooks.callback(vars(head).pop, "forward", None)
+            vars(head)["forward"] = lambda input: _Product.apply(input, head.weight)
+        yield seen
     finally:
-        hook.remove()
-        if own is None:
-            vars(head).pop("forward", None)
+        hooks.close()
+
+
+def _adds_in_place(head: nn.Module) -> bool:
+    return type(head) is nn.Linear and head.bias is None and "forward" not in vars(head)
 
 
 @torch.no_grad()
-def in_place(anatomy: Anatomy, ids: torch.Tensor) -> tuple[bool, bool]:
+def ends_in_place(anatomy: Anatomy, ids: torch.Tensor) -> tuple[bool, bool]:
     """Whether the gradient of the logits takes their place, and whether the head's weight has one alone."""
-    head = anatomy.lm_head
-    with _head(head) as products:
+    with _head(anatomy.lm_head) as head:
         logits = anatomy.model(input_ids=ids, use_cache=False).logits
-    return products == [logits.data_ptr()], type(head) is nn.Linear and head.bias is None
+        called = bool(head.products)
+        return head.gave(logits), called and _adds_in_place(anatomy.lm_head)
 
 
 @contextmanager
@@ -172,8 +187,8 @@ def _rows_where_added(embedding: nn.Module) -> Iterator[None]:
     if table is None or table.sparse or table.scale_grad_by_freq or table.weight.grad is None:
         yield
         return
-    table.sparse = True
     try:
+        table.sparse = True
         yield
     finally:
         table.sparse = False

@@ -194,6 +194,7 @@ def measure(
     model.eval()
     plan = Plan.of(options, samples, tell)
     measurement = _Measurement(model, samples, options, step, in_place, plan)
-    staged = measurement.stages is not None and not shared_between_layers(measurement.anatomy)
-    plan.measure(measurement.anatomy, samples, staged, in_place, options)
+    staged = measurement.stages is not None
+    by_layer = staged and not shared_between_layers(measurement.anatomy)
+    plan.measure(measurement.anatomy, samples, staged, by_layer, in_place, options)
     return measurement.measured(started, token_text, measurement.run())

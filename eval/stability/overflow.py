@@ -20,6 +20,7 @@ from periln.eval.structure.anatomy import Anatomy
 from periln.eval.texts.windows import token_loss
 from periln.runkit.fp16 import half_products
 from periln.runkit.number_format import FP16
+from periln.runkit.process import return_freed_memory
 
 LEAST, MOST = -8, 16  # range of the powers of two that are tried as loss scales
 
@@ -177,6 +178,7 @@ class HalfPasses:
                 watch, loss = self._graph.watch, self._graph.loss_of(ids)
                 watch.first, watch.largest = None, 0.0
                 last = scale == left[-1] and len(self.batches) > 1
+                return_freed_memory()  # the allocator keeps what is as small as the gradients of a layer
                 try:
                     (loss * scale).backward(retain_graph=not last)
                 except Overflow:

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from periln.eval.stability.layer_gradients import in_place as logits_and_head_in_place
-from periln.eval.stability.layer_gradients import kept_streams
+from periln.eval.stability.layer_gradients import ends_in_place, kept_streams
 from periln.eval.structure.anatomy import Anatomy
 from periln.eval.texts.samples import Samples
 from periln.eval.texts.windows import PIECE
 
 GIB = 2.0**30
-PROCESS = 3 * 2**28  # bytes of Python, its libraries and what the allocator keeps: 0.6 to 0.7 GiB were seen
+PROCESS = 3 * 2**28  # bytes of Python, its libraries and a large tokenizer: 0.6 to 0.8 GiB were seen
 LOGITS = 2**26  # numbers of a batch's logits at most: 256 MiB
 # The plain passes of a sample that a part takes for each of its samples.
 PROBED = 1.55
@@ -95,20 +94,28 @@ class Plan:
         return plan
 
     @torch.no_grad()
-    def measure(self, anatomy: Anatomy, samples: Samples, staged: bool, in_place: bool, options: Options) -> None:
-        """Time a plain pass, and compute from the model's sizes what depends on them."""
+    def measure(
+        self, anatomy: Anatomy, samples: Samples, staged: bool, by_layer: bool, in_place: bool, options: Options
+    ) -> None:
+        """Time a plain pass, and compute from the model's sizes what depends on them.
+
+        Args:
+            staged: the model runs in pieces.
+            by_layer: its gradients are taken a layer at a time.
+            in_place: the model itself becomes FP16.
+        """
         self.time(anatomy, samples.ids[:1])
         head = anatomy.lm_head.weight.numel() / sum(p.numel() for p in _matrices(anatomy))
         for part in self.parts:
             if part.does == "skips":
                 each = head + (1 - head) / 2 if staged else 1.0
                 part.passes *= anatomy.num_layers * each + 1
-            if part.does == "backward" and staged:
-                stream = 4 * samples.ids.shape[1] * anatomy.hidden_size
+            if part.does == "backward" and by_layer:
+                stream = samples.ids.shape[1] * anatomy.hidden_size * anatomy.embedding.weight.element_size()
                 every, _ = kept_streams(anatomy.num_layers, options.backward_samples, stream)
                 part.passes += options.backward_samples * (1 - 1 / every)
-        ends = logits_and_head_in_place(anatomy, samples.ids[:1, :16].to(anatomy.lm_head.weight.device))
-        self.memory = memory(anatomy, samples.ids.shape[1], self.parts, staged, in_place, options, ends)
+        ends = ends_in_place(anatomy, samples.ids[:1, :16].to(anatomy.lm_head.weight.device))
+        self.memory = memory(anatomy, samples.ids.shape[1], self.parts, by_layer, in_place, options, ends)
         self.parts[0].tell()
 
     @torch.no_grad()
@@ -152,7 +159,7 @@ def memory(
     anatomy: Anatomy,
     tokens: int,
     parts: list[Part],
-    staged: bool,
+    by_layer: bool,
     in_place: bool,
     options: Options,
     ends: tuple[bool, bool] = (True, True),
@@ -174,17 +181,17 @@ def memory(
     backward = samples_backward(options, anatomy, tokens)
     # In FP16 the head's product is taken in FP32, its gradient as well; all gradients are there at the end.
     in_fp16 = max(half + 8 * largest + 3 * logits, 2 * half) + 16 * stream
-    if staged:
+    if by_layer:
         kept = kept_streams(anatomy.num_layers, options.backward_samples, of_layer)[1]
         in_layers = 4 * layer + 32 * backward * of_layer
-        at_logits = backward * (1 if ends[0] else 4) * logits + 8 * PIECE * vocabulary
+        at_logits = backward * (1 if ends[0] else 5) * logits + 8 * PIECE * vocabulary
         twice = 0 if ends[1] or options.backward_samples <= backward else 4 * anatomy.lm_head.weight.numel()
         gradients = 4 * largest + kept * of_layer + max(at_logits + twice, in_layers)
     else:
         gradients = 4 * sum(p.numel() for p in parameters) + backward * (4 * logits + 16 * stream)
     beside = {
         "forward": batch * (2 * logits + 8 * stream),
-        "certify": max(2 * 8 * layer, 2**28),
+        "certify": max(2 * 8 * layer, 2**28),  # a layer in FP64, or a piece of the head
         "backward": gradients,
         "skips": batch * (3 * logits + stream),
         "in_fp16": in_fp16 - (weights if in_place else 0),

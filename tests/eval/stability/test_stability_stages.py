@@ -10,7 +10,7 @@ import torch
 from stability_families import FAMILIES, VOCABULARY, build
 
 from periln.eval.stability.backward import accumulate_gradients, backward_rows
-from periln.eval.stability.layer_gradients import in_place, kept_streams, layer_by_layer
+from periln.eval.stability.layer_gradients import _head, ends_in_place, kept_streams, layer_by_layer
 from periln.eval.stability.measure import Options, measure
 from periln.eval.stability.overflow import LEAST, MOST, HalfPasses, first_non_finite, half_copy
 from periln.eval.stability.redundancy import skip_losses, staged_skip_losses
@@ -98,7 +98,7 @@ def test_a_table_has_one_gradient_and_the_logits_are_replaced_by_theirs(model, a
     with ExitStack() as stack:
         hooks = [
             table.register_hook(arrive("table")),
-            head.register_forward_hook(lambda m, args, out: products.append(out.data_ptr())),
+            head.register_forward_hook(lambda m, args, out: products.append(out)),
         ]
         if not anatomy.tied:
             hooks.append(head.weight.register_hook(arrive("head")))
@@ -109,8 +109,8 @@ def test_a_table_has_one_gradient_and_the_logits_are_replaced_by_theirs(model, a
         assert arrived == [("table", "whole"), None, None, *[("table", "rows")] * 3]
     else:
         assert arrived == [("head", "whole"), None, None, ("table", "whole"), *[("table", "rows")] * 2]
-    plain, _ = in_place(anatomy, BATCHES[0])
-    assert (products == filled) == plain
+    plain, _ = ends_in_place(anatomy, BATCHES[0])
+    assert ([out.data_ptr() for out in products] == filled) == plain  # all are alive: no address was used twice
     assert not anatomy.embedding.sparse and "forward" not in vars(head)
     accumulate_gradients(model, BATCHES, tokens)
     for parameter, number in ((head.weight, 0 if anatomy.tied else None), (table, 0)):
@@ -118,9 +118,30 @@ def test_a_table_has_one_gradient_and_the_logits_are_replaced_by_theirs(model, a
     model.zero_grad(set_to_none=True)
 
 
+class Capped(torch.nn.Module):
+    """A causal LM's head and what follows it, which saves its result for the backward pass."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x):
+        logits = self.head(x)
+        logits = logits / 3
+        return torch.tanh(logits)
+
+
 def test_where_the_logits_are_not_the_product_their_gradient_is_a_copy():
-    plain = {family: in_place(find_anatomy(build(family).eval()), BATCHES[0])[0] for family in ("llama", "gemma2")}
-    assert plain == {"llama": True, "gemma2": False}  # Gemma 2 caps them
+    """Gemma 2 caps them; a product that was changed, freed or made twice is not taken for the logits either."""
+    ends = {family: ends_in_place(find_anatomy(build(family).eval()), BATCHES[0]) for family in ("llama", "gemma2")}
+    assert ends == {"llama": (True, True), "gemma2": (False, True)}
+    head = torch.nn.Linear(32, VOCABULARY, bias=False)
+    x = torch.randn(2, 12, 32)
+    for follow in (Capped(head), lambda x: head(x).tanh_(), lambda x: head(x) + head(x), lambda x: x @ head.weight.T):
+        with torch.no_grad(), _head(head) as seen:
+            assert not any(seen.gave(follow(x)) for _ in range(20))
+    with _head(head) as seen:
+        assert seen.gave(head(x)) and not seen.products
 
 
 @pytest.mark.parametrize("head", ["bias", "subclass", "bf16"])
@@ -138,10 +159,14 @@ def test_other_heads_have_the_gradients_of_autograd(head):
         weight = model.lm_head.weight
         model.lm_head = (Head if head == "subclass" else torch.nn.Linear)(*reversed(weight.shape), bias=head == "bias")
     anatomy, tokens = find_anatomy(model), sum(ids[:, 1:].numel() for ids in BATCHES)
-    found = {}
+    found, rows = {}, []
+    assert ends_in_place(anatomy, BATCHES[0]) == (head != "subclass", head == "bf16")
+    hook = anatomy.embedding.weight.requires_grad_().register_hook(lambda grad: rows.append(grad.is_sparse))
     layer_by_layer(
         find_stages(anatomy), BATCHES, tokens, lambda number: found.setdefault(number, anatomy.lm_head.weight.grad)
     )
+    hook.remove()
+    assert rows == [False, head != "bf16", head != "bf16"]  # in BF16 rows are summed before they are added
     accumulate_gradients(model, BATCHES, tokens)
     beside = {"rtol": 0.05, "atol": 1e-3} if head == "bf16" else {"rtol": 1e-4, "atol": 1e-7}
     torch.testing.assert_close(found[None], anatomy.lm_head.weight.grad, **beside)
@@ -334,6 +359,20 @@ def test_a_stop_keeps_what_was_measured():
     tensors = set(measured.rows.tensor)
     assert {"stream", "gradient"} <= tensors and "skip_loss" not in set(measured.rows.stat)
     assert measured.record["fp16"] is None
+
+
+def test_a_stop_between_two_parts_keeps_what_was_measured(monkeypatch):
+    calls = []
+
+    def stop():
+        calls.append(None)
+        if len(calls) == 3:  # after the forward pass and the gradients
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("periln.eval.stability.measure.return_freed_memory", stop)
+    options = Options(batch_size=2, backward_samples=2, skip_samples=2, fp16_samples=0)
+    measured = measure(build("llama"), SAMPLES, options)
+    assert measured.stopped == "skipped layers" and {"stream", "gradient"} <= set(measured.rows.tensor)
 
 
 def test_a_stop_before_anything_is_known_keeps_nothing():
