@@ -115,9 +115,13 @@ def reset_peak_rss() -> bool:
     return True
 
 
-def return_freed_memory() -> None:
-    """Have the allocator, where it is glibc's, return what is freed: it keeps hundreds of MiB otherwise."""
-    gc.collect()
+def return_freed_memory(collect: bool = True) -> None:
+    """Have the allocator, where it is glibc's, return what is freed: it keeps hundreds of MiB otherwise.
+
+    `collect`: look for garbage in cycles first, which takes a tenth of a second or more.
+    """
+    if collect:
+        gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(ctypes.c_size_t(0))

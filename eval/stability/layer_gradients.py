@@ -151,16 +151,13 @@ def _head(head: nn.Module) -> Iterator[_Head]:
     if type(head) is not nn.Linear:
         yield seen
         return
-    hooks = ExitStack()
-    try:
+    with ExitStack() as hooks:
         hook = head.register_forward_hook(lambda m, args, out: seen.products.append((out, out._version)))
         hooks.callback(hook.remove)
         if _adds_in_place(head) and head.weight.grad is not None:
             hooks.callback(vars(head).pop, "forward", None)
             vars(head)["forward"] = lambda input: _Product.apply(input, head.weight)
         yield seen
-    finally:
-        hooks.close()
 
 
 def _adds_in_place(head: nn.Module) -> bool:
@@ -170,10 +167,11 @@ def _adds_in_place(head: nn.Module) -> bool:
 @torch.no_grad()
 def ends_in_place(anatomy: Anatomy, ids: torch.Tensor) -> tuple[bool, bool]:
     """Whether the gradient of the logits takes their place, and whether the head's weight has one alone."""
+    adds = _adds_in_place(anatomy.lm_head)
     with _head(anatomy.lm_head) as head:
         logits = anatomy.model(input_ids=ids, use_cache=False).logits
-        called = bool(head.products)
-        return head.gave(logits), called and _adds_in_place(anatomy.lm_head)
+        adds = adds and bool(head.products)
+        return head.gave(logits), adds
 
 
 @contextmanager

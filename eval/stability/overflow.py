@@ -178,7 +178,7 @@ class HalfPasses:
                 watch, loss = self._graph.watch, self._graph.loss_of(ids)
                 watch.first, watch.largest = None, 0.0
                 last = scale == left[-1] and len(self.batches) > 1
-                return_freed_memory()  # the allocator keeps what is as small as the gradients of a layer
+                return_freed_memory(collect=False)  # the allocator keeps what is as small as the gradients of a layer
                 try:
                     (loss * scale).backward(retain_graph=not last)
                 except Overflow:

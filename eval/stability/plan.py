@@ -174,7 +174,7 @@ def memory(
     vocabulary = anatomy.lm_head.weight.shape[0]
     logits = 4 * tokens * vocabulary
     layer = max(sum(p.numel() for p in layer.parameters()) for _, layer in anatomy.layers)
-    of_layer = 4 * tokens * anatomy.hidden_size
+    of_layer = anatomy.embedding.weight.element_size() * tokens * anatomy.hidden_size
     stream = of_layer * (anatomy.num_layers + 1)
     half = sum(p.numel() * 2 for p in parameters)
     batch = min(options.batch_size, samples_at_once(anatomy, tokens))

@@ -1,6 +1,7 @@
 """What a measurement says that it needs: of models of a billion parameters, computed from their sizes alone."""
 
 import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ def anatomy_of(config):
         model = AutoModelForCausalLM.from_config(config)
     return SimpleNamespace(
         model=model,
+        embedding=model.get_input_embeddings(),
         lm_head=model.lm_head,
         layers=tuple(model.model.layers.named_children()),
         hidden_size=config.hidden_size,
@@ -98,6 +100,10 @@ kept = resident()
 return_freed_memory()
 print(kept, resident(), len(last))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES", "PYTHON"))
+    }
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT, env=env)
     before, after, _ = map(int, done.stdout.split())
     assert before - after > 150, done.stdout
