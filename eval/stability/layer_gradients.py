@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from periln.eval.structure.anatomy import Anatomy
-from periln.eval.structure.stages import LayerCall, Stages
+from periln.eval.structure.stages import LayerCall, Stages, streams_from
 from periln.eval.texts.windows import loss_gradient
 
 STREAMS = 2**27  # bytes: where the streams of all layers take more than 128 MiB, some are computed again
@@ -69,7 +69,8 @@ def layer_by_layer(
         for each in passes:
             if not each.inside:
                 first = (number - 1) // every * every
-                each.inside = _streams(each.kept.pop(), each.calls[first : number - 1])
+                with torch.no_grad():
+                    each.inside = streams_from(each.kept.pop(), each.calls[first : number - 1])
             leaf = each.inside.pop().requires_grad_()
             each.calls[number - 1](leaf.clone()).backward(each.grad)
             each.grad = _gradient(leaf)
@@ -98,15 +99,6 @@ def _from_the_end(stages: Stages, ids: torch.Tensor, tokens: int, every: int) ->
         gradient = logits.detach() if head.gave(logits) else logits.detach().clone()
         logits.backward(loss_gradient(gradient, ids, tokens))
     return _Pass(ids, calls, kept, [], _gradient(leaf))
-
-
-@torch.no_grad()
-def _streams(x: torch.Tensor, calls: list[LayerCall]) -> list[torch.Tensor]:
-    """The stream x and those after each call."""
-    found = [x]
-    for call in calls:
-        found.append(call(found[-1].clone()))
-    return found
 
 
 def _gradient(leaf: torch.Tensor) -> torch.Tensor:

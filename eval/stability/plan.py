@@ -184,7 +184,7 @@ def memory(
     if by_layer:
         kept = kept_streams(anatomy.num_layers, options.backward_samples, of_layer)[1]
         in_layers = 4 * layer + 32 * backward * of_layer
-        at_logits = backward * (1 if ends[0] else 5) * logits + 8 * PIECE * vocabulary
+        at_logits = backward * (1 if ends[0] else 5) * logits + 16 * PIECE * vocabulary
         twice = 0 if ends[1] or options.backward_samples <= backward else 4 * anatomy.lm_head.weight.numel()
         gradients = 4 * largest + kept * of_layer + max(at_logits + twice, in_layers)
     else:

@@ -102,10 +102,7 @@ class Stages:
         """The stream after layers 0 to L, without graphs, and the calls of the layers."""
         with torch.no_grad():
             x, calls = self.begin(ids)
-            found = [x.clone()]
-            for call in calls:
-                found.append(call(found[-1].clone()))  # a layer may change its input in place
-        return found, calls
+            return streams_from(x.clone(), calls), calls
 
     def _wrap(self, number: int, x: torch.Tensor | None) -> Any:
         result = self._results[number - 1]
@@ -127,6 +124,14 @@ class Stages:
 
 
 _STREAM = object()
+
+
+def streams_from(x: torch.Tensor, calls: list[LayerCall]) -> list[torch.Tensor]:
+    """The stream x (B, S, D) and those after each of the calls."""
+    found = [x]
+    for call in calls:
+        found.append(call(found[-1].clone()))  # a layer may change its input in place
+    return found
 
 
 def _result(output: Any) -> Any:

@@ -17,7 +17,7 @@ from periln.runkit.errors import UsageError
 from periln.runkit.texts import usable
 
 NO_DOCUMENT = -1  # the owner of a target that is not scored
-PIECE = 32  # positions whose softmax is there at once, where its gradient is taken
+PIECE = 16  # positions whose softmax is there at once, where its gradient is taken
 
 
 def read_texts(path: Path) -> list[str]:
@@ -162,15 +162,22 @@ def token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.stack(list(rows)).sum()
 
 
-@torch.no_grad()
 def loss_gradient(logits: torch.Tensor, ids: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Gradient of `token_loss(logits, ids) / tokens` in place of the logits (B, S, V), in FP32 a piece at a time."""
+    """Autograd's gradient of `token_loss(logits, ids) / tokens`, in place of the logits (B, S, V), a piece at a time.
+
+    Args:
+        logits: without a graph.
+
+    Raises:
+        ValueError: logits of other tokens than the ids.
+    """
     if logits.shape[:2] != ids.shape:
         raise ValueError(f"logits of {tuple(logits.shape[:2])} tokens for {tuple(ids.shape)} ids")
     for row, of in zip(logits, ids, strict=True):
         row[-1] = 0
         for piece, to in zip(row[:-1].split(PIECE), of[1:].split(PIECE), strict=True):
-            share = piece.float().softmax(-1)
-            share[torch.arange(len(to), device=to.device), to] -= 1
-            piece.copy_(share / tokens)
+            with torch.enable_grad():
+                leaf = piece.clone().requires_grad_()
+                loss = F.cross_entropy(leaf.float(), to, reduction="sum") / tokens
+            piece.copy_(torch.autograd.grad(loss, leaf)[0])
     return logits

@@ -1,4 +1,4 @@
-"""What a measurement says that it needs: of models of a billion parameters, computed from their sizes alone."""
+"""The memory that is announced, of models of a billion parameters by their sizes alone; and what is given back."""
 
 import ctypes
 import os
