@@ -177,8 +177,8 @@ def thousand() -> str:
     return f"""
 With `--no-quick` the bench reads 1,000 samples, here of the test split: 32 with a backward pass, 16 for the loss
 without each layer, and 4 in FP16, the one or two that hold the two largest values and then the first ones. `--quick`
-has one of each. The times are from before the FP16 samples ran one at a time, which adds some 40 passes where the
-model does not overflow:
+has one of each. The times of 1,000 samples are older: since then the bench takes less memory, and its FP16 samples run
+one at a time, which adds some 40 passes where the model does not overflow:
 
 {shown}
 """
